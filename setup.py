@@ -1,0 +1,48 @@
+"""Requirements, and the ahead-of-time build of the op in csrc/.
+
+    pip install -e .                        scripts run from the checkout; the op compiles on first use
+    pip install --no-build-isolation .      compiles the op now, against the torch that is installed
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def extension():
+    """The op as an extension, or nothing where it can't or shouldn't be built now."""
+    if {"develop", "editable_wheel", "egg_info", "dist_info"} & set(sys.argv):
+        return {}  # an editable install is for people who edit: they get the build on first use, which sees changes
+    try:
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    except ImportError:  # pip's isolated build has no torch: the op then compiles on first use
+        return {}
+    sys.path.insert(0, str(ROOT))
+    from identify import op_sources
+
+    sources, flags, nvcc = op_sources(bool(CUDA_HOME) and "NEURONS_NO_CUDA" not in os.environ)
+    kind = CUDAExtension if nvcc else CppExtension
+    sources = [os.path.relpath(source, ROOT) for source in sources]
+    arguments = {"cxx": flags, "nvcc": nvcc} if nvcc else {"cxx": flags}
+    return {"ext_modules": [kind("_neurons", sources, extra_compile_args=arguments)],
+            "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(
+    name="personality-neurons",
+    version="0.1.0",
+    description="Find the neurons that carry a Big Five trait in a language model, and set them while it writes",
+    python_requires=">=3.10",
+    license="Apache-2.0",
+    packages=[],  # the scripts run from the checkout: installing them would put a module named evaluate into the way of
+    py_modules=[],  # Hugging Face's evaluate
+    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "numpy", "tqdm", "rich",
+                      "matplotlib", "ninja", "setuptools"],
+    extras_require={"test": ["pytest", "hypothesis"]},
+    **extension(),
+)

@@ -1,0 +1,413 @@
+"""neurons::glu_ against plain PyTorch: values, edits, statistics, layouts, checks, compilation."""
+
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.nn import functional as F
+
+from conftest import ROOT
+from identify import op
+
+ACTS = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+WIDTHS = (1, 7, 8, 129, 256, 1134)
+op()
+glu_ = torch.ops.neurons.glu_
+
+
+def plain(gate, up, act, *rest):
+    glu_(gate, up, act, *(rest or (None,) * 8))
+    return gate
+
+
+def inputs(tokens, width, dtype, device="cpu", seed=0, layout="separate", scale=2.0):
+    """gate and up (None for layout "ungated"); "fused": both halves of one tensor; "strided": rows with a gap."""
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(tokens, 2 * width + 5, generator=generator).mul(scale).to(device, dtype)
+    if layout == "fused":
+        both = both[:, : 2 * width].contiguous()
+        return both[:, :width], both[:, width:]
+    gate, up = both[:, :width], both[:, width : 2 * width].clone()
+    return (gate if layout == "strided" else gate.clone()), (None if layout == "ungated" else up)
+
+
+def tables(profiles, width, device="cpu", spare=3):
+    """edit_ptr, edit_index, edit_value of [{column: (cap, scale, shift, bias)}]; profile 0 is none."""
+    tile = op().tile
+    tiles = -(-width // tile)
+    ptr, index, value = [[0] * (tiles + 1)], [], []
+    for profile in profiles:
+        row = []
+        for t in range(tiles):
+            row.append(len(index))
+            for j in sorted(profile):
+                if j // tile == t:
+                    index.append(j)
+                    value.append(profile[j])
+        ptr.append(row + [len(index)])
+    value += [(0.0, 9.0, 9.0, 9.0)] * spare
+    return (torch.tensor(ptr, dtype=torch.int32, device=device), torch.tensor(index + [0] * spare, dtype=torch.int32, device=device),
+            torch.tensor(value, dtype=torch.float32, device=device).reshape(-1, 4))
+
+
+def reference(gate, up, act, token_profile=None, profiles=()):
+    """The contract in float64: DESIGN section 4."""
+    a = ACTS[act](gate.double())
+    u = torch.ones_like(a) if up is None else up.double()
+    result = a * u
+    for t, p in enumerate(token_profile.tolist() if token_profile is not None else []):
+        for j, (cap, scale, shift, bias) in (profiles[p - 1] if 0 < p <= len(profiles) else {}).items():
+            result[t, j] = (scale * min(a[t, j].item(), cap) + shift) * u[t, j] + bias
+    return result
+
+
+def assert_close(ours, exact, theirs, dtype):
+    """Within twice PyTorch's own error in that dtype, and a rounding of the result."""
+    eps = torch.finfo(dtype).eps
+    allowed = 2 * (theirs.double() - exact).abs().max() + eps * exact.abs() + 2e-7
+    worst = ((ours.double() - exact).abs() - allowed).max()
+    assert not worst > 0, f"off by {worst:.3g} beyond the allowed"
+    assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ("separate", "fused", "strided", "ungated"))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_product(width, layout, dtype, device):
+    for act in range(4):
+        for tokens in (1, 5, 33):
+            gate, up = inputs(tokens, width, dtype, device, act, layout)
+            exact = reference(gate, up, act)
+            theirs = ACTS[act](gate) if up is None else ACTS[act](gate) * up
+            before = None if up is None else up.clone()
+            assert_close(plain(gate, up, act), exact, theirs, dtype)
+            assert up is None or torch.equal(up, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_range_of_values(dtype, device):
+    """Every bfloat16 and float16 number, as gate, up to magnitude 80; NaN stays NaN."""
+    kind = torch.bfloat16 if dtype == torch.float32 else dtype
+    x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(kind).to(dtype).to(device)
+    x = x[x.isnan() | (x.abs() < 80)].view(1, -1)
+    for act in range(4):
+        ours = plain(x.clone(), None, act)
+        exact = ACTS[act](x.double())
+        theirs = ACTS[act](x)
+        good = ~x.isnan()
+        assert ours[~good].isnan().all()
+        eps = torch.finfo(dtype).eps
+        error = (ours[good].double() - exact[good]).abs()
+        allowed = 2 * (theirs[good].double() - exact[good]).abs() + eps * exact[good].abs() * 2 + (3e-7 if act else 1e-9)
+        assert not (error > allowed).any()
+
+
+edit = st.tuples(st.floats(-1, 3) | st.just(math.inf), st.sampled_from([0.0, 0.5, 1.0]), st.floats(-2, 2), st.floats(-1, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_edits_property(data):
+    width, tokens = data.draw(st.sampled_from((1, 7, 129, 256, 300, 1134))), data.draw(st.integers(1, 9))
+    dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(("separate", "fused", "strided", "ungated")))
+    act, device = data.draw(st.integers(0, 3)), data.draw(st.sampled_from(DEVICES))
+    profiles = data.draw(st.lists(st.dictionaries(st.integers(0, width - 1), edit, max_size=40), min_size=1, max_size=4))
+    token_profile = torch.tensor(data.draw(st.lists(st.integers(-2, len(profiles) + 2), min_size=tokens, max_size=tokens)),
+                                 dtype=torch.int32, device=device)
+    gate, up = inputs(tokens, width, dtype, device, data.draw(st.integers(0, 99)), layout)
+    exact = reference(gate, up, act, token_profile, profiles)
+    untouched = plain(gate.clone(), up, act)
+    theirs = ACTS[act](gate) if up is None else ACTS[act](gate) * up
+    plain(gate, up, act, token_profile, *tables(profiles, width, device), None, None, None, None)
+    assert_close(gate, exact, theirs, dtype)
+    for t, p in enumerate(token_profile.tolist()):  # outside its edits, and with profile 0, a row is the same bit for bit
+        same = torch.ones(width, dtype=torch.bool, device=device)
+        same[list(profiles[p - 1]) if 0 < p <= len(profiles) else []] = False
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(gate[t][same].view(bits), untouched[t][same].view(bits))
+
+
+def test_cap_comes_before_shift():
+    gate = torch.full((1, 1), 5.0)
+    plain(gate, None, 3, torch.tensor([1], dtype=torch.int32), *tables([{0: (0.0, 1.0, 0.7, 0.0)}], 1), None, None, None, None)
+    assert gate.item() == pytest.approx(0.7)
+
+
+def new_statistics(groups, width, device="cpu"):
+    return (torch.zeros(groups, width, dtype=torch.int32, device=device),
+            torch.zeros(groups, width, op().bins, dtype=torch.int32, device=device),
+            torch.zeros(groups, 2, width, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_statistics_property(device, data):
+    width, tokens = data.draw(st.sampled_from((1, 7, 64, 129, 300))), data.draw(st.integers(1, 600))
+    groups, dtype, act = data.draw(st.integers(1, 3)), data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    group = torch.randint(-1, groups + 1, (tokens,), generator=generator, dtype=torch.int32).to(device)
+    profile = torch.randint(0, 2, (tokens,), generator=generator, dtype=torch.int32).to(device)
+    layout = data.draw(st.sampled_from(("separate", "fused", "ungated")))
+    gate, up = inputs(tokens, width, dtype, device, 1, layout)
+    original, statistics = gate.clone(), new_statistics(groups, width, device)
+    edits = tables([{0: (0.0, 1.0, 0.5, 0.0)}], width, device)
+    expected = plain(gate.clone(), up, act, profile, *edits, None, None, None, None)
+    plain(gate, up, act, profile, *edits, group, *statistics)
+    assert torch.equal(gate, expected), "observing changes what is computed"
+    count, sketch, moments = (tensor.cpu() for tensor in statistics)
+    a = ACTS[act](original.double()).cpu()
+    h = a if up is None else a * up.double().cpu()
+    edges = torch.tensor(op().edges, dtype=torch.float64)
+    for g in range(groups):
+        mine = (group == g).cpu()
+        positive = (original.cpu() > 0)[mine]
+        assert torch.equal(count[g], positive.sum(0).int())
+        assert torch.equal(sketch[g].sum(-1), count[g]), "the sketch holds every positive activation, clamped ones too"
+        # a bin may be its neighbour where the activation is within the arithmetic's error of an edge
+        slack = 2e-4 if dtype != torch.float32 else 1e-6
+        for sign in (1 - slack, 1 + slack):
+            bins = torch.bucketize(a[mine].clamp(1e-30) * sign, edges, right=True).sub(1).clamp(0, op().bins - 1)
+            exact = torch.stack([torch.bincount(bins[:, j][positive[:, j]], minlength=op().bins) for j in range(width)])
+            cumulative, ours = exact.cumsum(-1), sketch[g].cumsum(-1)
+            assert (ours >= cumulative).all() if sign > 1 else (ours <= cumulative).all()
+        tolerance = 1e-3 if dtype != torch.float32 else 1e-5
+        for ours, exact in zip(moments[g], (h[mine].sum(0), (h[mine] ** 2).sum(0))):
+            assert torch.allclose(ours, exact, rtol=tolerance, atol=tolerance * tokens)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("values", ("normal", "heavy", "constant", "outside"))
+def test_percentiles_within_two_percent(values, device):
+    from identify import Statistics
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4000, 8, generator=generator)
+    x = {"normal": x, "heavy": (x * 2).exp() * 0.05, "constant": torch.full_like(x, 0.317),
+         "outside": torch.where(x > 0, 1e-5, 200.0)}[values].to(device)
+    statistics = Statistics(1, 8, 1, device)
+    statistics.count_tokens(torch.zeros(4000, dtype=torch.int32, device=device))
+    glu_(x.clone(), None, 3, None, None, None, None, torch.zeros(4000, dtype=torch.int32, device=device), *statistics.layers[0])
+    for q in (0.05, 0.5, 0.95, 0.99):
+        exact = x.sort(0).values[math.ceil(q * 4000) - 1].clamp(min=0).cpu()
+        ours = statistics.percentile(q)[0, 0]
+        if values == "outside":  # clamped into the first and last bin, and counted
+            assert torch.equal(ours, torch.where(exact < 1, ours.min(), ours.max()))
+            assert 2**-11 <= ours.min() < 2**-10.9 and 2**5.9 < ours.max() <= 2**6
+        else:
+            exact = torch.where(exact > 0, exact.clamp(2**-11, 2**6), exact)
+            assert ((ours - exact).abs() <= 0.02 * exact).all()
+
+
+def test_sketch_bins_cover_the_range_within_two_percent():
+    edges = torch.tensor(op().edges, dtype=torch.float64)
+    assert edges[0] == 2**-11 and edges[-1] == 2**6 and (edges.diff() > 0).all()
+    assert ((edges[1:] - edges[:-1]) / (edges[1:] + edges[:-1])).max() < 0.02
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_shards_add_up(device):
+    gate, up = inputs(700, 129, torch.float32, device)
+    group = (torch.arange(700, dtype=torch.int32) % 3 - 1).to(device)
+    whole, parts = new_statistics(2, 129, device), [new_statistics(2, 129, device) for _ in range(2)]
+    plain(gate.clone(), up, 0, None, None, None, None, group, *whole)
+    for part, rows in zip(parts, (slice(0, 123), slice(123, None))):
+        plain(gate[rows].clone(), up[rows], 0, None, None, None, None, group[rows].contiguous(), *part)
+    assert torch.equal(whole[0], parts[0][0] + parts[1][0]) and torch.equal(whole[1], parts[0][1] + parts[1][1])
+    assert torch.allclose(whole[2], parts[0][2] + parts[1][2], rtol=1e-12, atol=1e-12)
+
+
+def test_thread_count_does_not_change_statistics():
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        gate, up = inputs(50, 1134, torch.float32)
+        statistics = new_statistics(1, 1134)
+        plain(gate, up, 0, None, None, None, None, torch.zeros(50, dtype=torch.int32), *statistics)
+        torch.set_num_threads(before)
+        results.append((gate, *statistics))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_indices_out_of_range_edit_nothing(device):
+    gate, up = inputs(6, 40, torch.float32, device)
+    expected = plain(gate.clone(), up, 0)
+    ptr, index, value = tables([{3: (0.0, 1.0, 1.0, 0.0)}], 40, device)
+    profile = torch.tensor([0, -1, 2, 99, 2**31 - 1, -(2**31)], dtype=torch.int32, device=device)
+    assert torch.equal(plain(gate.clone(), up, 0, profile, ptr, index, value, None, None, None, None), expected)
+    ones = torch.ones(6, dtype=torch.int32, device=device)
+    for wrong in (-1, 40, 2**31 - 1):
+        assert torch.equal(plain(gate.clone(), up, 0, ones, ptr, torch.full_like(index, wrong), value, None, None, None, None), expected)
+    group = torch.tensor([-5, 1, 7, -1, -1, 2**31 - 1], dtype=torch.int32, device=device)
+    statistics = new_statistics(1, 40, device)
+    assert torch.equal(plain(gate.clone(), up, 0, None, None, None, None, group, *statistics), expected)
+    assert not any(tensor.any() for tensor in statistics)
+
+
+def test_errors_name_both_sides():
+    gate, up = torch.randn(4, 8), torch.randn(4, 8)
+    none = (None,) * 8
+
+    def fails(pattern, gate, up, act=0, rest=none):
+        with pytest.raises(RuntimeError, match=pattern):
+            glu_(gate, up, act, *rest)
+
+    fails(r"up: expected shape \[4, 8\] like gate, got \[4, 7\]", gate, up[:, :7])
+    fails("up: expected dtype Float like gate, got BFloat16", gate, up.bfloat16())
+    fails("gate: expected float32, bfloat16 or float16, got Double", gate.double(), up.double())
+    fails(r"gate: expected 2 dimensions", gate[None], up)
+    fails("gate: expected last stride 1", torch.randn(8, 4).t(), up)
+    fails("act: expected 0", gate, up, 4)
+    both = torch.randn(4, 12)
+    fails("overlapping", both[:, :8], both[:, 4:])
+    fails("overlapping", gate, gate)
+    fails("rows that do not overlap", torch.randn(8).expand(4, 8), up)
+    profile, index = torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    ptr, value = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, 4)
+    edits = lambda *four: (*four, None, None, None, None)  # noqa: E731
+    fails("all four or none, got 1", gate, up, 0, edits(profile, None, None, None))
+    fails(r"token_profile: expected shape \[4\].*got \[3\]", gate, up, 0, edits(profile[:3], ptr, index, value))
+    fails("token_profile: expected dtype Int, got Long", gate, up, 0, edits(profile.long(), ptr, index, value))
+    fails(r"edit_ptr: expected shape \[-1, 2\]", gate, up, 0, edits(profile, torch.zeros(2, 3, dtype=torch.int32), index, value))
+    fails(r"edit_value: expected shape \[2, 4\]", gate, up, 0, edits(profile, ptr, index, value[:1]))
+    count, sketch, moments = new_statistics(2, 8)
+    observed = lambda *four: (None, None, None, None, *four)  # noqa: E731
+    fails("all four or none, got 3", gate, up, 0, observed(profile, count, sketch, None))
+    fails(r"count: expected shape \[-1, 8\]", gate, up, 0, observed(profile, count[:, :7].contiguous(), sketch, moments))
+    fails(r"sketch: expected shape \[2, 8, 304\]", gate, up, 0, observed(profile, count, sketch[:1], moments))
+    fails("moments: expected dtype Double", gate, up, 0, observed(profile, count, sketch, moments.float()))
+
+
+def test_empty_input():
+    for shape in ((0, 8), (4, 0), (0, 0)):
+        plain(torch.empty(shape), torch.empty(shape), 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    edits = tables([{3: (0.0, 1.0, 0.5, 0.1)}], 40, device)
+    ones, statistics = torch.ones(5, dtype=torch.int32, device=device), new_statistics(1, 40, device)
+    group = torch.zeros(5, dtype=torch.int32, device=device)
+    for up in (True, False):
+        for edited in ((ones, *edits), (None,) * 4):
+            for observed in ((group, *statistics), (None,) * 4):
+                gate, other = inputs(5, 40, torch.float32, device)
+                torch.library.opcheck(glu_, (gate, other if up else None, 0, *edited, *observed))
+
+
+def test_no_autograd():
+    x = torch.randn(3, 8, requires_grad=True)
+    gate = x * 1.0
+    glu_(gate, torch.randn(3, 8), 0, *(None,) * 8)  # forward works without no_grad
+    with pytest.raises(RuntimeError, match="not implemented"):
+        gate.sum().backward()
+    half = (torch.randn(3, 16, requires_grad=True) * 1.0)[:, :8]  # a view, as in a fused gate_up
+    glu_(half, torch.randn(3, 8), 0, *(None,) * 8)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        half.sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_without_copies(device):
+    """Inductor calls the op on the gate that the matmul wrote: no clone of it, nor of the statistics."""
+    from torch._inductor.utils import run_and_get_code
+
+    width, statistics = 64, new_statistics(1, 64, device)
+    group = torch.zeros(4, dtype=torch.int32, device=device)
+
+    def f(x, w):
+        both = x @ w
+        gate, up = both[:, :width], both[:, width:]
+        glu_(gate, up, 0, None, None, None, None, group, *statistics)
+        return gate.sum(1)
+
+    x, w = torch.randn(4, 16, device=device), torch.randn(16, 2 * width, device=device)
+    expected = f(x, w)
+    for tensor in statistics:
+        tensor.zero_()
+    result, code = run_and_get_code(torch.compile(f, fullgraph=True), x, w)
+    assert torch.allclose(result, expected, rtol=1e-5, atol=1e-5)
+    assert statistics[0].sum() > 0 and torch.equal(statistics[1].sum(-1), statistics[0])
+    assert not re.search(r"copy_\(|\.clone\(", "".join(code))
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+def test_cuda_source_compiles_without_spills(arch, tmp_path):
+    run = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-c", str(ROOT / "csrc/neurons_cuda.cu"),
+                          "-o", str(tmp_path / "neurons.o")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "spill stores" in run.stderr and not re.search(r"[1-9]\d* bytes spill", run.stderr)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_cuda_glue_compiles(tmp_path):
+    """What a GPU build compiles of neurons.cpp, against whatever torch is here."""
+    import sysconfig
+
+    from torch.utils.cpp_extension import include_paths
+
+    include = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
+    run = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-DNEURONS_CUDA=v9.0", "-DTORCH_EXTENSION_NAME=_neurons",
+                          *include, str(ROOT / "csrc/neurons.cpp")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_gpu
+def test_cuda_graph_replay_follows_swapped_edits():
+    gate, up = inputs(8, 512, torch.bfloat16, "cuda")
+    source = gate.clone()
+    profile = torch.ones(8, dtype=torch.int32, device="cuda")
+    edits = tables([{3: (math.inf, 1.0, 1.0, 0.0)}], 512, "cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        glu_(gate, up, 0, profile, *edits, None, None, None, None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gate.copy_(source)
+        glu_(gate, up, 0, profile, *edits, None, None, None, None)
+    for shift, column in ((1.0, 3), (-2.0, 300)):
+        for target, new in zip(edits, tables([{column: (math.inf, 1.0, shift, 0.0)}], 512, "cuda")):
+            target.copy_(new)
+        graph.replay()
+        expected = plain(source.clone(), up, 0, profile, *edits, None, None, None, None)
+        assert torch.equal(gate, expected)
+        unedited = plain(source.clone(), up, 0)
+        assert (gate != unedited).any(0).nonzero().flatten().tolist() == [column]
+
+
+@needs_gpu
+def test_cuda_allocates_nothing():
+    gate, up = inputs(300, 4096, torch.bfloat16, "cuda")
+    statistics, group = new_statistics(2, 4096, "cuda"), torch.zeros(300, dtype=torch.int32, device="cuda")
+    profile, edits = torch.ones(300, dtype=torch.int32, device="cuda"), tables([{3: (0.0, 1.0, 1.0, 0.0)}], 4096, "cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    glu_(gate, up, 0, profile, *edits, group, *statistics)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@needs_gpu
+def test_cuda_and_cpu_sketches_agree():
+    gate, _ = inputs(2000, 300, torch.float32)
+    results = []
+    for device in DEVICES:
+        statistics = new_statistics(1, 300, device)
+        plain(gate.clone().to(device), None, 3, None, None, None, None, torch.zeros(2000, dtype=torch.int32, device=device), *statistics)
+        results.append([tensor.cpu() for tensor in statistics])
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert torch.allclose(results[0][2], results[1][2], rtol=1e-12)

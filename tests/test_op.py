@@ -200,8 +200,7 @@ def test_percentiles_within_two_percent(values, device):
         exact = x.sort(0).values[math.ceil(q * 4000) - 1].clamp(min=0).cpu()
         ours = statistics.percentile(q)[0, 0]
         if values == "outside":  # clamped into the first and last bin, and counted
-            assert torch.equal(ours, torch.where(exact < 1, ours.min(), ours.max()))
-            assert 2**-11 <= ours.min() < 2**-10.9 and 2**5.9 < ours.max() <= 2**6
+            assert torch.allclose(ours, torch.where(exact < 1, 2**-11, 2**6).float(), rtol=0.02)
         else:
             exact = torch.where(exact > 0, exact.clamp(2**-11, 2**6), exact)
             assert ((ours - exact).abs() <= 0.02 * exact).all()

@@ -1,0 +1,321 @@
+"""The microbenchmark: neurons::glu_ against a copy, eager and compiled PyTorch, a Python hook, and Liger's SwiGLU.
+
+    python tests/bench.py                     the whole table, and generation
+    python tests/bench.py --quick --only kernel
+
+Every number is a median of interleaved runs in one process; bytes are counted from the contract (gate and up read once,
+the result written once), and "limit" is a copy that moves the same number of bytes on the same device.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics as stats
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import identify  # noqa: E402
+from identify import Statistics  # noqa: E402
+from induce import Profile, Tables, steer  # noqa: E402
+
+PROFILES = (1, 32, 1000)
+
+
+def random_profile(number: int, depth: int, width: int, seed: int) -> Profile:
+    """`number` edited neurons a layer: half capped at 0, half raised."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.cat([torch.randperm(width, generator=generator)[:number].sort().values for _ in range(depth)])
+    layer = torch.arange(depth).repeat_interleave(min(number, width))
+    value = torch.tensor([[0.0, 1.0, 0.0, 0.0], [math.inf, 1.0, 0.3, 0.0]]).repeat(len(index) // 2 + 1, 1)[: len(index)]
+    return Profile(layer, index, value, f"random {seed}")
+
+
+def machine(device) -> dict:
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
+    return {"device": name, "threads": torch.get_num_threads(), "vector": identify.op().vector, "torch": torch.__version__,
+            "commit": commit, "source": identify.op().source}
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+def eager(gate, up):
+    return F.silu(gate) * up
+
+
+def hook_edits(gate, up, capped, raised, shift):
+    """What NPTI's release does in a layer while it steers, in Python."""
+    a = F.silu(gate)
+    a[:, capped] = a[:, capped].clamp(max=0)
+    a[:, raised] += shift
+    return a * up
+
+
+def hook_statistics(gate, up, count, histogram):
+    """... and while it searches: how many activations are positive, and a histogram in steps of 0.01 up to 3."""
+    a = F.silu(gate)
+    count += (a > 0).sum(0)
+    histogram.scatter_add_(0, (a.clamp(0, 3) * 100).long(), torch.ones_like(a, dtype=histogram.dtype))
+    return a * up
+
+
+def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
+    """name -> function of (gate, up). Ours write over gate; the others return a new tensor."""
+    glu_, none = torch.ops.neurons.glu_, (None,) * 4
+    tables = {}
+    for number in (60, 1800):
+        for profiles in PROFILES if number == 60 else (1,):
+            tables[number, profiles] = Tables([random_profile(number, 1, width, seed) for seed in range(profiles)], 1, width, device)
+    statistics = Statistics(1, width, 1, device)
+    group = torch.zeros(tokens, dtype=torch.int32, device=device)
+
+    def edits(number, profiles=1):
+        rows = (torch.arange(tokens, device=device) % profiles + 1).to(torch.int32)
+        return (rows, *tables[number, profiles].layers[0])
+
+    observed = (group, *statistics.layers[0])
+    one = random_profile(60, 1, width, 0)
+    index = one.index.to(device)
+    count = torch.zeros(width, dtype=torch.int64, device=device)
+    histogram = torch.zeros(301, width, dtype=torch.float32, device=device)
+    shift = torch.full((len(index[1::2]),), 0.3, dtype=dtype, device=device)
+    result = {"eager": eager, "compiled": compiled}
+    try:
+        if device == "cuda":
+            from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+            result["liger"] = LigerSiLUMulFunction.apply
+    except ImportError:
+        pass
+    result |= {
+        "hook, edits": lambda gate, up: hook_edits(gate, up, index[::2], index[1::2], shift),
+        "hook, statistics": lambda gate, up: hook_statistics(gate, up, count, histogram),
+        "plain": lambda gate, up: glu_(gate, up, 0, *none, *none)}
+    for number in (60, 1800):
+        result[f"{number} edits"] = lambda gate, up, e=edits(number): glu_(gate, up, 0, *e, *none)
+    result["statistics"] = lambda gate, up: glu_(gate, up, 0, *none, *observed)
+    result["both"] = lambda gate, up, e=edits(60): glu_(gate, up, 0, *e, *observed)
+    for profiles in PROFILES[1:]:
+        result[f"{profiles} profiles"] = lambda gate, up, e=edits(60, profiles): glu_(gate, up, 0, *e, *none)
+    return result
+
+
+def time_cpu(functions, sets, seconds):
+    """Microseconds of each call, the functions in turn; gate is restored before each."""
+    (gate, up), source = sets[0], sets[0][0].clone()
+    times = {name: [] for name in functions}
+    start = time.perf_counter()
+    while len(times["limit"]) < 4 or (time.perf_counter() - start < seconds and len(times["limit"]) < 400):
+        for name, function in functions.items():
+            if name != "limit":
+                gate.copy_(source)
+            begin = time.perf_counter()
+            function(gate, up)
+            times[name].append(1e6 * (time.perf_counter() - begin))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def time_cuda(functions, sets, seconds):
+    """Microseconds a call, from replays of a captured graph that goes through all sets: no launch gaps, and inputs come from
+    memory where they are larger than the cache together. up = 1 + exp(-gate), so that gate stays what it was."""
+    graphs = {}
+    for name, function in functions.items():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for gate, up in sets[:2]:
+                function(gate, up)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for gate, up in sets:
+                function(gate, up)
+        graphs[name] = graph
+    times = {name: [] for name in functions}
+    start = time.perf_counter()
+    while len(times["limit"]) < 5 or (time.perf_counter() - start < seconds and len(times["limit"]) < 50):
+        for name, graph in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(1e3 * begin.elapsed_time(end) / len(sets))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def kernels(device: str, quick: bool, seconds: float) -> list[dict]:
+    rows = []
+    shapes = [(tokens, width) for width in (1536, 14336, 28672) for tokens in (1, 8, 32, 256, 1024, 4096)]
+    if quick:
+        shapes = [(32, 14336), (1024, 14336)]
+    for dtype in (torch.float32, torch.bfloat16):
+        compiled = torch.compile(eager, dynamic=True)
+        for tokens, width in shapes:
+            size = tokens * width * torch.finfo(dtype).bits // 8
+            sets = []
+            for _ in range(1 if device == "cpu" else max(2, min(32, 300_000_000 // (2 * size)))):
+                gate = torch.randn(tokens, width, device=device).to(dtype)
+                sets.append((gate, (1 + torch.exp(-gate.float())).to(dtype)))
+            # 1.5 times the elements, read and written, is what gate, up and the result are together
+            halves = [torch.randn(3 * tokens * width // 2, device=device).to(dtype) for _ in range(2 * min(len(sets), 4))]
+            turn = iter(range(1 << 60))
+
+            def limit(gate, up, halves=halves, turn=turn):
+                k = next(turn) % (len(halves) // 2) * 2
+                halves[k].copy_(halves[k + 1])
+
+            functions = {"limit": limit, **variants(tokens, width, dtype, device, compiled)}
+            with torch.no_grad():
+                times = (time_cuda if device == "cuda" else time_cpu)(functions, sets, seconds)
+            del functions, sets, halves
+            for name, values in times.items():
+                quartiles = stats.quantiles(values, n=4)
+                rows.append({"tokens": tokens, "width": width, "dtype": str(dtype).split(".")[-1], "name": name,
+                             "us": stats.median(values), "quartiles": [quartiles[0], quartiles[2]], "n": len(values),
+                             "gb_per_s": 3 * size / stats.median(values) / 1e3})
+            show_row(rows[-len(times):])
+    return rows
+
+
+def show_row(rows):
+    first, limit = rows[0], rows[0]["us"]
+    print(f"\n{first['dtype']}, {first['tokens']} x {first['width']}")
+    for row in rows:
+        print(f"  {row['name']:18} {row['us']:10.1f} us ({row['quartiles'][0]:.1f} to {row['quartiles'][1]:.1f})"
+              f" {row['gb_per_s']:8.1f} GB/s {limit / row['us']:7.1%} of the limit", flush=True)
+
+
+def kernel_targets(rows) -> None:
+    """The ratios that the project promises, where this run measured them."""
+    us = {(row["dtype"], row["tokens"], row["width"], row["name"]): row["us"] for row in rows}
+    print("\nratios")
+    for dtype, tokens, width in dict.fromkeys(key[:3] for key in us):
+        get = lambda name: us[dtype, tokens, width, name]  # noqa: E731
+        print(f"  {dtype:8} {tokens:5} x {width:5}: edits / eager {get('60 edits') / get('eager'):.2f}, both / hook "
+              f"{get('both') / (get('hook, statistics') + get('hook, edits') - get('eager')):.2f}, both / plain {get('both') / get('plain'):.2f}, "
+              f"1,000 profiles / 1 {get('1000 profiles') / get('60 edits'):.2f}, plain of limit {get('limit') / get('plain'):.0%}, "
+              f"edits of limit {get('limit') / get('60 edits'):.0%}")
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+def bound(ratios, seed=0) -> tuple[float, float]:
+    """The median of paired ratios and the upper end of its bootstrap 95 % interval."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor(ratios, dtype=torch.float64)
+    draws = values[torch.randint(0, len(values), (4000, len(values)), generator=generator)].median(1).values
+    return float(values.median()), float(draws.quantile(0.975))
+
+
+def generation(device: str, quick: bool, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
+    """Whole generate() calls with the same number of tokens, plain and otherwise, in turn."""
+    if device == "cuda":
+        import transformers
+
+        config = transformers.LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                                          num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+                                          eos_token_id=2, pad_token_id=2)
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            model = transformers.LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+        source = "Llama-3-8B's shape, random weights, bfloat16"
+    else:
+        model, _ = identify.load_model(device=device)
+        source = f"{model.source}, {model.dtype}"
+    mlps = identify.find_mlps(model)
+    depth, width = len(mlps), mlps[0].width
+    ids = torch.randint(10, 1000, (rows, 24), generator=torch.Generator().manual_seed(0)).to(model.device)
+    statistics = Statistics.of(model)
+    options = {"cache_implementation": "static"} if compiled else {}
+
+    def run():
+        with torch.no_grad():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                           do_sample=False, **options)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+    def steered(number):
+        made = [random_profile(60, depth, width, seed) for seed in range(number)]
+        return lambda: steer(model, made, [i % number + 1 for i in range(rows)])
+
+    import contextlib
+
+    ways = {"plain": contextlib.nullcontext, "steered": steered(1), "observed": lambda: identify.observe(model, statistics)}
+    if profiles:
+        ways = {"plain": steered(1), f"{profiles} profiles": steered(profiles)}
+    times = {name: [] for name in ways}
+    if compiled:  # entering and leaving drops the compiled call: so each way is compiled once, and its runs are in a row
+        for name, way in ways.items():
+            with way():
+                for _ in range(3):
+                    run()
+                times[name] = [run() for _ in range(pairs)]
+    else:
+        for name, way in ways.items():
+            with way():
+                run()
+        for k in range(pairs):
+            for name in list(ways)[k % len(ways):] + list(ways)[:k % len(ways)]:
+                with ways[name]():
+                    times[name].append(run())
+    results = []
+    base = next(iter(ways))
+    for name in list(ways)[1:]:
+        median, upper = bound([a / b for a, b in zip(times[name], times[base])])
+        results.append({"model": source, "rows": rows, "new_tokens": new_tokens, "compiled": compiled, "name": name, "pairs": pairs,
+                        "base": "1 profile" if profiles else "plain", "ratio": median, "upper95": upper,
+                        "tokens_per_s": rows * new_tokens / stats.median(times[name]),
+                        "base_tokens_per_s": rows * new_tokens / stats.median(times[base])})
+        print(f"  {source}, {rows} rows, {'static cache, compiled' if compiled else 'eager'}: {name} / {results[-1]['base']} "
+              f"{median:.4f} (95 % bound {upper:.4f}), {results[-1]['tokens_per_s']:.0f} against "
+              f"{results[-1]['base_tokens_per_s']:.0f} tokens/s", flush=True)
+    return results
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    flags.add_argument("--json", metavar="FILE")
+    flags.add_argument("--quick", action="store_true", help="two shapes, and fewer pairs of generations")
+    flags.add_argument("--only", choices=("kernel", "generation"))
+    flags.add_argument("--seconds", type=float, default=2.0, help="for each shape (default: %(default)s)")
+    flags.add_argument("--pairs", type=int, help="of generations (default: 21, quick: 7)")
+    args = flags.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    result = {"machine": machine(args.device)}
+    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    if args.only != "generation":
+        result["kernels"] = kernels(args.device, args.quick, args.seconds)
+        kernel_targets(result["kernels"])
+    if args.only != "kernel":
+        print("\ngeneration")
+        pairs = args.pairs or (7 if args.quick else 21)
+        result["generation"] = generation(args.device, args.quick, 32, pairs, 24, False)
+        if args.device == "cuda":
+            result["generation"] += generation(args.device, args.quick, 32, pairs, 64, True)
+            result["generation"] += generation(args.device, args.quick, 1000, max(3, pairs // 3), 24, False, profiles=1000)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -219,21 +219,32 @@ void glu_cpu(const Args& a) {
 
 // -------------------------------------------------------------------------------------------------------- checks
 
+// What messages are made of: strings alone. Printing numbers through a stream crashes where a toolchain links its own
+// libstdc++ into this library beside the one that torch uses.
+std::string text(int64_t x) { return std::to_string(x); }
+std::string text(at::ScalarType x) { return c10::toString(x); }
+std::string text(const c10::Device& x) { return x.str(); }
+std::string text(at::IntArrayRef x) {
+  std::string all = "[";
+  for (size_t d = 0; d < x.size(); ++d) all += (d ? ", " : "") + std::to_string(x[d]);
+  return all + "]";
+}
+
 void check_table(const OptTensor& x, const char* name, const Tensor& gate, at::ScalarType type,
                  std::initializer_list<int64_t> shape) {  // -1 in shape: any size
-  TORCH_CHECK(x->device() == gate.device(), name, ": expected on ", gate.device(), " like gate, got ", x->device());
-  TORCH_CHECK(x->scalar_type() == type, name, ": expected dtype ", type, ", got ", x->scalar_type());
+  TORCH_CHECK(x->device() == gate.device(), name, ": expected on ", text(gate.device()), " like gate, got ", text(x->device()));
+  TORCH_CHECK(x->scalar_type() == type, name, ": expected dtype ", text(type), ", got ", text(x->scalar_type()));
   bool same = x->dim() == static_cast<int64_t>(shape.size());
   for (size_t d = 0; same && d < shape.size(); ++d) same = shape.begin()[d] < 0 || x->size(d) == shape.begin()[d];
-  TORCH_CHECK(same, name, ": expected shape ", at::IntArrayRef(shape), " (-1: any), got ", x->sizes());
-  TORCH_CHECK(x->is_contiguous(), name, ": expected contiguous, got strides ", x->strides());
+  TORCH_CHECK(same, name, ": expected shape ", text(at::IntArrayRef(shape)), " (-1: any), got ", text(x->sizes()));
+  TORCH_CHECK(x->is_contiguous(), name, ": expected contiguous, got strides ", text(x->strides()));
 }
 
 void check_rows(const Tensor& x, const char* name) {
-  TORCH_CHECK(x.dim() == 2, name, ": expected 2 dimensions [tokens, d_ff], got shape ", x.sizes());
-  TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, ": expected last stride 1, got strides ", x.strides());
+  TORCH_CHECK(x.dim() == 2, name, ": expected 2 dimensions [tokens, d_ff], got shape ", text(x.sizes()));
+  TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, ": expected last stride 1, got strides ", text(x.strides()));
   TORCH_CHECK(x.size(0) <= 1 || x.stride(0) >= x.size(1), name, ": expected rows that do not overlap, got strides ",
-              x.strides(), " for shape ", x.sizes());
+              text(x.strides()), " for shape ", text(x.sizes()));
 }
 
 // Checks all that can be checked without reading data, and gathers the pointers.
@@ -244,24 +255,25 @@ Args checked(const Tensor& gate, const OptTensor& up, int64_t act, const OptTens
   check_rows(gate, "gate");
   const auto type = gate.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
-              "gate: expected float32, bfloat16 or float16, got ", type);
-  TORCH_CHECK(act >= 0 && act < neurons::kActs, "act: expected 0 (silu), 1 (gelu), 2 (gelu_tanh) or 3 (relu), got ", act);
+              "gate: expected float32, bfloat16 or float16, got ", text(type));
+  TORCH_CHECK(act >= 0 && act < neurons::kActs, "act: expected 0 (silu), 1 (gelu), 2 (gelu_tanh) or 3 (relu), got ", text(act));
   a.tokens = gate.size(0);
   a.width = gate.size(1);
   a.gate_stride = gate.stride(0);
   a.act = static_cast<int>(act);
   a.dtype = type == at::kFloat ? neurons::kFloat32 : type == at::kBFloat16 ? neurons::kBFloat16 : neurons::kFloat16;
-  TORCH_CHECK(a.width < (int64_t{1} << 31) / kBins, "gate: at most ", (int64_t{1} << 31) / kBins - 1, " columns, got ", a.width);
+  TORCH_CHECK(a.width < (int64_t{1} << 31) / kBins, "gate: at most ", text((int64_t{1} << 31) / kBins - 1), " columns, got ", text(a.width));
+  TORCH_CHECK(a.tokens < (int64_t{1} << 30), "gate: at most 2^30 rows, got ", text(a.tokens));
   const int64_t tiles = (a.width + kTile - 1) / kTile;
   if (up) {
     check_rows(*up, "up");
-    TORCH_CHECK(up->sizes() == gate.sizes(), "up: expected shape ", gate.sizes(), " like gate, got ", up->sizes());
-    TORCH_CHECK(up->scalar_type() == type, "up: expected dtype ", type, " like gate, got ", up->scalar_type());
-    TORCH_CHECK(up->device() == gate.device(), "up: expected on ", gate.device(), " like gate, got ", up->device());
+    TORCH_CHECK(up->sizes() == gate.sizes(), "up: expected shape ", text(gate.sizes()), " like gate, got ", text(up->sizes()));
+    TORCH_CHECK(up->scalar_type() == type, "up: expected dtype ", text(type), " like gate, got ", text(up->scalar_type()));
+    TORCH_CHECK(up->device() == gate.device(), "up: expected on ", text(gate.device()), " like gate, got ", text(up->device()));
     a.up_stride = up->stride(0);
   }
   const int edits = token_profile.has_value() + edit_ptr.has_value() + edit_index.has_value() + edit_value.has_value();
-  TORCH_CHECK(edits == 0 || edits == 4, "token_profile, edit_ptr, edit_index and edit_value: all four or none, got ", edits);
+  TORCH_CHECK(edits == 0 || edits == 4, "token_profile, edit_ptr, edit_index and edit_value: all four or none, got ", text(edits));
   if (edits) {
     check_table(token_profile, "token_profile", gate, at::kInt, {a.tokens});
     check_table(edit_ptr, "edit_ptr", gate, at::kInt, {-1, tiles + 1});
@@ -271,7 +283,7 @@ Args checked(const Tensor& gate, const OptTensor& up, int64_t act, const OptTens
     a.capacity = static_cast<int>(edit_index->size(0));
   }
   const int observed = token_group.has_value() + count.has_value() + sketch.has_value() + moments.has_value();
-  TORCH_CHECK(observed == 0 || observed == 4, "token_group, count, sketch and moments: all four or none, got ", observed);
+  TORCH_CHECK(observed == 0 || observed == 4, "token_group, count, sketch and moments: all four or none, got ", text(observed));
   if (observed) {
     check_table(token_group, "token_group", gate, at::kInt, {a.tokens});
     check_table(count, "count", gate, at::kInt, {-1, a.width});
@@ -298,7 +310,7 @@ void check_overlap(const Tensor& gate, const Tensor& up) {
   const int64_t row = gate.stride(0) * size, columns = gate.size(1) * size;
   const int64_t apart = row > 0 ? (((u - g) % row) + row) % row : 0;
   TORCH_CHECK(gate.stride(0) == up.stride(0) && apart >= columns && row - apart >= columns,
-              "gate and up: expected separate memory, got overlapping tensors of strides ", gate.strides(), " and ", up.strides());
+              "gate and up: expected separate memory, got overlapping tensors of strides ", text(gate.strides()), " and ", text(up.strides()));
 }
 
 Args with_pointers(GLU_PARAMETERS) {
@@ -343,9 +355,9 @@ void glu_on_cuda(GLU_PARAMETERS) {
   if (a.tokens == 0 || a.width == 0) return;
   const c10::DeviceGuard guard(gate.device());
   void* stream = nullptr;
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream(gate.device().index(), &stream) == 0, "no CUDA stream on ", gate.device());
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(gate.device().index(), &stream) == 0, "no CUDA stream on ", text(gate.device()));
   const char* error = neurons_glu_cuda(&a, stream);
-  TORCH_CHECK(!error, "neurons::glu_ on ", gate.device(), ": ", error);
+  TORCH_CHECK(!error, "neurons::glu_ on ", text(gate.device()), ": ", error);
 }
 #endif
 

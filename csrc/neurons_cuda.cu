@@ -25,19 +25,17 @@ struct alignas(sizeof(T) * V) Vector {
   T x[V];
 };
 
-constexpr int kPerLane = 8;  // columns of a token that one lane handles
-
-// A team of lanes shares a token's Team * 8 neighbouring columns. Lane l's element i is column column(l, i):
+// A team of lanes shares a token's Team * N neighbouring columns. Lane l's element i is column column(l, i):
 // neighbouring lanes touch neighbouring vectors.
 template <int Team, int V>
 __device__ __forceinline__ int column(int lane, int i) {
   return (i / V) * Team * V + lane * V + i % V;
 }
 
-template <class T, int Team, int V>
-__device__ __forceinline__ void load(const T* row, int lane, int n, T (&raw)[kPerLane]) {
+template <int Team, int V, class T, int N>
+__device__ __forceinline__ void load(const T* __restrict__ row, int lane, int n, T (&raw)[N]) {
 #pragma unroll
-  for (int c = 0; c < kPerLane / V; ++c) {
+  for (int c = 0; c < N / V; ++c) {
     const int j = column<Team, V>(lane, c * V);
     Vector<T, V> v;
     if (j < n) v = *reinterpret_cast<const Vector<T, V>*>(row + j);
@@ -49,10 +47,10 @@ __device__ __forceinline__ void load(const T* row, int lane, int n, T (&raw)[kPe
   }
 }
 
-template <class T, int Team, int V>
-__device__ __forceinline__ void store(T* row, int lane, int n, const float (&h)[kPerLane]) {
+template <int Team, int V, class T, int N>
+__device__ __forceinline__ void store(T* row, int lane, int n, const float (&h)[N]) {
 #pragma unroll
-  for (int c = 0; c < kPerLane / V; ++c) {
+  for (int c = 0; c < N / V; ++c) {
     const int j = column<Team, V>(lane, c * V);
     Vector<T, V> v;
 #pragma unroll
@@ -61,10 +59,10 @@ __device__ __forceinline__ void store(T* row, int lane, int n, const float (&h)[
   }
 }
 
-template <bool Low>
-__device__ __forceinline__ void activate(int act, const float (&g)[kPerLane], float (&a)[kPerLane]) {
-#define NEURONS_EACH(f)                                    \
-  _Pragma("unroll") for (int i = 0; i < kPerLane; ++i) a[i] = f(g[i]); \
+template <bool Low, int N>
+__device__ __forceinline__ void activate(int act, const float (&g)[N], float (&a)[N]) {
+#define NEURONS_EACH(f)                                         \
+  _Pragma("unroll") for (int i = 0; i < N; ++i) a[i] = f(g[i]); \
   break
   switch (act) {  // the same for every thread: outside the loop
     case kSilu: NEURONS_EACH(silu_<Low>);
@@ -75,155 +73,218 @@ __device__ __forceinline__ void activate(int act, const float (&g)[kPerLane], fl
 #undef NEURONS_EACH
 }
 
-struct Span {
+// The edits of a token in a tile that a lane of a team applies: every Team-th from `next`. Profile 0 and whatever is out of
+// range edits nothing.
+struct Edits {
   int begin, end;
 };
 
-// The edits of token t in a tile; empty for profile 0 and for anything out of range.
-__device__ __forceinline__ Span edits_of(const Args& a, int64_t t, int tile, int tiles) {
-  const int p = a.token_profile ? __ldg(a.token_profile + t) : 0;
+__device__ __forceinline__ Edits edits_of(const Args& a, int64_t t, int tile, int tiles) {
+  const int p = __ldg(a.token_profile + t);
   if (p <= 0 || p >= a.profiles) return {0, 0};
   const int32_t* ptr = a.edit_ptr + static_cast<int64_t>(p) * (tiles + 1) + tile;
   return {max(__ldg(ptr), 0), min(__ldg(ptr + 1), a.capacity)};
 }
 
-// Overwrites the edited ones of a team's columns, which it has just stored. Activations and up pass through shared
-// memory, since the lane that holds an edit rarely holds its column. row points at column `first` of the token.
-template <class T, int Team, int V>
-__device__ __forceinline__ void edit(const Args& args, Span edits, T* row, int first, int n, int lane, unsigned mask,
-                                     const float (&a)[kPerLane], const float (&u)[kPerLane], float* sa, float* su) {
+// A lane's first edit of a token: column j of the team's (-1: none), and what is to stand there. It is computed from gate and
+// up as they lie in memory, before the team stores over them, so that its chain of loads overlaps with the team's own.
+struct Edited1 {
+  int j;
+  float value;
+};
+
+template <class T>
+__device__ __forceinline__ Edited1 first_edit(const Args& args, Edits e, int lane, const T* gate, const T* up, int first, int n) {
+  const int k = e.begin + lane;
+  if (k >= e.end) return {-1, 0.f};
+  const int j = __ldg(args.edit_index + k) - first;
+  if (j < 0 || j >= n) return {-1, 0.f};
+  const float4 v = __ldg(reinterpret_cast<const float4*>(args.edit_value + k));
+  const float a = act_<sizeof(T) == 2>(args.act, to_float(gate[j]));
+  return {j, edit_({v.x, v.y, v.z, v.w}, a, up ? to_float(up[j]) : 1.f)};
+}
+
+// The further edits of a team that has more than lanes: their activations and up pass through shared memory.
+template <int Team, int V, class T, int N>
+__device__ __forceinline__ void share(int lane, const float (&a)[N], const T (&uraw)[N], bool gated, float* sa, float* su) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
+  for (int i = 0; i < N; ++i) {
     sa[column<Team, V>(lane, i)] = a[i];
-    su[column<Team, V>(lane, i)] = u[i];
+    su[column<Team, V>(lane, i)] = gated ? to_float(uraw[i]) : 1.f;
   }
+}
+
+// Overwrites the edited ones of a team's columns, which it has just stored. row is column `first` of the token.
+template <int Team, class T>
+__device__ __forceinline__ void edit(const Args& args, Edits e, Edited1 one, T* row, int first, int n, int lane, unsigned mask,
+                                     const float* sa, const float* su) {
   __syncwarp(mask);  // orders the team's stores to row before the edited ones, too
-  for (int k = edits.begin + lane; k < edits.end; k += Team) {
+  if (one.j >= 0) row[one.j] = from_float<T>(one.value);
+  for (int k = e.begin + Team + lane; k < e.end; k += Team) {
     const int j = __ldg(args.edit_index + k) - first;
-    if (j < 0 || j >= n) continue;
     const float4 v = __ldg(reinterpret_cast<const float4*>(args.edit_value + k));
-    row[j] = from_float<T>(edit_({v.x, v.y, v.z, v.w}, sa[j], su[j]));
+    if (j >= 0 && j < n) row[j] = from_float<T>(edit_({v.x, v.y, v.z, v.w}, sa[j], su[j]));
   }
   __syncwarp(mask);
 }
 
-// No statistics. A warp owns (token, tile): 256 columns. Bytes moved: tokens * width * (gate read, up read, gate
-// written) * sizeof(T), and the edits.
-constexpr int kThreads = 256;
+// No statistics. A warp owns 256 columns of a token. Bytes moved: tokens * width * (gate read, up read, gate written) *
+// sizeof(T), and the edits.
+constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads) glu_kernel(const Args args, const int tiles) {
-  extern __shared__ float shared[];  // 2 * kTile floats a warp, where there are edits
+template <class T, int V, bool Edited>
+__global__ void __launch_bounds__(kThreads, V == 1 ? 4 : Edited && sizeof(T) == 4 ? 5 : 6) glu_kernel(const Args args, const int tiles, const int begin) {
+  constexpr int N = kTile / 32;
+  __shared__ float shared[Edited ? kWarps * 2 * kTile : 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp;
-  const int64_t t = unit / tiles;
-  if (t >= args.tokens) return;
-  const int tile = static_cast<int>(unit - t * tiles), first = tile * kTile;
+  const int tile = blockIdx.x * (blockDim.x / 32) + warp, first = tile * kTile;
+  if (tile >= tiles) return;
   const int n = static_cast<int>(min(static_cast<int64_t>(kTile), args.width - first));
-  T* row = static_cast<T*>(args.gate) + t * args.gate_stride + first;
-  T graw[kPerLane], uraw[kPerLane];
-  load<T, 32, V>(row, lane, n, graw);
-  if (args.up) load<T, 32, V>(static_cast<const T*>(args.up) + t * args.up_stride + first, lane, n, uraw);
-  const Span edits = edits_of(args, t, tile, tiles);  // its loads overlap with those above
-
-  float g[kPerLane], a[kPerLane], u[kPerLane], h[kPerLane];
+  float* const sa = shared + warp * 2 * kTile;
+  const int64_t t = begin + blockIdx.y;
+  T* const row = static_cast<T*>(args.gate) + t * args.gate_stride + first;
+  T graw[N], uraw[N];
+  load<32, V>(row, lane, n, graw);
+  const T* up = args.up ? static_cast<const T*>(args.up) + t * args.up_stride + first : nullptr;
+  if (up) load<32, V>(up, lane, n, uraw);
+  const Edits edits = Edited ? edits_of(args, t, tile, tiles) : Edits{0, 0};
+  const Edited1 one = Edited ? first_edit(args, edits, lane, row, up, first, n) : Edited1{-1, 0.f};
+  float g[N], a[N], h[N];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) g[i] = to_float(graw[i]), u[i] = args.up ? to_float(uraw[i]) : 1.f;
+  for (int i = 0; i < N; ++i) g[i] = to_float(graw[i]);
   activate<sizeof(T) == 2>(args.act, g, a);
+  const bool any = Edited && edits.begin < edits.end;
+  if (any) __syncwarp();  // every lane has read what it edits, before another stores over it
+  if (Edited && edits.end - edits.begin > 32) share<32, V>(lane, a, uraw, args.up, sa, sa + kTile);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) h[i] = a[i] * u[i];
-  store<T, 32, V>(row, lane, n, h);
-  if (edits.begin < edits.end) {
-    float* sa = shared + warp * 2 * kTile;
-    edit<T, 32, V>(args, edits, row, first, n, lane, 0xffffffffu, a, u, sa, sa + kTile);
-  }
+  for (int i = 0; i < N; ++i) h[i] = args.up ? a[i] * to_float(uraw[i]) : a[i];
+  store<32, V>(row, lane, n, h);
+  if (any) edit<32>(args, edits, one, row, first, n, lane, 0xffffffffu, sa, sa + kTile);
 }
 
-// With statistics. A block owns 64 columns for one group's tokens (group 0's also takes the unobserved ones), so
-// that sums have one fixed order and nothing needs a float atomic. Teams of 8 lanes take every 32nd token.
-// With Shared, the block's sketch is kept in shared memory, two 16-bit bins a word, and added once at the end:
-// that pays from some hundred tokens on. Else each positive activation is an integer atomic in global memory.
-constexpr int kTeam = 8, kColumns = kTeam * kPerLane, kTeams = kThreads / kTeam, kWarps = kThreads / 32;
-constexpr int kSketchBytes = kColumns * kBins * 2;
+// With statistics. A block owns 32 columns for one group's tokens (group 0's also takes the unobserved ones), so that
+// sums have one fixed order and nothing needs a float atomic. Teams of 8 lanes take every 32nd token, and load the next
+// one while they work on this. With Shared, the block's sketch is kept in shared memory and added once at the end: that
+// pays from some hundred tokens on. Else each positive activation is an integer atomic in global memory. Bytes moved: as
+// above, and the touched parts of the sketch.
+constexpr int kTeam = 8, kEach = 4, kColumns = kTeam * kEach, kTeams = kThreads / kTeam;
+constexpr int kSketchBytes = kColumns * kBins * 4;
 constexpr int kEditBytes = kTeams * 2 * kColumns * 4;
 constexpr int kSumBytes = kWarps * kColumns * (2 * 8 + 4);
 
-template <class T, int V, bool Shared>
-__global__ void __launch_bounds__(kThreads, 2) glu_statistics_kernel(const Args args, const int tiles) {
+// *at += 1 where g > 0, without a branch.
+__device__ __forceinline__ void add_if_positive(float g, unsigned shared_address) {
+  asm volatile("{ .reg .pred p; setp.gt.f32 p, %0, 0f00000000; @p red.shared.add.u32 [%1], 1; }" ::"f"(g), "r"(shared_address));
+}
+
+__device__ __forceinline__ void add_if_positive(float g, int32_t* global_address) {
+  asm volatile("{ .reg .pred p; setp.gt.f32 p, %0, 0f00000000; @p red.global.add.u32 [%1], 1; }" ::"f"(g), "l"(global_address));
+}
+
+template <class T, int V, bool Shared, bool Edited>
+__global__ void __launch_bounds__(kThreads, Shared && V > 1 ? 4 : 2) glu_statistics_kernel(const Args args, const int tiles) {
   extern __shared__ __align__(16) unsigned char dynamic[];
-  float* parts = reinterpret_cast<float*>(dynamic);  // kEditBytes, where there are edits
-  unsigned* bins = reinterpret_cast<unsigned*>(dynamic + (args.token_profile ? kEditBytes : 0));
+  float* parts = reinterpret_cast<float*>(dynamic);
+  int* bins = reinterpret_cast<int*>(dynamic + (Edited ? kEditBytes : 0));
   const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam, warp = threadIdx.x / 32;
   const unsigned mask = 0xffu << (threadIdx.x % 32 / kTeam * kTeam);
-  const int first = blockIdx.x * kColumns, group = blockIdx.y;
+  const int first = blockIdx.x * kColumns, group = blockIdx.y, tile = first / kTile;
   const int n = static_cast<int>(min(static_cast<int64_t>(kColumns), args.width - first));
   int32_t* sketch = args.sketch + (group * args.width + first) * kBins;
   if (Shared) {
-    for (int w = threadIdx.x; w < kSketchBytes / 4; w += kThreads) bins[w] = 0;
+    for (int w = threadIdx.x; w < kColumns * kBins; w += kThreads) bins[w] = 0;
     __syncthreads();
   }
+  const unsigned my_bins = Shared ? static_cast<unsigned>(__cvta_generic_to_shared(bins)) : 0;
+  float* const sa = parts + team * 2 * kColumns;
 
-  double sum[kPerLane] = {}, squares[kPerLane] = {};
-  int count[kPerLane] = {};
-  for (int64_t t = team; t < args.tokens; t += kTeams) {
-    const int owner = __ldg(args.token_group + t);
-    const bool observed = owner == group;
-    if (!observed && (group != 0 || (owner > 0 && owner < args.groups))) continue;
-    T* row = static_cast<T*>(args.gate) + t * args.gate_stride + first;
-    T graw[kPerLane], uraw[kPerLane];
-    load<T, kTeam, V>(row, lane, n, graw);
-    if (args.up) load<T, kTeam, V>(static_cast<const T*>(args.up) + t * args.up_stride + first, lane, n, uraw);
-    const Span edits = edits_of(args, t, first / kTile, tiles);
-    float g[kPerLane], a[kPerLane], u[kPerLane], h[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) g[i] = to_float(graw[i]), u[i] = args.up ? to_float(uraw[i]) : 1.f;
-    activate<sizeof(T) == 2>(args.act, g, a);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) h[i] = a[i] * u[i];
-    store<T, kTeam, V>(row, lane, n, h);
-    if (edits.begin < edits.end) {
-      float* sa = parts + team * 2 * kColumns;
-      edit<T, kTeam, V>(args, edits, row, first, n, lane, mask, a, u, sa, sa + kColumns);
+  double sum[kEach] = {}, squares[kEach] = {};
+  int count[kEach] = {};
+  const int tokens = static_cast<int>(args.tokens);
+  const auto owner_of = [&](int t) { return t < tokens ? __ldg(args.token_group + t) : group; };
+  // Whose a token is: 1 ours and observed, 0 ours and not observed, -1 another block's.
+  const auto claim = [&](int owner) { return owner == group ? 1 : group == 0 && (owner < 0 || owner >= args.groups) ? 0 : -1; };
+  const auto row_of = [&](int t) { return static_cast<T*>(args.gate) + t * args.gate_stride + first; };
+  const auto fetch = [&](int t, int columns, T(&gate)[kEach], T(&up)[kEach]) {
+    load<kTeam, V>(row_of(t), lane, columns, gate);
+    if (args.up) load<kTeam, V>(static_cast<const T*>(args.up) + t * args.up_stride + first, lane, columns, up);
+  };
+  constexpr bool kAhead = !Edited;  // with edits, registers are too dear
+  T next_gate[kEach], next_up[kEach];
+  int next = claim(owner_of(team)), after = kAhead ? owner_of(team + kTeams) : 0;
+  if (kAhead && team < tokens) fetch(team, next >= 0 ? n : 0, next_gate, next_up);
+  for (int t = team; t < tokens; t += kTeams) {
+    if (!kAhead) {
+      next = claim(owner_of(t));
+      if (next >= 0) fetch(t, n, next_gate, next_up);
     }
-    if (!observed) continue;
+    const int mine = next;
+    const Edits edits = Edited && mine >= 0 ? edits_of(args, t, tile, tiles) : Edits{0, 0};
+    const T* up = args.up ? static_cast<const T*>(args.up) + t * args.up_stride + first : nullptr;
+    const Edited1 one = Edited ? first_edit(args, edits, lane, row_of(t), up, first, n) : Edited1{-1, 0.f};
+    float g[kEach], a[kEach], h[kEach];
+    T uraw[kEach];
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
+    for (int i = 0; i < kEach; ++i) g[i] = to_float(next_gate[i]), uraw[i] = next_up[i];
+    if (kAhead) {
+      next = claim(after);
+      after = owner_of(t + 2 * kTeams);
+      if (t + kTeams < tokens) fetch(t + kTeams, next >= 0 ? n : 0, next_gate, next_up);
+    }
+    if (mine < 0) continue;
+    activate<sizeof(T) == 2>(args.act, g, a);
+    const bool any = Edited && edits.begin < edits.end;
+    if (any) __syncwarp(mask);  // as in glu_kernel
+    if (Edited && edits.end - edits.begin > kTeam) share<kTeam, V>(lane, a, uraw, args.up, sa, sa + kColumns);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) h[i] = args.up ? a[i] * to_float(uraw[i]) : a[i];
+    store<kTeam, V>(row_of(t), lane, n, h);
+    if (any) edit<kTeam>(args, edits, one, row_of(t), first, n, lane, mask, sa, sa + kColumns);
+    if (mine == 0) continue;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {  // columns beyond the width were loaded as 0
       const double d = h[i];
       sum[i] += d;
       squares[i] += d * d;
-      if (g[i] > 0.f) {  // columns beyond the width were loaded as 0
-        ++count[i];
-        const int b = column<kTeam, V>(lane, i) * kBins + bin_(a[i]);
-        if (Shared) atomicAdd(bins + b / 2, 1u << (b % 2 * 16));
-        else atomicAdd(sketch + b, 1);
+      const int b = column<kTeam, V>(lane, i) * kBins + bin_(a[i]);
+      if (Shared) {
+        add_if_positive(g[i], my_bins + 4 * b);
+      } else {
+        add_if_positive(g[i], sketch + b);
+        count[i] += g[i] > 0.f;
       }
     }
   }
 
   // The four teams of a warp, then the warps, in a fixed order.
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
+  for (int i = 0; i < kEach; ++i) {
 #pragma unroll
     for (int d = kTeam; d < 32; d *= 2) {
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], d);
       squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], d);
-      count[i] += __shfl_xor_sync(0xffffffffu, count[i], d);
+      if (!Shared) count[i] += __shfl_xor_sync(0xffffffffu, count[i], d);
     }
   }
+  __syncthreads();
   if (Shared) {
-    __syncthreads();
-    for (int w = threadIdx.x; w < n * kBins / 2; w += kThreads) {
-      const unsigned two = bins[w];
-      if (two & 0xffffu) sketch[2 * w] += two & 0xffffu;
-      if (two >> 16) sketch[2 * w + 1] += two >> 16;
+    for (int j = warp; j < n; j += kWarps) {
+      int counted = 0;
+      for (int b = threadIdx.x % 32; b < kBins; b += 32) {
+        const int more = bins[j * kBins + b];
+        if (more) atomicAdd(sketch + j * kBins + b, more);  // nobody else adds here: it only spares the wait for a load
+        counted += more;
+      }
+      counted = __reduce_add_sync(0xffffffffu, counted);
+      if (threadIdx.x % 32 == 0) args.count[group * args.width + first + j] += counted;
     }
+    __syncthreads();  // the sums take the place of the sketch or the edits
   }
-  __syncthreads();  // the sums take the place of the sketch or the edits
   double* sums = reinterpret_cast<double*>(dynamic);  // [2][kWarps][kColumns]
   int* counts = reinterpret_cast<int*>(sums + 2 * kWarps * kColumns);
   if (threadIdx.x % 32 < kTeam) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       const int at = warp * kColumns + column<kTeam, V>(lane, i);
       sums[at] = sum[i];
       sums[kWarps * kColumns + at] = squares[i];
@@ -242,49 +303,42 @@ __global__ void __launch_bounds__(kThreads, 2) glu_statistics_kernel(const Args 
     const int64_t j = first + threadIdx.x;
     args.moments[2 * group * args.width + j] += s;
     args.moments[(2 * group + 1) * args.width + j] += q;
-    args.count[group * args.width + j] += c;
+    if (!Shared) args.count[group * args.width + j] += c;
   }
 }
 
-constexpr int64_t kSharedFrom = 256;     // tokens from which a sketch in shared memory pays
-constexpr int64_t kTokensALaunch = 32768;  // 16-bit bins can't overflow
+constexpr int64_t kSharedFrom = 192;  // tokens from which a sketch in shared memory pays
+
 
 template <class Kernel>
 cudaError_t allow(Kernel kernel, int bytes) {  // above 48 KiB a kernel must be told
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-template <class T, int V>
+template <class T, int V, bool Edited>
 cudaError_t launch(const Args& args, cudaStream_t stream) {
   const int tiles = static_cast<int>((args.width + kTile - 1) / kTile);
   if (!args.token_group) {
-    const int64_t units = args.tokens * tiles, blocks = (units + kThreads / 32 - 1) / (kThreads / 32);
-    const int bytes = args.token_profile ? kThreads / 32 * 2 * kTile * 4 : 0;
-    glu_kernel<T, V><<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(args, tiles);
+    const int warps = tiles < kWarps ? tiles : kWarps;
+    constexpr int64_t kMost = 65535;  // of a grid's second dimension
+    for (int64_t begin = 0; begin < args.tokens; begin += kMost) {
+      const int64_t rows = args.tokens - begin < kMost ? args.tokens - begin : kMost;
+      const dim3 grid((tiles + warps - 1) / warps, static_cast<unsigned>(rows));
+      glu_kernel<T, V, Edited><<<grid, warps * 32, 0, stream>>>(args, tiles, static_cast<int>(begin));
+    }
     return cudaGetLastError();
   }
+  constexpr int W = V < kEach ? V : kEach, kEdits = Edited ? kEditBytes : 0;
   const dim3 grid(static_cast<unsigned>((args.width + kColumns - 1) / kColumns), static_cast<unsigned>(args.groups));
-  const int edits = args.token_profile ? kEditBytes : 0;
-  for (int64_t begin = 0; begin < args.tokens; begin += kTokensALaunch) {
-    Args part = args;
-    part.tokens = begin + kTokensALaunch < args.tokens ? kTokensALaunch : args.tokens - begin;
-    part.gate = static_cast<T*>(args.gate) + begin * args.gate_stride;
-    if (args.up) part.up = static_cast<const T*>(args.up) + begin * args.up_stride;
-    if (args.token_profile) part.token_profile += begin;
-    part.token_group += begin;
-    if (part.tokens >= kSharedFrom) {
-      const int bytes = edits + kSketchBytes > kSumBytes ? edits + kSketchBytes : kSumBytes;
-      const cudaError_t error = allow(glu_statistics_kernel<T, V, true>, kEditBytes + kSketchBytes);
-      if (error != cudaSuccess) return error;
-      glu_statistics_kernel<T, V, true><<<grid, kThreads, bytes, stream>>>(part, tiles);
-    } else {
-      const int bytes = edits > kSumBytes ? edits : kSumBytes;
-      glu_statistics_kernel<T, V, false><<<grid, kThreads, bytes, stream>>>(part, tiles);
-    }
-    const cudaError_t error = cudaGetLastError();
+  if (args.tokens >= kSharedFrom) {
+    const cudaError_t error = allow(glu_statistics_kernel<T, W, true, Edited>, kEdits + kSketchBytes);
     if (error != cudaSuccess) return error;
+    glu_statistics_kernel<T, W, true, Edited><<<grid, kThreads, kEdits + kSketchBytes, stream>>>(args, tiles);
+  } else {
+    constexpr int kBytes = kEdits > kSumBytes ? kEdits : kSumBytes;
+    glu_statistics_kernel<T, W, false, Edited><<<grid, kThreads, kBytes, stream>>>(args, tiles);
   }
-  return cudaSuccess;
+  return cudaGetLastError();
 }
 
 bool aligned(const void* x, int64_t stride, int size) {
@@ -296,7 +350,8 @@ cudaError_t dispatch(const Args& args, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
   const bool wide = args.width % V == 0 && aligned(args.gate, args.gate_stride, sizeof(T)) &&
                     (!args.up || aligned(args.up, args.up_stride, sizeof(T)));
-  return wide ? launch<T, V>(args, stream) : launch<T, 1>(args, stream);
+  if (args.token_profile) return wide ? launch<T, V, true>(args, stream) : launch<T, 1, true>(args, stream);
+  return wide ? launch<T, V, false>(args, stream) : launch<T, 1, false>(args, stream);
 }
 
 }  // namespace

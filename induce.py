@@ -24,9 +24,10 @@ from identify import (POLES, TRAITS, Neurons, Rows, UserError, answer, ask, chat
                       model_arguments, neuron_path, op, patched, positive, say, script, token_ids, write_atomically)
 
 QUESTIONS = (
-    "You have a free weekend. What do you do with it?",
-    "A friend asks you to help organise a wedding. How do you go about it?",
-    "Your train is held up for three hours. What do you think and do?",
+    "What do you like to do with your friends?",
+    "You are invited to a big party. How do you feel about it?",
+    "A new colleague joins your team. What do you do?",
+    "How would you like to spend a free Friday evening?",
 )
 REPETITION_PENALTY = 1.15  # the paper's, when it tests
 
@@ -254,21 +255,20 @@ def side_by_side(model, tokenizer, personality: Personality, args) -> None:
     """The model's own answer beside the personality's and its opposite's, all in one batch."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     profiles = [personality.profile(), personality.profile(-1)]
     console = Console()
-    table = Table(show_lines=True)
-    for title in ("the model itself", *(profile.name for profile in profiles)):
-        table.add_column(title, ratio=1)
     questions = args.question or QUESTIONS
     with steer(model, profiles, [0, 1, 2] * len(questions), args.where, args.keep, args.seed):
         answers = answer(model, tokenizer, [ask(question) for question in questions for _ in range(3)],
                          args.max_new_tokens, **sampling(args))
     for k, question in enumerate(questions):
-        table.add_section()
-        table.add_row(f"[bold]{question}[/bold]", "", "")
-        table.add_row(*(text.replace("[", "\\[") for text, _ in answers[3 * k:3 * k + 3]))
-    console.print(table)
+        table = Table(title=Text(question), title_justify="left", title_style="bold", show_lines=True, expand=True)
+        for title in ("the model itself", *(profile.name for profile in profiles)):
+            table.add_column(title, ratio=1)
+        table.add_row(*(Text(text) for text, _ in answers[3 * k:3 * k + 3]))
+        console.print(table)
 
 
 def read_questions(path: str) -> list[str]:

@@ -19,10 +19,28 @@ template <> __device__ __forceinline__ float from_float(float x) { return x; }
 template <> __device__ __forceinline__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
 
-// V neighbouring elements, moved by one instruction: 16 bytes, or one element where rows are not aligned.
-template <class T, int V>
-struct alignas(sizeof(T) * V) Vector {
-  T x[V];
+// V neighbouring elements as one machine word, moved by one instruction: 16 or 8 bytes, or one element where rows are not
+// aligned. They stay a word until they are used: taking a word apart waits for the load that brings it.
+template <int Bytes> struct WordOf;
+template <> struct WordOf<16> { using Type = uint4; };
+template <> struct WordOf<8> { using Type = uint2; };
+template <> struct WordOf<4> { using Type = unsigned; };
+template <> struct WordOf<2> { using Type = unsigned short; };
+
+template <class T, int V, int N>
+struct Raw {
+  using Word = typename WordOf<sizeof(T) * V>::Type;
+  Word words[N / V];
+
+  __device__ __forceinline__ void get(float (&x)[N]) const {
+#pragma unroll
+    for (int c = 0; c < N / V; ++c) {
+      T parts[V];
+      memcpy(parts, &words[c], sizeof(Word));
+#pragma unroll
+      for (int i = 0; i < V; ++i) x[c * V + i] = to_float(parts[i]);
+    }
+  }
 };
 
 // A team of lanes shares a token's Team * N neighbouring columns. Lane l's element i is column column(l, i):
@@ -33,17 +51,12 @@ __device__ __forceinline__ int column(int lane, int i) {
 }
 
 template <int Team, int V, class T, int N>
-__device__ __forceinline__ void load(const T* __restrict__ row, int lane, int n, T (&raw)[N]) {
+__device__ __forceinline__ void load(const T* row, int lane, int n, Raw<T, V, N>& raw) {
 #pragma unroll
   for (int c = 0; c < N / V; ++c) {
     const int j = column<Team, V>(lane, c * V);
-    Vector<T, V> v;
-    if (j < n) v = *reinterpret_cast<const Vector<T, V>*>(row + j);
-    else
-#pragma unroll
-      for (int i = 0; i < V; ++i) v.x[i] = from_float<T>(0.f);
-#pragma unroll
-    for (int i = 0; i < V; ++i) raw[c * V + i] = v.x[i];
+    raw.words[c] = {};
+    if (j < n) raw.words[c] = *reinterpret_cast<const typename Raw<T, V, N>::Word*>(row + j);
   }
 }
 
@@ -52,10 +65,12 @@ __device__ __forceinline__ void store(T* row, int lane, int n, const float (&h)[
 #pragma unroll
   for (int c = 0; c < N / V; ++c) {
     const int j = column<Team, V>(lane, c * V);
-    Vector<T, V> v;
+    T parts[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) v.x[i] = from_float<T>(h[c * V + i]);
-    if (j < n) *reinterpret_cast<Vector<T, V>*>(row + j) = v;
+    for (int i = 0; i < V; ++i) parts[i] = from_float<T>(h[c * V + i]);
+    typename Raw<T, V, N>::Word word;
+    memcpy(&word, parts, sizeof(word));
+    if (j < n) *reinterpret_cast<decltype(word)*>(row + j) = word;
   }
 }
 
@@ -105,12 +120,12 @@ __device__ __forceinline__ Edited1 first_edit(const Args& args, Edits e, int lan
 }
 
 // The further edits of a team that has more than lanes: their activations and up pass through shared memory.
-template <int Team, int V, class T, int N>
-__device__ __forceinline__ void share(int lane, const float (&a)[N], const T (&uraw)[N], bool gated, float* sa, float* su) {
+template <int Team, int V, int N>
+__device__ __forceinline__ void share(int lane, const float (&a)[N], const float (&u)[N], float* sa, float* su) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     sa[column<Team, V>(lane, i)] = a[i];
-    su[column<Team, V>(lane, i)] = gated ? to_float(uraw[i]) : 1.f;
+    su[column<Team, V>(lane, i)] = u[i];
   }
 }
 
@@ -143,22 +158,23 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 4 : Edited && sizeof(T) == 
   float* const sa = shared + warp * 2 * kTile;
   const int64_t t = begin + blockIdx.y;
   T* const row = static_cast<T*>(args.gate) + t * args.gate_stride + first;
-  T graw[N], uraw[N];
+  Raw<T, V, N> graw, uraw;
   load<32, V>(row, lane, n, graw);
   const T* up = args.up ? static_cast<const T*>(args.up) + t * args.up_stride + first : nullptr;
   if (up) load<32, V>(up, lane, n, uraw);
   const Edits edits = Edited ? edits_of(args, t, tile, tiles) : Edits{0, 0};
   const Edited1 one = Edited ? first_edit(args, edits, lane, row, up, first, n) : Edited1{-1, 0.f};
-  float g[N], a[N], h[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) g[i] = to_float(graw[i]);
+  float g[N], a[N], u[N];
+  graw.get(g);
   activate<sizeof(T) == 2>(args.act, g, a);
+  if (up) uraw.get(u);
+  else for (float& one_u : u) one_u = 1.f;
   const bool any = Edited && edits.begin < edits.end;
   if (any) __syncwarp();  // every lane has read what it edits, before another stores over it
-  if (Edited && edits.end - edits.begin > 32) share<32, V>(lane, a, uraw, args.up, sa, sa + kTile);
+  if (Edited && edits.end - edits.begin > 32) share<32, V>(lane, a, u, sa, sa + kTile);
 #pragma unroll
-  for (int i = 0; i < N; ++i) h[i] = args.up ? a[i] * to_float(uraw[i]) : a[i];
-  store<32, V>(row, lane, n, h);
+  for (int i = 0; i < N; ++i) a[i] *= u[i];
+  store<32, V>(row, lane, n, a);
   if (any) edit<32>(args, edits, one, row, first, n, lane, 0xffffffffu, sa, sa + kTile);
 }
 
@@ -205,12 +221,12 @@ __global__ void __launch_bounds__(kThreads, Shared && V > 1 ? 4 : 2) glu_statist
   // Whose a token is: 1 ours and observed, 0 ours and not observed, -1 another block's.
   const auto claim = [&](int owner) { return owner == group ? 1 : group == 0 && (owner < 0 || owner >= args.groups) ? 0 : -1; };
   const auto row_of = [&](int t) { return static_cast<T*>(args.gate) + t * args.gate_stride + first; };
-  const auto fetch = [&](int t, int columns, T(&gate)[kEach], T(&up)[kEach]) {
+  const auto fetch = [&](int t, int columns, Raw<T, V, kEach>& gate, Raw<T, V, kEach>& up) {
     load<kTeam, V>(row_of(t), lane, columns, gate);
     if (args.up) load<kTeam, V>(static_cast<const T*>(args.up) + t * args.up_stride + first, lane, columns, up);
   };
-  constexpr bool kAhead = !Edited;  // with edits, registers are too dear
-  T next_gate[kEach], next_up[kEach];
+  constexpr bool kAhead = !Edited || sizeof(T) == 2;  // with edits of float32, registers are too dear
+  Raw<T, V, kEach> next_gate, next_up;
   int next = claim(owner_of(team)), after = kAhead ? owner_of(team + kTeams) : 0;
   if (kAhead && team < tokens) fetch(team, next >= 0 ? n : 0, next_gate, next_up);
   for (int t = team; t < tokens; t += kTeams) {
@@ -222,10 +238,10 @@ __global__ void __launch_bounds__(kThreads, Shared && V > 1 ? 4 : 2) glu_statist
     const Edits edits = Edited && mine >= 0 ? edits_of(args, t, tile, tiles) : Edits{0, 0};
     const T* up = args.up ? static_cast<const T*>(args.up) + t * args.up_stride + first : nullptr;
     const Edited1 one = Edited ? first_edit(args, edits, lane, row_of(t), up, first, n) : Edited1{-1, 0.f};
-    float g[kEach], a[kEach], h[kEach];
-    T uraw[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) g[i] = to_float(next_gate[i]), uraw[i] = next_up[i];
+    float g[kEach], a[kEach], u[kEach], h[kEach];
+    next_gate.get(g);
+    if (up) next_up.get(u);
+    else for (float& one_u : u) one_u = 1.f;
     if (kAhead) {
       next = claim(after);
       after = owner_of(t + 2 * kTeams);
@@ -235,9 +251,9 @@ __global__ void __launch_bounds__(kThreads, Shared && V > 1 ? 4 : 2) glu_statist
     activate<sizeof(T) == 2>(args.act, g, a);
     const bool any = Edited && edits.begin < edits.end;
     if (any) __syncwarp(mask);  // as in glu_kernel
-    if (Edited && edits.end - edits.begin > kTeam) share<kTeam, V>(lane, a, uraw, args.up, sa, sa + kColumns);
+    if (Edited && edits.end - edits.begin > kTeam) share<kTeam, V>(lane, a, u, sa, sa + kColumns);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) h[i] = args.up ? a[i] * to_float(uraw[i]) : a[i];
+    for (int i = 0; i < kEach; ++i) h[i] = a[i] * u[i];
     store<kTeam, V>(row_of(t), lane, n, h);
     if (any) edit<kTeam>(args, edits, one, row_of(t), first, n, lane, mask, sa, sa + kColumns);
     if (mine == 0) continue;

@@ -10,14 +10,13 @@ answers.jsonl, scores.jsonl, summary.json and report.md, with bootstrap 95 % int
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections import defaultdict
 from pathlib import Path
 
-from identify import (POLES, TRAITS, Bench, UserError, answer, ask, chat, check_trait, digest, fingerprint, load_bench,
-                      load_model, model_arguments, positive, say, script, token_ids, write_atomically)
+from identify import (POLES, TRAITS, Bench, Flags, UserError, answer, ask, chat, check_trait, digest, fingerprint, load_bench,
+                      load_model, model_arguments, positive, script, token_ids, write_atomically)
 from induce import REPETITION_PENALTY, neurons_of, npti, steer
 
 METHODS = ("unedited", "simple", "persona", "npti")
@@ -57,16 +56,20 @@ class Lines:
 
     def __init__(self, path: Path, header: dict):
         self.path, self.done = path, {}
+        header = {"personality-neurons": path.stem, **header}
         if path.exists():
             whole = path.read_bytes()
             end = whole.rfind(b"\n") + 1  # a line cut off by a kill
-            lines = whole[:end].splitlines(keepends=True)
-            if lines and json.loads(lines[0]) == header:
-                for line in lines[1:]:
-                    value = json.loads(line)
-                    self.done[value["key"]] = value
-            else:
-                end, _ = 0, say(f"{path} was made with other options: starting it anew")
+            try:
+                first, *lines = [json.loads(line) for line in whole[:end].splitlines()] or [header]
+                ours = first["personality-neurons"] == path.stem
+                self.done = {line["key"]: line for line in lines}
+            except (ValueError, KeyError, TypeError):
+                ours = False
+            if not ours and whole:
+                raise UserError(f"{path}: not a file of evaluate.py: move it away, or choose another --out")
+            if first != header:
+                raise UserError(f"{path} was made with {first}, now it is {header}: choose another --out")
             with open(path, "r+b") as file:
                 file.truncate(end)
         if not path.exists() or path.stat().st_size == 0:
@@ -243,8 +246,8 @@ def show(rows: list[dict], pairs: list[dict]) -> None:
     Console().print(table)
 
 
-def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Flags:
+    flags = Flags(__doc__)
     flags.add_argument("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
     flags.add_argument("--alpha", action="append", type=float, metavar="A", help="strength of the edits, again for several (default: 1.5)")
     flags.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
@@ -269,7 +272,7 @@ def main() -> None:
         for trait in traits:
             neurons[trait] = neurons_of(model, tokenizer, trait, args.neurons, bench=args.bench, batch_size=args.batch_size,
                                         max_new_tokens=args.max_new_tokens, seed=args.seed)
-    made_with = {"model": fingerprint(model), "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    made_with = {"model": fingerprint(model), "bench": digest(*(bench.fingerprint(trait) for trait in TRAITS)), "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     answers, scores = Lines(out / "answers.jsonl", made_with), Lines(out / "scores.jsonl", made_with)

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import random
@@ -272,17 +271,18 @@ def built_in_bench() -> Bench:
 def json_lines(path: Path):
     """Yield (line number, object) of a JSON lines file; errors name file and line."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    value = json.loads(line)
+                    try:
+                        value = json.loads(line.decode())
+                    except ValueError as error:  # of UTF-8 or of JSON
+                        raise UserError(f"{path}, line {number}: not JSON: {error}") from error
                     if not isinstance(value, dict):
                         raise UserError(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}")
                     yield number, value
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON lines: {error}") from error
 
 
 def load_bench(directory: str | None) -> Bench:
@@ -298,6 +298,8 @@ def load_bench(directory: str | None) -> Bench:
             if not isinstance(line.get("question"), str):
                 raise UserError(f'{path}, line {number}: expected {{"question": text}}, got the keys {sorted(line)}')
             found.append(line["question"])
+        if not found:
+            raise UserError(f"{path}: no question in it")
         return found
 
     described = list(json_lines(root / "description.json"))
@@ -661,7 +663,7 @@ class Patch:
 
     def __init__(self, model):
         self.model, self.phase, self.prompts, self.mask = model, None, 0, None
-        self.alive, self.following, self.warned = None, [], False
+        self.alive, self.batch, self.warned = None, 0, False
         self.steering = self.observing = None  # (Rows, tables by layer), (Rows, Statistics)
         self.before_decode = []  # called once a step, before the maps are used: induce's --keep
         op()
@@ -678,7 +680,7 @@ class Patch:
             self.replace(mlp.module, "forward", new)
         if hasattr(self.model, "generate"):
             self.replace(self.model, "generate", self.generate(self.model.generate))
-        for name in ("generate_batch", "generate_continuous_batch"):
+        for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
             if hasattr(self.model, name):
                 self.replace(self.model, name, refused(name))
         hook = self.decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True)
@@ -707,13 +709,17 @@ class Patch:
         weight = mlp.gate.weight
         hidden = weight.numel() // (mlp.width * (2 if mlp.up is mlp.gate else 1))
         x = torch.randn((1, 2, hidden), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        training = mlp.module.training
-        with torch.no_grad():
-            mlp.module.eval()
-            old, y = mlp.module.forward(x), new(x)
-            mlp.module.train(training)
-        apart = ((old - y).float().abs().max() / old.float().abs().max().clamp_min(1e-9)).item()
-        if old.shape != y.shape or not apart < (1e-3 if weight.dtype == torch.float32 else 5e-2):
+        modes = [(module, module.training) for module in mlp.module.modules()]
+        try:
+            with torch.no_grad():
+                mlp.module.eval()
+                old, y = mlp.module.forward(x), new(x)
+        finally:
+            for module, training in modes:
+                module.training = training
+        apart = ((old - y).float().abs().max() / old.float().abs().max().clamp_min(1e-9)).item() if old.shape == y.shape else 1.0
+        # broken weights, which give no finite number either way, are for identify's own check to report
+        if not apart < (1e-3 if weight.dtype == torch.float32 else 5e-2) and bool(old.isfinite().all()):
             raise UserError(f"{mlp.name} ({type(mlp.module).__name__}) is not down(act(gate) * up): its own result and ours "
                             f"differ by {apart:.0%} on a random vector, so its neurons can't be edited by this tool")
 
@@ -733,6 +739,7 @@ class Patch:
         ids = args[0] if args else kwargs.get("input_ids")
         ids = ids if ids is not None else kwargs["inputs_embeds"]
         batch, tokens = ids.shape[:2]
+        self.batch = batch
         for active in (self.steering, self.observing):
             if active:
                 active[0].tokens = self.map(active[0], batch, tokens, ids.device, kwargs)
@@ -804,8 +811,12 @@ class Patch:
                 return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
         def generate(*args, **kwargs):
-            config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.model.generation_config
-            option = lambda name: kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)  # noqa: E731
+            places = (kwargs.get("generation_config"), args[1] if len(args) > 1 else None, self.model.generation_config)
+
+            def option(name):  # as generate() looks it up: what is not given is the model's own
+                found = (kwargs.get(name), *(getattr(place, name, None) for place in places))
+                return next((value for value in found if value is not None), None)
+
             if option("assistant_model") is not None or option("prompt_lookup_num_tokens"):
                 raise UserError("assisted decoding mixes the rows of a batch: not supported while steering or observing")
             if option("use_cache") is False:
@@ -837,12 +848,13 @@ class Patch:
         """A token was chosen for every row: what follows is decode, without the rows that have just ended."""
         import torch
 
-        batch, last = input_ids.shape[0], input_ids[:, -1]
+        batch, last = self.batch, input_ids[:, -1]  # batch: of the last forward, and so of the next
         if self.alive is None:
             self.phase, self.alive = "decode", torch.ones(batch, dtype=torch.bool, device=last.device)
-        self.alive &= ~torch.isin(last, ends)
-        for verdict in verdicts:
-            self.alive &= ~verdict
+        if len(last) == batch:  # beam search asks about more candidates than it goes on with, of which none has ended
+            self.alive &= ~torch.isin(last, ends)
+            for verdict in verdicts:
+                self.alive &= ~verdict
         for active in (self.steering, self.observing):
             if active:
                 rows = active[0]
@@ -1106,7 +1118,7 @@ def read_answers(path: str, trait: str, tokenizer) -> list[Item]:
         traits.add(line["trait"])
         if line["trait"].lower() == trait:
             ids = line.get("ids") or tokenizer(line["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            if not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids):
+            if not isinstance(ids, list) or not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids):
                 raise UserError(f"{path}, line {number}: ids: expected tokens of this model, below {len(tokenizer)}")
             items.append(Item(line["pole"], line["persona"], line["question"], line["answer"], ids))
     if not items:
@@ -1147,7 +1159,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 class Run:
     """The identification of one trait, which can be killed at any moment: state is the statistics, the number of items
-    done, the batch size and how much of the answers' file they cover, saved together."""
+    done, how much of the answers' file they cover, and the schedule, saved together. schedule: [first item, batch size]
+    pairs; a batch that is too large for the memory adds one, and what came before it is done again as it was."""
 
     def __init__(self, model, tokenizer, bench: Bench, trait: str, args):
         self.model, self.tokenizer, self.trait, self.args = model, tokenizer, trait, args
@@ -1156,8 +1169,6 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = neuron_path(folder, trait)
         self.answers = folder / f"{trait}.answers.jsonl"
-        self.part = folder / f".{trait}.answers.part"
-        self.saved = folder / f".{trait}.state.safetensors"
         asked = [[item.pole, item.persona, item.question, item.ids] for item in self.items]
         self.meta = {
             "format": FORMAT, "model": model.source, "revision": getattr(model.config, "_commit_hash", None) or "",
@@ -1167,18 +1178,21 @@ class Run:
             "batch_size": args.batch_size, "dtype": str(model.dtype).split(".")[-1], "device": model.device.type,
             "seed": args.seed}
         self.key = digest(self.meta)
+        # named by what is run, so that a run with other options leaves these alone
+        self.part = folder / f".{trait}.{self.key}.answers.part"
+        self.saved = folder / f".{trait}.{self.key}.state.safetensors"
         self.statistics = Statistics.of(model, len(POLES))
         self.start()
 
     def start(self):
-        self.done, self.bytes, self.batch_size = 0, 0, self.args.batch_size
+        self.done, self.bytes, self.schedule = 0, 0, [[0, self.args.batch_size]]
         for tensor in self.statistics.state().values():
             tensor.zero_()
 
     def save(self):
         from safetensors.torch import save
 
-        place = json.dumps({"key": self.key, "done": self.done, "bytes": self.bytes, "batch_size": self.batch_size})
+        place = json.dumps({"done": self.done, "bytes": self.bytes, "schedule": self.schedule})
         write_atomically(self.saved, save(self.statistics.state(), metadata={"place": place}))
 
     def resume(self) -> bool:
@@ -1189,9 +1203,9 @@ class Run:
         try:
             with safe_open(self.saved, "pt") as file:
                 place = json.loads(file.metadata()["place"])
-                if place["key"] == self.key and (self.part.stat().st_size if place["bytes"] else 0) >= place["bytes"]:
+                if (self.part.stat().st_size if place["bytes"] else 0) >= place["bytes"]:
                     self.statistics.load({name: file.get_tensor(name) for name in file.keys()})
-                    self.done, self.bytes, self.batch_size = place["done"], place["bytes"], place["batch_size"]
+                    self.done, self.bytes, self.schedule = place["done"], place["bytes"], place["schedule"]
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
             pass  # none, or of another version: from the beginning
         with open(self.part, "ab") as file:
@@ -1207,7 +1221,9 @@ class Run:
         return neurons if neurons.meta.get("key") == self.key else None
 
     def batch(self) -> None:
-        items = self.items[self.done:self.done + self.batch_size]
+        number = next(k for k in reversed(range(len(self.schedule))) if self.schedule[k][0] <= self.done)
+        end = self.schedule[number + 1][0] if number + 1 < len(self.schedule) else len(self.items)
+        items = self.items[self.done:min(self.done + self.schedule[number][1], end)]
         work = read_batch if self.args.answers else generate_batch
         work(self.model, self.tokenizer, items, self.statistics, self.args)
         layer = self.statistics.broken_layer()
@@ -1227,16 +1243,14 @@ class Run:
         """Where in a batch it began, by asking once more with a check at every step."""
         import torch
 
-        steps, seen = {}, []
-
-        def check(number):
-            def hook(module, args, output):
-                steps[number] = steps.get(number, 0) + 1
-                if not seen and not bool(torch.isfinite(output).all()):
-                    seen.append(f" (first in layer {number}, at step {steps[number]})")
-            return hook
-
-        hooks = [mlp.gate.register_forward_hook(check(number)) for number, mlp in enumerate(find_mlps(self.model))]
+        seen, hooks = [], []
+        for number, mlp in enumerate(find_mlps(self.model)):
+            for part in {mlp.gate, mlp.up} - {None}:
+                def check(module, args, output, number=number, steps=iter(range(1, 1 << 60))):
+                    step = next(steps)
+                    if not seen and not bool(torch.isfinite(output).all()):
+                        seen.append(f" (first in layer {number}, at step {step})")
+                hooks.append(part.register_forward_hook(check))
         try:
             answer(self.model, self.tokenizer, [ask(item.question, item.persona) for item in items],
                    self.args.max_new_tokens, repetition_penalty=1.1)
@@ -1261,13 +1275,16 @@ class Run:
                     try:
                         self.batch()
                     except (RuntimeError, MemoryError) as error:
-                        if not out_of_memory(error) or self.batch_size < 2:
+                        size = self.schedule[-1][1] // 2
+                        if not out_of_memory(error):
                             raise
-                        # the failed batch is in the statistics by half: back to what was saved
-                        size = self.batch_size // 2
-                        self.resume()
-                        self.batch_size = size
-                        say(f"\nout of memory: going on with batches of {size} from answer {self.done + 1}")
+                        if not size:
+                            raise UserError(f"out of memory with a batch of one: --max-new-tokens below "
+                                            f"{self.args.max_new_tokens} or a smaller model may help") from error
+                        schedule = [*self.schedule, [self.done, size]]
+                        self.resume()  # the failed batch is in the statistics by half: back to what was saved
+                        self.schedule = schedule
+                        say(f"\nout of memory: batches of {size} from answer {schedule[-1][0] + 1} on")
                         self.save()
                     if time.time() - last > pause:
                         start = time.time()
@@ -1295,6 +1312,16 @@ def identify(model, tokenizer, trait: str, **options) -> Neurons:
     return Run(model, tokenizer, load_bench(args.bench), check_trait(trait), args)()
 
 
+class Flags(argparse.ArgumentParser):
+    """argparse, whose errors are one line as all others."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help)")
+
+
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that all three scripts share."""
     parser.add_argument("--model", help="hub id, directory or .gguf file (default: SmolLM2-135M-Instruct)")
@@ -1313,8 +1340,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Flags:
+    flags = Flags(__doc__)
     flags.add_argument("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
     flags.add_argument("--bench", metavar="DIR", help="questions and personas in PersonalityBench's layout (default: built in)")
     flags.add_argument("--limit", type=positive, default=128, metavar="N", help="search questions a trait (default: %(default)s)")
@@ -1331,6 +1358,8 @@ def main() -> None:
     args = parser().parse_args()
     traits = [check_trait(trait) for trait in args.trait]
     bench = load_bench(args.bench)
+    if args.answers:
+        next(json_lines(Path(args.answers)), None)  # unreadable: say so before the model is loaded
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     for trait in traits:
         show(Run(model, tokenizer, bench, trait, args)())

@@ -12,7 +12,6 @@ From Python: `with steer(model, npti(Neurons.load(path, model), alpha=2)): model
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -20,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from identify import (POLES, TRAITS, Neurons, Rows, UserError, answer, ask, chat, check_trait, find_mlps, identify, load_model,
+from identify import (POLES, TRAITS, Flags, Neurons, Rows, UserError, answer, ask, chat, check_trait, find_mlps, identify, load_model,
                       model_arguments, neuron_path, op, patched, positive, say, script, token_ids, write_atomically)
 
 QUESTIONS = (
@@ -108,6 +107,8 @@ class Tables:
         """Check everything that the kernel can't, and write the tables."""
         import torch
 
+        if not profiles:
+            raise UserError("profiles: expected at least one, got none")
         if len(profiles) != self.number:
             raise UserError(f"profiles: expected {self.number}, as when steering began, got {len(profiles)}")
         total = sum(map(len, profiles))
@@ -118,12 +119,12 @@ class Tables:
             if profile.index.shape != (n,) or profile.value.shape != (n, 4):
                 raise UserError(f"profile {profile.name!r}: expected index ({n},) and value ({n}, 4), got "
                                 f"{tuple(profile.index.shape)} and {tuple(profile.value.shape)}")
-            if n and not (0 <= int(profile.layer.min()) and int(profile.layer.max()) < self.depth):
-                raise UserError(f"profile {profile.name!r}: layer {int(profile.layer.max())} of a model of {self.depth} layers")
-            if n and not (0 <= int(profile.index.min()) and int(profile.index.max()) < self.width):
-                raise UserError(f"profile {profile.name!r}: neuron {int(profile.index.max())} of a model of {self.width} a layer")
-            if bool(profile.value.isnan().any() | profile.value[:, 1:].isinf().any()):
-                raise UserError(f"profile {profile.name!r}: scale, shift or bias is not a finite number")
+            for what, numbers, most, of in (("layer", profile.layer, self.depth, "layers"), ("neuron", profile.index, self.width, "a layer")):
+                wrong = numbers[(numbers < 0) | (numbers >= most)]
+                if len(wrong):
+                    raise UserError(f"profile {profile.name!r}: {what} {int(wrong[0])} of a model of {most} {of}")
+            if bool(profile.value.isnan().any() | profile.value[:, 1:].isinf().any() | (profile.value[:, 0] == -math.inf).any()):
+                raise UserError(f"profile {profile.name!r}: cap, scale, shift or bias is not a finite number (a cap can be infinite)")
         layer = torch.cat([profile.layer for profile in profiles])
         index = torch.cat([profile.index for profile in profiles])
         number = torch.cat([torch.full((len(profile),), k + 1) for k, profile in enumerate(profiles)])
@@ -282,7 +283,9 @@ def read_questions(path: str) -> list[str]:
         if line.lstrip().startswith("{"):
             try:
                 line = json.loads(line)["question"]
-            except (json.JSONDecodeError, KeyError) as error:
+                if not isinstance(line, str):
+                    raise ValueError(f"question is a {type(line).__name__}")
+            except (ValueError, KeyError) as error:
                 raise UserError(f'{path}, line {number}: expected {{"question": text}}: {error}') from error
         if line.strip():
             questions.append(line.strip())
@@ -374,8 +377,8 @@ def converse(model, tokenizer, personality: Personality, args) -> None:
             turns.append({"role": "assistant", "content": tokenizer.decode(output[len(ids):], skip_special_tokens=True).strip()})
 
 
-def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Flags:
+    flags = Flags(__doc__)
     flags.add_argument("--trait", action="append", metavar="T", help=f"{', '.join(TRAITS)}; again for several")
     flags.add_argument("--alpha", action="append", type=float, metavar="A",
                        help="strength, one a trait; negative: the low pole (the paper: 0.6 to 1.5)")
@@ -403,8 +406,12 @@ def main() -> None:
     if not traits or len(alphas) not in (1, len(traits)) or len(set(traits)) < len(traits):
         raise UserError("expected --trait T --alpha A, again for each further trait: "
                         f"got the traits {traits} and the alphas {alphas}")
-    if not all(map(math.isfinite, alphas)):
-        raise UserError(f"--alpha: expected finite numbers, got {alphas}")
+    for flag, values, fine in (("--alpha", alphas, lambda x: abs(x) < 1e3), ("--keep", [args.keep], lambda x: 0 < x <= 1),
+                               ("--min-delta", [args.min_delta], lambda x: 0 <= x <= 1),
+                               ("--temperature", [args.temperature], lambda x: x is None or 0 < x < 100),
+                               ("--top-p", [args.top_p], lambda x: x is None or 0 < x <= 1)):
+        if not all(map(fine, values)):  # NaN is in no range
+            raise UserError(f"{flag}: {values} is out of range")
     if args.out and not args.questions:
         raise UserError("--out FILE goes with --questions FILE")
     if args.questions:

@@ -4,7 +4,6 @@
     pip install --no-build-isolation .      compiles the op now, against the torch that is installed
 """
 
-import hashlib
 import os
 import sys
 from pathlib import Path

@@ -9,6 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # these models are so small that a second thread costs more than it gives
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +23,6 @@ def op():
 
 def tiny(family="llama", **options):
     """A random float32 model of a family, two layers, small enough for exact comparisons."""
-    import torch
     import transformers
 
     torch.manual_seed(0)
@@ -44,8 +46,6 @@ def tiny(family="llama", **options):
 
 def prompts(batch=4, length=6, pad_rows=True, seed=0):
     """Random left-padded ids and mask."""
-    import torch
-
     ids = torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     if pad_rows:

@@ -21,15 +21,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "g
 shared = functools.cache(tiny)  # for tests that leave the model as it was, which all of them must
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def profile(seed=0, number=24, strength=6.0, width=48, layers=2):
     """Random edits of every kind: caps, scales, shifts and biases."""
     generator = torch.Generator().manual_seed(seed)

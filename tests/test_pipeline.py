@@ -31,15 +31,6 @@ TEMPLATE = ("{% for turn in messages %}{{ turn['role'] }} : {{ turn['content'] }
             "{% if add_generation_prompt %}assistant : {% endif %}")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread(op):
-    """The models are so small that a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def words(count, pick):
     return " ".join(f"w{pick.randrange(9, 97)}" for _ in range(count))
 

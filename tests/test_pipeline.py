@@ -470,11 +470,11 @@ def test_damaged_state_is_from_the_beginning(small, made, tmp_path, monkeypatch,
 
     for damage in (lambda path: path.write_bytes(path.read_bytes()[:-50]), lambda path: path.write_bytes(b""),
                    lambda path: save_file({"a": torch.zeros(1)}, path),
-                   lambda path: path.with_name(".extraversion.answers.part").unlink()):
+                   lambda path: path.with_name(path.name.replace("state.safetensors", "answers.part")).unlink()):
         monkeypatch.setattr(identify, "generate_batch", stop_at_third)
         with pytest.raises(KeyboardInterrupt):
             run(small, tmp_path)()
-        damage(tmp_path / ".extraversion.state.safetensors")
+        damage(*tmp_path.glob(".extraversion.*.state.safetensors"))
         monkeypatch.setattr(identify, "generate_batch", work)
         run(small, tmp_path)()
         assert contents(tmp_path) == contents(made)
@@ -740,9 +740,14 @@ def wait_until(condition, process):
         time.sleep(0.01)
 
 
+def answered(folder) -> int:
+    """Bytes of answers that a run has written so far."""
+    return sum(path.stat().st_size for path in folder.glob(".extraversion.*.answers.part"))
+
+
 def test_control_c_while_answering(small, tmp_path):
-    process, part = started(small, tmp_path), tmp_path / ".extraversion.answers.part"
-    wait_until(lambda: part.exists() and part.stat().st_size, process)
+    process = started(small, tmp_path)
+    wait_until(lambda: answered(tmp_path), process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error and "interrupted" in error
@@ -759,8 +764,8 @@ def test_control_c_while_loading(small, tmp_path):
 
 def test_command_line_killed_and_repeated(small, tmp_path):
     """The whole command, killed from outside, and the same command again: as one that ran through."""
-    process, part = started(small, tmp_path / "killed"), tmp_path / "killed" / ".extraversion.answers.part"
-    wait_until(lambda: part.exists() and part.stat().st_size > 2000, process)
+    process = started(small, tmp_path / "killed")
+    wait_until(lambda: answered(tmp_path / "killed") > 2000, process)
     process.kill()
     process.communicate()
     assert not (tmp_path / "killed" / "extraversion.safetensors").exists()

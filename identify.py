@@ -81,8 +81,9 @@ def op_sources(cuda: bool) -> tuple[list[str], list[str], list[str]]:
     """Source files, C++ flags and nvcc flags (empty without CUDA) of the op, for setup.py and the build on first use."""
     files = [ROOT / "csrc" / name for name in ("neurons.h", "neurons.cpp", "neurons_cuda.cu")]
     source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    # no errno and no trapping: else the compiler may not vectorise comparisons
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", f"-DNEURONS_SOURCE=v{source}"]
+    # no errno and no trapping: else the compiler may not vectorise comparisons. OpenMP for at::parallel_for, which without
+    # it runs on one thread; it is not linked, so that torch's own runtime and threads serve it
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", f"-DNEURONS_SOURCE=v{source}"]
     if not cuda:
         return [str(files[1])], flags, []
     import torch

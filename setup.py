@@ -18,13 +18,14 @@ def extension():
     if {"develop", "editable_wheel", "egg_info", "dist_info"} & set(sys.argv):
         return {}  # an editable install is for people who edit: they get the build on first use, which sees changes
     try:
+        import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError:  # pip's isolated build has no torch: the op then compiles on first use
         return {}
     sys.path.insert(0, str(ROOT))
     from identify import op_sources
 
-    sources, flags, nvcc = op_sources(bool(CUDA_HOME) and "NEURONS_NO_CUDA" not in os.environ)
+    sources, flags, nvcc = op_sources(bool(CUDA_HOME and torch.version.cuda))
     kind = CUDAExtension if nvcc else CppExtension
     sources = [os.path.relpath(source, ROOT) for source in sources]
     arguments = {"cxx": flags, "nvcc": nvcc} if nvcc else {"cxx": flags}
@@ -41,7 +42,7 @@ setup(
     packages=[],  # the scripts run from the checkout: installing them would put a module named evaluate into the way of
     py_modules=[],  # Hugging Face's evaluate
     install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "numpy", "tqdm", "rich",
-                      "matplotlib", "ninja", "setuptools"],
+                      "ninja", "setuptools"],
     extras_require={"test": ["pytest", "hypothesis"]},
     **extension(),
 )

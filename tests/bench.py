@@ -8,6 +8,7 @@ the result written once), and "limit" is a copy that moves the same number of by
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -220,7 +221,7 @@ def bound(ratios, seed=0) -> tuple[float, float]:
     return float(values.median()), float(draws.quantile(0.975))
 
 
-def generation(device: str, quick: bool, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
+def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
     """Whole generate() calls with the same number of tokens, plain and otherwise, in turn."""
     if device == "cuda":
         import transformers
@@ -256,8 +257,6 @@ def generation(device: str, quick: bool, rows: int, pairs: int, new_tokens: int,
     def steered(number):
         made = [random_profile(60, depth, width, seed) for seed in range(number)]
         return lambda: steer(model, made, [i % number + 1 for i in range(rows)])
-
-    import contextlib
 
     ways = {"plain": contextlib.nullcontext, "steered": steered(1), "observed": lambda: identify.observe(model, statistics)}
     if profiles:
@@ -309,10 +308,10 @@ def main() -> None:
     if args.only != "kernel":
         print("\ngeneration")
         pairs = args.pairs or (7 if args.quick else 21)
-        result["generation"] = generation(args.device, args.quick, 32, pairs, 24, False)
+        result["generation"] = generation(args.device, 32, pairs, 24, False)
         if args.device == "cuda":
-            result["generation"] += generation(args.device, args.quick, 32, pairs, 64, True)
-            result["generation"] += generation(args.device, args.quick, 1000, max(3, pairs // 3), 24, False, profiles=1000)
+            result["generation"] += generation(args.device, 32, pairs, 64, True)
+            result["generation"] += generation(args.device, 1000, max(3, pairs // 3), 24, False, profiles=1000)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -57,10 +57,11 @@ struct BFloat16 {
   using Bits = uint16_t;
   static constexpr bool kLow = true;
   NEURONS_FN static float load(Bits x) { return neurons::float_of(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }
-  NEURONS_FN static Bits store(float x) {  // round to nearest even; NaN stays NaN
+  // Rounds to nearest even. NaN stays NaN with no test for it: one that comes of bfloat16 numbers or of arithmetic has 16
+  // zeros at its end, so that rounding carries nothing out of its payload.
+  NEURONS_FN static Bits store(float x) {
     const uint32_t i = static_cast<uint32_t>(neurons::bits_of(x));
-    const uint32_t rounded = (i + 0x7fff + ((i >> 16) & 1)) >> 16;
-    return static_cast<Bits>(x != x ? 0x7fc0 : rounded);
+    return static_cast<Bits>((i + 0x7fff + ((i >> 16) & 1)) >> 16);
   }
 };
 
@@ -88,7 +89,7 @@ struct Float16 {
 
 // --------------------------------------------------------------------------------------------------- CPU kernels
 
-// What the edits and the statistics of a tile need of it, in the first-level cache.
+// What the statistics of a tile need of it, in the first-level cache.
 struct Tile {
   float gate[kTile], act[kTile], product[kTile];
 };
@@ -126,6 +127,7 @@ NEURONS_FN void any_act(typename T::Bits* gate, const typename T::Bits* up, int 
 CLONES void plain_f32(float* g, const float* u, int n, int act) { any_act<Float, false>(g, u, n, act, nullptr); }
 CLONES void plain_bf16(uint16_t* g, const uint16_t* u, int n, int act) { any_act<BFloat16, false>(g, u, n, act, nullptr); }
 CLONES void plain_f16(uint16_t* g, const uint16_t* u, int n, int act) { any_act<Float16, false>(g, u, n, act, nullptr); }
+CLONES void acts(float* x, int n, int act) { any_act<Float, false>(x, nullptr, n, act, nullptr); }
 CLONES void keep_f32(float* g, const float* u, int n, int act, Tile* t) { any_act<Float, true>(g, u, n, act, t); }
 CLONES void keep_bf16(uint16_t* g, const uint16_t* u, int n, int act, Tile* t) { any_act<BFloat16, true>(g, u, n, act, t); }
 CLONES void keep_f16(uint16_t* g, const uint16_t* u, int n, int act, Tile* t) { any_act<Float16, true>(g, u, n, act, t); }
@@ -139,10 +141,22 @@ template <> void keep<Float>(float* g, const float* u, int n, int act, Tile* t) 
 template <> void keep<BFloat16>(uint16_t* g, const uint16_t* u, int n, int act, Tile* t) { keep_bf16(g, u, n, act, t); }
 template <> void keep<Float16>(uint16_t* g, const uint16_t* u, int n, int act, Tile* t) { keep_f16(g, u, n, act, t); }
 
-// Adds one token's n columns to the statistics of its group. The vectorisable parts come first; the sketch's
-// increments, which no vector unit helps with, then run over the positive columns only.
+// One token's counters in the sketch: looked up, and asked of memory, while the token before is being counted. They lie
+// too far apart for the machine's own prefetching, and most of a decode step's time would go by in waiting for them.
+struct Pending {
+  int32_t index[kTile];
+  int32_t* sketch;
+  int used = 0;
+
+  void count() {
+    for (int k = 0; k < used; ++k) ++sketch[index[k]];
+    used = 0;
+  }
+};
+
+// Adds one token's n columns to the statistics of its group, all but the sketch's increments: those are left in next.
 CLONES void add_statistics(const Tile& tile, int n, int32_t* __restrict count, int32_t* __restrict sketch,
-                           double* __restrict sum, double* __restrict squares) {
+                           double* __restrict sum, double* __restrict squares, Pending& next) {
   int32_t bins[kTile];
   for (int j = 0; j < n; ++j) count[j] += tile.gate[j] > 0.f;
   for (int j = 0; j < n; ++j) {
@@ -153,65 +167,88 @@ CLONES void add_statistics(const Tile& tile, int n, int32_t* __restrict count, i
   for (int j = 0; j < n; ++j) bins[j] = j * kBins + neurons::bin_(tile.act[j]);
   int positive = 0;
   for (int j = 0; j < n; ++j) {  // no branch: half of the activations are positive, unpredictably
-    bins[positive] = bins[j];
+    next.index[positive] = bins[j];
     positive += tile.gate[j] > 0.f;
   }
-  for (int k = 0; k < positive; ++k) ++sketch[bins[k]];
+  next.sketch = sketch;
+  next.used = positive;
+  for (int k = 0; k < positive; ++k) __builtin_prefetch(sketch + next.index[k], 1);
 }
 
 struct Span {
   int begin, end;
 };
 
-// The edits of token t in a tile; an empty span for profile 0 and for anything out of range.
-Span edits_of(const Args& a, int64_t t, int64_t tile, int64_t tiles) {
+constexpr int kBlock = 4 * kTile;  // columns that one call handles where nothing is observed
+
+// The edits of token t in `several` tiles from `tile`; an empty span for profile 0 and for anything out of range.
+Span edits_of(const Args& a, int64_t t, int64_t tile, int64_t several, int64_t tiles) {
   const int p = a.token_profile ? a.token_profile[t] : 0;
   if (p <= 0 || p >= a.profiles) return {0, 0};
-  const int32_t* ptr = a.edit_ptr + p * (tiles + 1) + tile;
-  return {std::max(ptr[0], 0), std::min(ptr[1], a.capacity)};
+  const int32_t* ptr = a.edit_ptr + p * (tiles + 1);
+  return {std::max(ptr[tile], 0), std::min(ptr[std::min(tile + several, tiles)], a.capacity)};
 }
 
+// One token's columns from `tile` on: a tile's where pending says that statistics are gathered, else a block's. pending: of
+// this tile's observed tokens, by turns; the caller counts what is left there.
 template <class T>
-void one_tile(const Args& a, int64_t t, int64_t tile, int64_t tiles) {
+void one_block(const Args& a, int64_t t, int64_t tile, int64_t tiles, Pending* pending) {
+  const int size = pending ? kTile : kBlock;
   const int64_t first = tile * kTile;
-  const int n = static_cast<int>(std::min<int64_t>(kTile, a.width - first));
+  const int n = static_cast<int>(std::min<int64_t>(size, a.width - first));
   auto* gate = static_cast<typename T::Bits*>(a.gate) + t * a.gate_stride + first;
   auto* up = a.up ? static_cast<const typename T::Bits*>(a.up) + t * a.up_stride + first : nullptr;
-  const Span edits = edits_of(a, t, tile, tiles);
-  const int g = a.token_group ? a.token_group[t] : -1;
-  const bool observed = g >= 0 && g < a.groups;
-  if (edits.begin >= edits.end && !observed) return plain<T>(gate, up, n, a.act);
+  const Span edits = edits_of(a, t, tile, size / kTile, tiles);
 
-  Tile parts;
-  keep<T>(gate, up, n, a.act, &parts);
-  for (int k = edits.begin; k < edits.end; ++k) {
+  // The edited columns' activations are computed apart, from gates that are read before they are overwritten.
+  float edited[kBlock];
+  int used = 0;
+  for (int k = edits.begin; k < edits.end && used < size; ++k) {
     const int64_t j = a.edit_index[k] - first;
+    edited[used++] = j < 0 || j >= n ? 0.f : T::load(gate[j]);
+  }
+  if (used) acts(edited, used, a.act);
+
+  const int g = pending ? a.token_group[t] : -1;
+  const bool observed = g >= 0 && g < a.groups;
+  Tile parts;
+  if (observed) keep<T>(gate, up, n, a.act, &parts);
+  else plain<T>(gate, up, n, a.act);
+
+  for (int i = 0; i < used; ++i) {
+    const int64_t j = a.edit_index[edits.begin + i] - first;
     if (j < 0 || j >= n) continue;
-    gate[j] = T::store(neurons::edit_(a.edit_value[k], parts.act[j], up ? T::load(up[j]) : 1.f));
+    gate[j] = T::store(neurons::edit_(a.edit_value[edits.begin + i], edited[i], up ? T::load(up[j]) : 1.f));
   }
   if (observed) {
     const int64_t column = g * a.width + first;
     double* sum = a.moments + 2 * g * a.width + first;
-    add_statistics(parts, n, a.count + column, a.sketch + column * kBins, sum, sum + a.width);
+    Pending& next = pending[t & 1];
+    next.count();  // not empty where the token before was not observed
+    add_statistics(parts, n, a.count + column, a.sketch + column * kBins, sum, sum + a.width, next);
+    pending[~t & 1].count();
   }
 }
 
 template <class T>
 void glu_cpu(const Args& a) {
-  const int64_t tiles = (a.width + kTile - 1) / kTile;
-  constexpr int64_t kGrain = 8192 / kTile;  // elements that are worth another thread
+  const int64_t tiles = (a.width + kTile - 1) / kTile, blocks = (a.width + kBlock - 1) / kBlock;
+  constexpr int64_t kGrain = 8192;  // elements that are worth another thread
   if (a.token_group) {
     // One thread owns a tile's columns for all tokens: statistics need no atomics, and their sums one fixed order.
-    at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / std::max<int64_t>(a.tokens, 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile)
-        for (int64_t t = 0; t < a.tokens; ++t) one_tile<T>(a, t, tile, tiles);
+    at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / kTile / std::max<int64_t>(a.tokens, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        Pending pending[2];
+        for (int64_t t = 0; t < a.tokens; ++t) one_block<T>(a, t, tile, tiles, pending);
+        for (Pending& last : pending) last.count();
+      }
     });
   } else {
-    at::parallel_for(0, a.tokens * tiles, kGrain, [&](int64_t begin, int64_t end) {
-      int64_t t = begin / tiles, tile = begin % tiles;
+    at::parallel_for(0, a.tokens * blocks, kGrain / kBlock, [&](int64_t begin, int64_t end) {
+      int64_t t = begin / blocks, block = begin % blocks;
       for (int64_t i = begin; i < end; ++i) {
-        one_tile<T>(a, t, tile, tiles);
-        if (++tile == tiles) tile = 0, ++t;
+        one_block<T>(a, t, block * (kBlock / kTile), tiles, nullptr);
+        if (++block == blocks) block = 0, ++t;
       }
     });
   }

@@ -9,6 +9,7 @@ the result written once), and "limit" is a copy that moves the same number of by
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from transformers import CompileConfig  # noqa: E402
 
 import identify  # noqa: E402
 from identify import Statistics  # noqa: E402
@@ -241,9 +243,12 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
     depth, width = len(mlps), mlps[0].width
     ids = torch.randint(10, 1000, (rows, 24), generator=torch.Generator().manual_seed(0)).to(model.device)
     statistics = Statistics.of(model)
-    options = {"cache_implementation": "static"} if compiled else {}
+    options = {}
+    if compiled:
+        options = {"cache_implementation": "static", "compile_config": CompileConfig()}
+        options["compile_config"]._compile_all_devices = True  # generate() leaves a CPU's decoding uncompiled otherwise
 
-    def run():
+    def run(model):
         with torch.no_grad():
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -256,32 +261,29 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
 
     def steered(number):
         made = [random_profile(60, depth, width, seed) for seed in range(number)]
-        return lambda: steer(model, made, [i % number + 1 for i in range(rows)])
+        return lambda model: steer(model, made, [i % number + 1 for i in range(rows)])
 
-    ways = {"plain": contextlib.nullcontext, "steered": steered(1), "observed": lambda: identify.observe(model, statistics)}
+    ways = {"plain": contextlib.nullcontext, "steered": steered(1), "observed": lambda model: identify.observe(model, statistics)}
     if profiles:
-        ways = {"plain": steered(1), f"{profiles} profiles": steered(profiles)}
+        ways = {"1 profile": steered(1), f"{profiles} profiles": steered(profiles)}
     times = {name: [] for name in ways}
-    if compiled:  # entering and leaving drops the compiled call: so each way is compiled once, and its runs are in a row
+    with contextlib.ExitStack() as patched:
+        # Leaving a patch drops the compiled call, so each way has a model of its own, on the same weights, patched throughout
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        models = {name: copy.deepcopy(model, dict(shared)) for name in ways}
         for name, way in ways.items():
-            with way():
-                for _ in range(3):
-                    run()
-                times[name] = [run() for _ in range(pairs)]
-    else:
-        for name, way in ways.items():
-            with way():
-                run()
+            patched.enter_context(way(models[name]))
+            for _ in range(3 if compiled else 1):
+                run(models[name])
         for k in range(pairs):
             for name in list(ways)[k % len(ways):] + list(ways)[:k % len(ways)]:
-                with ways[name]():
-                    times[name].append(run())
+                times[name].append(run(models[name]))
     results = []
     base = next(iter(ways))
     for name in list(ways)[1:]:
         median, upper = bound([a / b for a, b in zip(times[name], times[base])])
         results.append({"model": source, "rows": rows, "new_tokens": new_tokens, "compiled": compiled, "name": name, "pairs": pairs,
-                        "base": "1 profile" if profiles else "plain", "ratio": median, "upper95": upper,
+                        "base": base, "ratio": median, "upper95": upper,
                         "tokens_per_s": rows * new_tokens / stats.median(times[name]),
                         "base_tokens_per_s": rows * new_tokens / stats.median(times[base])})
         print(f"  {source}, {rows} rows, {'static cache, compiled' if compiled else 'eager'}: {name} / {results[-1]['base']} "
@@ -309,8 +311,8 @@ def main() -> None:
         print("\ngeneration")
         pairs = args.pairs or (7 if args.quick else 21)
         result["generation"] = generation(args.device, 32, pairs, 24, False)
+        result["generation"] += generation(args.device, 32, pairs, 64 if args.device == "cuda" else 24, True)
         if args.device == "cuda":
-            result["generation"] += generation(args.device, 32, pairs, 64, True)
             result["generation"] += generation(args.device, 1000, max(3, pairs // 3), 24, False, profiles=1000)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

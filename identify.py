@@ -504,6 +504,7 @@ class Mlp:
     act: int
     width: int
     dropout: object = None
+    layer: object = None  # the decoder layer that it is part of
 
 
 # Names under which families keep gate, up and down. What a module computes is not read off its name: patch() compares.
@@ -541,6 +542,7 @@ def find_mlps(model) -> list[Mlp]:
         for name, module in layer.named_children():
             mlp = as_mlp(f"layer {number}, {name}", module)
             if mlp:
+                mlp.layer = layer
                 found.append(mlp)
                 break
             if any(word in name for word in ("mlp", "ffn", "feed_forward", "moe")):
@@ -1136,20 +1138,27 @@ def generate_batch(model, tokenizer, items: list[Item], statistics: Statistics, 
         item.answer, item.ids = text, ids
 
 
-def read_batch(model, tokenizer, items: list[Item], statistics: Statistics, args) -> None:
-    """A forward pass over answers that are there, observing the same positions as generate_batch: those whose input is a
-    generated token. The last token was never an input."""
+def answered_inputs(tokenizer, items: list[Item], where: str, device):
+    """(what a decoder takes to read answers that are there, bool mask (rows, tokens) of the positions that generating them
+    would count: those whose input is a generated token. The last token was never an input.)"""
     import torch
 
     prompts = [token_ids(tokenizer, chat(tokenizer, ask(item.question, item.persona))) for item in items]
-    ids, mask = padded([a + item.ids[:-1] for a, item in zip(prompts, items)], tokenizer.pad_token_id, model.device)
-    where = mask.bool()
-    if args.where == "generated":
+    ids, mask = padded([a + item.ids[:-1] for a, item in zip(prompts, items)], tokenizer.pad_token_id, device)
+    counted = mask.bool()
+    if where == "generated":
         answered = torch.tensor([len(item.ids) - 1 for item in items], device=ids.device)
-        where = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - answered[:, None]
-    decoder = model.get_decoder()
-    with torch.no_grad(), observe(model, statistics, [POLES.index(item.pole) for item in items], where):
-        decoder(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
+        counted = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - answered[:, None]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}, counted
+
+
+def read_batch(model, tokenizer, items: list[Item], statistics: Statistics, args) -> None:
+    """A forward pass over answers that are there, observing the same positions as generate_batch."""
+    import torch
+
+    inputs, counted = answered_inputs(tokenizer, items, args.where, model.device)
+    with torch.no_grad(), observe(model, statistics, [POLES.index(item.pole) for item in items], counted):
+        model.get_decoder()(**inputs, use_cache=False)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -16,11 +16,12 @@ import contextlib
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from identify import (POLES, TRAITS, Flags, Neurons, Rows, UserError, answer, ask, chat, check_trait, find_mlps, identify, load_model,
-                      model_arguments, neuron_path, op, patched, positive, say, script, token_ids, write_atomically)
+from identify import (POLES, TRAITS, Flags, Neurons, Rows, UserError, answer, answered_inputs, ask, chat, check_trait, find_mlps,
+                      identify, load_model, model_arguments, neuron_path, op, patched, positive, read_answers, say, script, token_ids,
+                      write_atomically)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -36,12 +37,14 @@ REPETITION_PENALTY = 1.15  # the paper's, when it tests
 @dataclass
 class Profile:
     """The edits of one personality over all layers. layer, index: int64 (n); value: float32 (n, 4), a row being
-    cap, scale, shift, bias of (scale * min(a, cap) + shift) * up + bias. No neuron stands twice."""
+    cap, scale, shift, bias of (scale * min(a, cap) + shift) * up + bias. No neuron stands twice. residual: {layer: float32
+    (hidden_size)}, what is added to the layer's output instead, by activation addition."""
 
     layer: object
     index: object
     value: object
     name: str = ""
+    residual: dict = field(default_factory=dict)
 
     @classmethod
     def of(cls, edits: list[tuple], name: str = "") -> "Profile":
@@ -83,6 +86,69 @@ def npti_edits(neurons: Neurons, alpha: float, min_delta: float = 0.1, min_neuro
 def npti(neurons: Neurons, alpha: float, min_delta: float = 0.1, min_neurons: int | None = None) -> Profile:
     """The profile of one trait: alpha > 0 for its high pole, alpha < 0 for its low one, 0 for no edit at all."""
     return Profile.of(npti_edits(neurons, alpha, min_delta, min_neurons), f"{neurons.meta.get('trait', '')} {alpha:+g}")
+
+
+def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None, most: int = 64):
+    """The direction of activation addition: {layer: float32 (hidden_size)}, the mean of a layer's output over the answers'
+    tokens under the high pole less that under the low one, from the first `most` answers that identify.py wrote to path.
+    layer: by default the one in the middle. (CAA, Rimsky et al., arXiv 2312.06681, adds such a difference; repeng likewise.)"""
+    import torch
+
+    mlps = find_mlps(model)
+    layer = len(mlps) // 2 if layer is None else layer
+    items = read_answers(path, trait, tokenizer)[:most]
+    total, tokens = {pole: 0 for pole in POLES}, {pole: 0 for pole in POLES}
+    for start in range(0, len(items), 16):
+        batch = items[start:start + 16]
+        inputs, where = answered_inputs(tokenizer, batch, "generated", model.device)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            seen = []
+            hook = mlps[layer].layer.register_forward_hook(lambda module, args, output: seen.append(first_of(output)))
+            stack.callback(hook.remove)
+            model.get_decoder()(**inputs, use_cache=False)
+        for k, item in enumerate(batch):
+            total[item.pole] = total[item.pole] + seen[0][k][where[k]].double().sum(0).cpu()
+            tokens[item.pole] += int(where[k].sum())
+    if not all(tokens.values()):
+        raise UserError(f"{path}: no answers of both poles of {trait}")
+    return {layer: (total["high"] / tokens["high"] - total["low"] / tokens["low"]).float()}
+
+
+def activation_addition(direction: dict, alpha: float, name: str = "") -> Profile:
+    """The profile that adds alpha times a mean difference to the residual stream; alpha < 0 is the low pole."""
+    profile = Profile.of([], name)
+    profile.residual = {layer: alpha * vector for layer, vector in direction.items()} if alpha else {}
+    return profile
+
+
+def first_of(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def residual_added(model, profiles: list[Profile], rows: Rows):
+    """Add the profiles' residual vectors to the outputs of their layers, for the tokens that rows tells."""
+    import torch
+
+    mlps = find_mlps(model)
+    tables = {}
+    for number, profile in enumerate(profiles, 1):
+        for layer, vector in profile.residual.items():
+            if layer not in tables:
+                weight = mlps[layer].gate.weight
+                tables[layer] = torch.zeros((len(profiles) + 1, len(vector)), dtype=weight.dtype, device=weight.device)
+            tables[layer][number] = vector
+    with contextlib.ExitStack() as stack:
+        for layer, table in tables.items():
+            def add(module, args, output, table=table):
+                if rows.tokens is None:
+                    return output
+                hidden = first_of(output)
+                hidden = hidden + table[rows.tokens.long()].view(hidden.shape)
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            stack.callback(mlps[layer].layer.register_forward_hook(add).remove)
+        yield
 
 
 class Tables:
@@ -168,6 +234,7 @@ class Steering:
         self.tables, self.rows = tables, rows
 
     def update(self, profiles) -> None:
+        """Other edits of neurons, under a captured graph too. (Residual vectors stay as they were when steering began.)"""
         self.tables.fill([profiles] if isinstance(profiles, Profile) else list(profiles))
 
     def assign(self, rows) -> None:
@@ -200,7 +267,8 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
             redraw()
             patch.before_decode.append(redraw)
         try:
-            yield steering
+            with residual_added(model, profiles, steering.rows):
+                yield steering
         finally:
             if keep < 1:
                 patch.before_decode.remove(redraw)

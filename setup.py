@@ -42,7 +42,8 @@ setup(
     packages=[],  # the scripts run from the checkout: installing them would put a module named evaluate into the way of
     py_modules=[],  # Hugging Face's evaluate
     install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "numpy", "tqdm", "rich",
-                      "ninja", "setuptools"],
-    extras_require={"test": ["pytest", "hypothesis"]},
+                      "jinja2", "matplotlib", "ninja", "setuptools"],
+    extras_require={"judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"],
+                    "test": ["pytest", "hypothesis", "openai", "scipy", "five-factor-e"]},
     **extension(),
 )

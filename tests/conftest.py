@@ -1,8 +1,11 @@
 """Makes the scripts importable for pytest, offline, and gives every test the same small models."""
 
+import json
 import os
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,21 +13,22 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import identify  # noqa: E402
+import induce  # noqa: E402
+from identify import TRAITS, load_bench, load_model  # noqa: E402
 
 torch.set_num_threads(1)  # these models are so small that a second thread costs more than it gives
 
 
 @pytest.fixture(scope="session")
 def op():
-    import identify
-
     return identify.op()
 
 
 def tiny(family="llama", **options):
     """A random float32 model of a family, two layers, small enough for exact comparisons."""
-    import transformers
-
     torch.manual_seed(0)
     shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -53,3 +57,99 @@ def prompts(batch=4, length=6, pad_rows=True, seed=0):
             mask[row, : row % 3] = 0
             ids[row, : row % 3] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+# ---------------------------------------------------------------------------- a small model, a bench, a neuron file
+
+TEMPLATE = ("{% for turn in messages %}{{ turn['role'] }} : {{ turn['content'] }} {% endfor %}"
+            "{% if add_generation_prompt %}assistant : {% endif %}")
+
+
+def words(count, pick):
+    return " ".join(f"w{pick.randrange(9, 92)}" for _ in range(count))
+
+
+def save_model(folder, template=TEMPLATE, **changes):
+    """A tiny random llama with a tokenizer of its 97 words, the digits 1 to 5 among them, as a directory that --model takes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model = tiny()
+    with torch.no_grad():
+        for name, value in changes.items():
+            model.get_parameter(name).fill_(value)
+    model.save_pretrained(folder)
+    names = ["<pad>", "<s>", "</s>", "<unk>", "system", "user", "assistant", ":", "?"] + [f"w{i}" for i in range(9, 92)] + list("12345")
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                                     eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_bench(folder, questions=12, personas=8):
+    """A bench in the published layout, in words that the tiny tokenizer knows."""
+    pick = random.Random(0)
+    for use in ("search", "test"):
+        (folder / use).mkdir(parents=True)
+        for trait in TRAITS:
+            lines = [json.dumps({"question": words(3 + k % 4, pick) + " ?"}) for k in range(questions)]
+            (folder / use / f"{trait.capitalize()}.json").write_text("\n".join(lines) + "\n")
+    keys = [trait.capitalize() + end for trait in TRAITS for end in ("", "_reversed")]
+    lines = [json.dumps({key: words(5, pick) for key in keys}) for _ in range(personas)]
+    (folder / "description.json").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """model and bench directories, and both loaded."""
+    folder = tmp_path_factory.mktemp("small")
+    place = SimpleNamespace(model_dir=save_model(folder / "model"), bench_dir=save_bench(folder / "bench"))
+    place.model, place.tokenizer = load_model(str(place.model_dir), "cpu", "float32")
+    place.bench = load_bench(place.bench_dir)
+    return place
+
+
+def run(small, out, trait="extraversion", model=None, **options):
+    """identify.py's run, in this process."""
+    args = identify.parser().parse_args([])
+    vars(args).update({"out": str(out), "max_new_tokens": 6, "batch_size": 4, **options})
+    model, tokenizer = model or (small.model, small.tokenizer)
+    return identify.Run(model, tokenizer, small.bench, trait, args)
+
+
+@pytest.fixture(scope="session")
+def made(small, tmp_path_factory):
+    """A folder with the tiny model's extraversion neurons and answers."""
+    out = tmp_path_factory.mktemp("made")
+    run(small, out)()
+    return out
+
+
+def contents(out, trait="extraversion"):
+    return {name: (out / name).read_bytes() for name in (f"{trait}.safetensors", f"{trait}.answers.jsonl")}
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def prompt_of(small, question, persona=None):
+    return identify.token_ids(small.tokenizer, identify.chat(small.tokenizer, identify.ask(question, persona)))
+
+
+def plain_answers(small, questions, tokens):
+    """(text, ids) of the model itself, as induce.py asks it."""
+    return identify.answer(small.model, small.tokenizer, [identify.ask(question) for question in questions], tokens,
+                           repetition_penalty=induce.REPETITION_PENALTY)
+
+
+def main_of(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def shared_flags(small):
+    return ("--model", small.model_dir, "--device", "cpu", "--dtype", "float32")

@@ -1,11 +1,9 @@
-"""The scripts: bench, neuron file, killed and resumed runs, command lines, evaluation, and the real default model."""
+"""The scripts: bench, neuron file, killed and resumed runs, command lines, and the real default model."""
 
-import contextlib
 import importlib.util
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,104 +11,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import evaluate
 import identify
 import induce
-from conftest import ROOT, tiny
+from conftest import (ROOT, TEMPLATE, contents, lines_of, main_of, plain_answers, prompt_of, run, save_bench, save_model, shared_flags,
+                      tiny)
 from identify import POLES, TRAITS, Neurons, UserError, built_in_bench, load_bench, load_model
 
 SCRIPTS = ("identify.py", "induce.py", "evaluate.py")
-TEMPLATE = ("{% for turn in messages %}{{ turn['role'] }} : {{ turn['content'] }} {% endfor %}"
-            "{% if add_generation_prompt %}assistant : {% endif %}")
-
-
-def words(count, pick):
-    return " ".join(f"w{pick.randrange(9, 97)}" for _ in range(count))
-
-
-def save_model(folder, template=TEMPLATE, **changes):
-    """A tiny random llama with a tokenizer of its 97 words, as a directory that --model takes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    model = tiny()
-    with torch.no_grad():
-        for name, value in changes.items():
-            model.get_parameter(name).fill_(value)
-    model.save_pretrained(folder)
-    names = ["<pad>", "<s>", "</s>", "<unk>", "system", "user", "assistant", ":", "?"] + [f"w{i}" for i in range(9, 97)]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
-                                                     eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def save_bench(folder, questions=12, personas=8):
-    """A bench in the published layout, in words that the tiny tokenizer knows."""
-    pick = random.Random(0)
-    for use in ("search", "test"):
-        (folder / use).mkdir(parents=True)
-        for trait in TRAITS:
-            lines = [json.dumps({"question": words(3 + k % 4, pick) + " ?"}) for k in range(questions)]
-            (folder / use / f"{trait.capitalize()}.json").write_text("\n".join(lines) + "\n")
-    keys = [trait.capitalize() + end for trait in TRAITS for end in ("", "_reversed")]
-    lines = [json.dumps({key: words(5, pick) for key in keys}) for _ in range(personas)]
-    (folder / "description.json").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """model and bench directories, and both loaded."""
-    folder = tmp_path_factory.mktemp("small")
-    place = SimpleNamespace(model_dir=save_model(folder / "model"), bench_dir=save_bench(folder / "bench"))
-    place.model, place.tokenizer = load_model(str(place.model_dir), "cpu", "float32")
-    place.bench = load_bench(place.bench_dir)
-    return place
-
-
-def run(small, out, trait="extraversion", model=None, **options):
-    """identify.py's run, in this process."""
-    args = identify.parser().parse_args([])
-    vars(args).update({"out": str(out), "max_new_tokens": 6, "batch_size": 4, **options})
-    model, tokenizer = model or (small.model, small.tokenizer)
-    return identify.Run(model, tokenizer, small.bench, trait, args)
-
-
-@pytest.fixture(scope="session")
-def made(small, tmp_path_factory):
-    """A folder with the tiny model's extraversion neurons and answers."""
-    out = tmp_path_factory.mktemp("made")
-    run(small, out)()
-    return out
-
-
-def contents(out, trait="extraversion"):
-    return {name: (out / name).read_bytes() for name in (f"{trait}.safetensors", f"{trait}.answers.jsonl")}
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def prompt_of(small, question, persona=None):
-    return identify.token_ids(small.tokenizer, identify.chat(small.tokenizer, identify.ask(question, persona)))
-
-
-def plain_answers(small, questions, tokens):
-    """(text, ids) of the model itself, as induce.py asks it."""
-    return identify.answer(small.model, small.tokenizer, [identify.ask(question) for question in questions], tokens,
-                           repetition_penalty=induce.REPETITION_PENALTY)
-
 
 # ----------------------------------------------------------------------------------------------------------- the bench
 
@@ -777,15 +689,6 @@ def test_command_line_killed_and_repeated(small, tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def main_of(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
-
-
-def shared_flags(small):
-    return ("--model", small.model_dir, "--device", "cpu", "--dtype", "float32")
-
-
 def test_induce_side_by_side(small, made, monkeypatch, capsys):
     """The model's own answer, the personality's and its opposite's."""
     main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "8",
@@ -851,164 +754,6 @@ def test_missing_neuron_file_is_made_first(small, monkeypatch, tmp_path, capsys)
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
-
-
-def evaluation(small, made, monkeypatch, out, *more):
-    main_of(evaluate, monkeypatch, *shared_flags(small), "--neurons", made, "--bench", small.bench_dir, "--limit", "4",
-            "--trait", "extraversion", "--max-new-tokens", "5", "--alpha", "1", "--alpha", "2", "--batch-size", "8",
-            "--out", out, *more)
-
-
-def test_evaluate_writes_its_files(small, made, monkeypatch, tmp_path, capsys):
-    evaluation(small, made, monkeypatch, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "scores.jsonl", "summary.json", "report.md"}
-    rows = json.loads((tmp_path / "summary.json").read_text())
-    cells = [("unedited", None, None)] + [(method, pole, None) for method in ("simple", "persona") for pole in POLES]
-    cells += [("npti", pole, alpha) for pole in POLES for alpha in (1.0, 2.0)]
-    assert sorted(map(str, cells)) == sorted(str((row["method"], row["pole"], row["alpha"])) for row in rows)
-    answers, scores = (lines_of(tmp_path / name)[1:] for name in ("answers.jsonl", "scores.jsonl"))
-    assert len(answers) == len(scores) == 4 * len(cells) and len({one["key"] for one in answers}) == len(answers)
-    by_key = {one["key"]: one for one in scores}
-    for row in rows:
-        assert set(row) == {"trait", "pole", "method", "alpha", "judge", "n", "mean", "ci95", "variance", "perplexity",
-                            "repetition"}
-        mine = [by_key[one["key"]] for one in answers if all(one[key] == row[key] for key in ("method", "pole", "alpha"))]
-        values = [one["score"] for one in mine]
-        assert row["n"] == len(values) == 4 and row["trait"] == "extraversion" and row["judge"] == "contrast"
-        assert row["mean"] == pytest.approx(np.mean(values)) and row["variance"] == pytest.approx(np.var(values))
-        assert row["ci95"][0] <= row["mean"] <= row["ci95"][1]
-        assert row["perplexity"] == pytest.approx(np.median([one["perplexity"] for one in mine])) and row["perplexity"] >= 1
-        assert row["repetition"] == pytest.approx(np.mean([one["repetition"] for one in mine]))
-    report, shown = (tmp_path / "report.md").read_text(), capsys.readouterr().out
-    assert all(method in report and method in shown for method in evaluate.METHODS) and "High minus low" in report
-
-
-def test_evaluate_answers_are_steered_by_row(small, made, monkeypatch, tmp_path):
-    """In the shared batches each row is what its method alone would give."""
-    evaluation(small, made, monkeypatch, tmp_path)
-    neurons = Neurons.load(made / "extraversion.safetensors", small.model)
-    test = small.bench.test["extraversion"][:4]
-    for one in lines_of(tmp_path / "answers.jsonl")[1:]:
-        assert one["question"] in test
-        turns = [identify.ask(one["question"], one["persona"])]
-        sign = {"high": 1, "low": -1, None: 0}[one["pole"]]
-        profile = induce.npti(neurons, sign * one["alpha"]) if one["method"] == "npti" else induce.Profile.of([])
-        with induce.steer(small.model, profile):
-            alone = identify.answer(small.model, small.tokenizer, turns, 5, repetition_penalty=1.15)
-        assert alone == [(one["answer"], one["ids"])]
-        assert (one["persona"] is not None) == (one["method"] in ("simple", "persona"))
-        if one["method"] == "persona":
-            assert one["persona"] in small.bench.personas_for("search", "extraversion", one["pole"])
-
-
-def test_evaluate_goes_on_where_it_was_killed(small, made, monkeypatch, tmp_path):
-    evaluation(small, made, monkeypatch, tmp_path / "whole")
-    asked, answer, judged, judge = [], evaluate.answer, [], evaluate.contrast
-
-    def counting(model, tokenizer, conversations, *rest, **options):
-        if len(asked) == 16:
-            asked.append(None)
-            raise KeyboardInterrupt
-        asked.extend(conversations)
-        return answer(model, tokenizer, conversations, *rest, **options)
-
-    def judging(model, tokenizer, bench, trait, question, answers):
-        if len(judged) == 2:
-            judged.append(None)
-            raise KeyboardInterrupt
-        judged.append(question)
-        return judge(model, tokenizer, bench, trait, question, answers)
-
-    monkeypatch.setattr(evaluate, "answer", counting)
-    monkeypatch.setattr(evaluate, "contrast", judging)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            evaluation(small, made, monkeypatch, tmp_path / "killed")
-        for name in ("answers.jsonl", "scores.jsonl"):
-            with contextlib.suppress(FileNotFoundError), open(tmp_path / "killed" / name, "r+b") as file:
-                file.seek(0, 2)
-                file.write(b'{"key": "cut o')  # a line that the kill cut off
-    evaluation(small, made, monkeypatch, tmp_path / "killed")
-    assert len(asked) == 36 + 1 and len(judged) == 4 + 1 and len(set(judged)) == 5
-    for name in ("answers.jsonl", "scores.jsonl", "summary.json", "report.md"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    evaluation(small, made, monkeypatch, tmp_path / "killed", "--alpha", "3")
-    assert len(asked) == 36 + 1 + 8, "only what is new is asked"
-
-
-@pytest.mark.parametrize("name", ("answers.jsonl", "scores.jsonl"))
-def test_evaluate_refuses_a_foreign_file(small, made, monkeypatch, tmp_path, name):
-    """It neither fails with a traceback nor wipes somebody's file."""
-    for text in ("my own notes\n", '{"text": "from another tool"}\n{"text": "and more"}\n'):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=name):
-            evaluation(small, made, monkeypatch, tmp_path)
-        assert (tmp_path / name).read_text() == text
-
-
-def test_log_likelihoods_equal_a_forward_per_answer(small):
-    answers = [[11, 12, 13, 2], [20], [30, 31, 32, 33, 34, 35], [40, 2]]
-    for persona in (None, "w50 w51"):
-        prompt = prompt_of(small, "w10 w9 ?", persona)
-        expected = []
-        for ids in answers:
-            with torch.no_grad():
-                logits = small.model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-            expected.append(np.mean([float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(ids)]))
-        ours = evaluate.log_likelihoods(small.model, small.tokenizer, persona, "w10 w9 ?", answers)
-        assert ours.tolist() == pytest.approx(expected, abs=1e-4)
-        alone = evaluate.log_likelihoods(small.model, small.tokenizer, persona, "w10 w9 ?", answers[1:2])
-        assert float(alone[0]) == pytest.approx(expected[1], abs=1e-4)
-
-
-def test_contrast_judges_with_personas_that_identify_does_not_use(small, monkeypatch):
-    used, answers = [], [[11, 12, 2], [20, 21]]
-    inner = evaluate.log_likelihoods
-
-    def spy(model, tokenizer, prefix, *rest):
-        used.append(prefix)
-        return inner(model, tokenizer, prefix, *rest)
-
-    monkeypatch.setattr(evaluate, "log_likelihoods", spy)
-    ours = evaluate.contrast(small.model, small.tokenizer, small.bench, "openness", "w10 ?", answers)
-    high, low = (small.bench.personas_for("judge", "openness", pole) for pole in POLES)
-    assert set(used) == set(high) | set(low) and len(used) == 4 and len(high) == 2
-    score = lambda persona: inner(small.model, small.tokenizer, persona, "w10 ?", answers)  # noqa: E731
-    expected = sum(score(a) - score(b) for a, b in zip(high, low)) / 2
-    assert torch.allclose(ours, expected, atol=1e-5) and ours.abs().max() > 1e-3
-
-
-def test_repetition():
-    assert evaluate.repetition([1, 2, 3, 4, 5]) == 0
-    assert evaluate.repetition([1, 2, 3, 1, 2, 3]) == pytest.approx(1 / 4)  # 123 231 312 123
-    assert evaluate.repetition([7] * 12) == pytest.approx(9 / 10)
-    assert evaluate.repetition([1, 2]) == evaluate.repetition([]) == 0
-
-
-def test_interval_covers_the_mean():
-    """Of 200 samples of 40, some 95 % of the intervals hold the true mean; and they are not just wide."""
-    generator = np.random.default_rng(0)
-    samples = generator.normal(3, 2, (200, 40))
-    intervals = np.array([evaluate.interval(sample, draws=1000) for sample in samples])
-    covered = ((intervals[:, 0] <= 3) & (3 <= intervals[:, 1])).mean()
-    assert 0.88 <= covered <= 0.99
-    assert 0.8 < np.mean(intervals[:, 1] - intervals[:, 0]) / (2 * 1.96 * 2 / math.sqrt(40)) < 1.1
-    assert evaluate.interval([0.5] * 9) == [0.5, 0.5] and evaluate.interval(samples[0]) == evaluate.interval(samples[0])
-
-
-def test_high_minus_low_is_paired_by_question():
-    """The questions' own level cancels: differences of 1 throughout have an interval of no width."""
-    answers, scores = [], {}
-    for k in range(10):
-        for pole in POLES:
-            answers.append({"trait": "openness", "method": "npti", "alpha": 1.0, "pole": pole, "question": f"q{k}",
-                            "key": f"{k}{pole}"})
-            scores[f"{k}{pole}"] = {"score": k + (pole == "high"), "perplexity": 2.0, "repetition": 0.0}
-    random.Random(0).shuffle(answers)
-    rows, pairs = evaluate.summarise(answers, scores, 0)
-    assert [(pair["n"], pair["mean"], pair["ci95"]) for pair in pairs] == [(10, 1.0, [1.0, 1.0])]
-    assert {row["pole"]: row["mean"] for row in rows} == {"high": 5.5, "low": 4.5}
-    assert all(row["ci95"][1] - row["ci95"][0] > 2 for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------- the default model

@@ -30,10 +30,10 @@ from pathlib import Path
 from identify import (FACETS, POLES, ROOT, TRAITS, Bench, Flags, UserError, answer, ask, chat, check_trait, digest, fingerprint, json_lines,
                       load_bench, load_model, model_arguments, neuron_path, padded, positive, say, script,
                       token_ids, write_atomically)
-from induce import REPETITION_PENALTY, Profile, activation_addition, mean_difference, neurons_of, npti, steer
+from induce import REPETITION_PENALTY, Profile, activation_addition, dpn_le, mean_difference, neurons_of, npti, steer
 
-METHODS = ("unedited", "simple", "persona", "npti", "activation")
-EDITS = ("npti", "activation")  # the methods that have a strength
+METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
+EDITS = ("npti", "dpn-le", "activation")  # the methods that have a strength
 JUDGES = ("contrast", "llm", "questionnaire")
 DOSES = (0.5, 1.0, 1.5, 2.0)
 ADJECTIVES = {  # of the simple prompt, "You are an extraverted person."
@@ -236,12 +236,14 @@ class Personalities:
         signed = alpha if pole == "high" else -alpha
         if method == "npti":
             return npti(self.neurons(trait), signed)
+        if method == "dpn-le":
+            return dpn_le([(self.neurons(trait), signed)], name=f"{trait} {signed:+g}")
         if trait not in self.directions:
             self.neurons(trait)  # makes the answers, where they are not there yet
             path = neuron_path(self.args.neurons, trait).with_suffix(".answers.jsonl")
             say(f"{trait}: the mean difference for activation addition, from {path}")
             self.directions[trait] = mean_difference(self.model, self.tokenizer, path, trait)
-        return activation_addition(self.directions[trait], signed, f"{trait} {signed:+g}")
+        return activation_addition([(self.directions[trait], signed)], f"{trait} {signed:+g}")
 
     def made_of(self, method: str, trait: str) -> str | None:
         """What a method's edits come from, for the keys of what is made with them."""
@@ -849,7 +851,7 @@ def matched_alphas(pairs: list[dict], reach: float = 0.9) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------- the report
 
 COLOURS = {"unedited": "#000000", "simple": "#56B4E9", "persona": "#E69F00", "npti": "#D55E00",  # Okabe and Ito's
-           "activation": "#0072B2", "given": "#009E73"}
+           "activation": "#0072B2", "dpn-le": "#CC79A7", "given": "#009E73"}
 
 
 def named(row: dict) -> str:

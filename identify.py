@@ -1005,6 +1005,11 @@ class Neurons:
         except KeyError:
             raise AttributeError(name) from None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, d_ff)."""
+        return tuple(self.prob.shape[1:])
+
     def save(self, path: Path) -> None:
         from safetensors.torch import save
 

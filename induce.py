@@ -1,7 +1,9 @@
 """Let a language model write in a personality, by editing the neurons that identify.py found.
 
     python induce.py --trait extraversion --alpha 2
-    python induce.py --trait neuroticism --alpha -1.5 --chat
+    python induce.py --trait neuroticism --alpha -1.5 --trait openness --alpha 1 --chat
+    python induce.py --profile ada.toml --questions FILE --out FILE
+    python induce.py --list
 
 Raises the neurons of the pole that is asked for and suppresses those of the other one while the model writes: no prompt,
 no training, no changed weights, and no time (the edit rides in the op that computes the MLP). A negative alpha is the low
@@ -17,6 +19,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from identify import (POLES, TRAITS, Flags, Neurons, Rows, UserError, answer, answered_inputs, ask, chat, check_trait, find_mlps,
@@ -30,6 +33,9 @@ QUESTIONS = (
     "How would you like to spend a free Friday evening?",
 )
 REPETITION_PENALTY = 1.15  # the paper's, when it tests
+METHODS = ("npti", "dpn-le", "dpn-le-weighted", "activation")
+OWN_SCALE = {"dpn-le": "alpha times the mean difference of a neuron's product", "activation": "alpha times the mean difference of the "
+             "residual stream", "dpn-le-weighted": "alpha times 0.75 to 1 of the mean difference of a neuron's product"}
 
 # --------------------------------------------------------------------------------------------------------- profiles
 
@@ -88,6 +94,125 @@ def npti(neurons: Neurons, alpha: float, min_delta: float = 0.1, min_neurons: in
     return Profile.of(npti_edits(neurons, alpha, min_delta, min_neurons), f"{neurons.meta.get('trait', '')} {alpha:+g}")
 
 
+def pull(neurons, alpha: float, min_delta: float = 0.1, min_neurons: int | None = None):
+    """What NPTI does to every neuron for one trait, as one signed number, float64 (layers, d_ff): what a neuron of the target
+    pole is raised by, and for one of the opposite pole, which is capped, less what the opposite pole would raise it by."""
+    import torch
+
+    result = torch.zeros(neurons.shape, dtype=torch.float64)
+    for pole, sign in zip(POLES if alpha > 0 else POLES[::-1], (1, -1)):
+        layer, index, delta, p95 = neurons.select(pole, min_delta, min_neurons)
+        result[layer, index] = sign * abs(alpha) * p95.double() * torch.sigmoid(10 * (delta.double() - 0.15))
+    return result
+
+
+def composed(parts: list[tuple], min_delta: float = 0.1, min_neurons: int | None = None, name: str = "") -> Profile:
+    """The profile of several traits at once, from (neurons, alpha) each, in any order. One trait alone is npti().
+
+    Neurons of different traits overlap (E+ with N-, say), so edits that are just added drag one trait along with another, and
+    cap a neuron for one trait that they raise for the other. Here instead:
+    1. To first order, a trait moves by the projection of the whole edit on its own pull (see there). So the strengths b are
+       those at which each trait's projection is what it would be alone: G b = diag(G) |alpha|, where G holds the pulls' inner
+       products at alpha 1. Traits that help each other are weakened, those that fight strengthened, from 0 to 2 |alpha|.
+    2. Each neuron then has one edit, by the sum of its pulls: above 0 it is raised by it, below 0 it is capped at 0.
+    """
+    import torch
+
+    parts = sorted(((neurons, alpha) for neurons, alpha in parts if alpha), key=lambda part: TRAITS.index(part[0].meta["trait"]))
+    if len(parts) < 2:
+        profile = npti(*parts[0], min_delta, min_neurons) if parts else Profile.of([])
+        profile.name = name
+        return profile
+    units = torch.stack([pull(neurons, math.copysign(1, alpha), min_delta, min_neurons).flatten() for neurons, alpha in parts])
+    wanted = torch.tensor([abs(alpha) for _, alpha in parts], dtype=torch.float64)
+    gram, strengths = units @ units.T, wanted.clone()
+    for _ in range(500):  # coordinate descent on b G b / 2 - b diag(G) |alpha| within the bounds
+        for k, own in enumerate(gram.diagonal().clamp(min=1e-12)):
+            strengths[k] = (wanted[k] + strengths[k] - gram[k] @ strengths / own).clamp(0, 2 * wanted[k])
+    total = (strengths[:, None] * units).sum(0).view(parts[0][0].shape)
+    layer, index = (total != 0).nonzero(as_tuple=True)
+    value = torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(len(layer), 1)
+    value[:, 0] = torch.where(total[layer, index] < 0, 0.0, math.inf)
+    value[:, 2] = total[layer, index].clamp(min=0).float()
+    return Profile(layer, index, value, name)
+
+
+def dpn_le(parts: list[tuple], weighted: bool = False, min_effect: float = 0.1, name: str = "") -> Profile:
+    """DPN-LE's selection and edit (ACL 2026), from (neurons, alpha) each: of the layers behind the first three eighths, the
+    neurons whose difference s of the mean product between the poles is over its layer's 0.995 quantile and whose effect size
+    (Cohen's d) is at least min_effect; alpha * s is added to the product, weighted 0.75 to 1 by the rank of |d|.
+
+    The release takes s and d at the last prompt token, with d >= 0.8 or 0.3; neuron files hold them over the answers' tokens,
+    whose spread is wider: hence the lower min_effect. Alpha has a scale of its own. Several traits add up."""
+    import torch
+
+    total = 0
+    for neurons, alpha in sorted(parts, key=lambda part: TRAITS.index(part[0].meta["trait"])):
+        if not hasattr(neurons, "tensors"):
+            raise UserError("--method dpn-le needs neuron files of identify.py: the released ones hold no means")
+        difference = (neurons.mean[0] - neurons.mean[1]).double()
+        effect = (difference / ((neurons.variance[0] + neurons.variance[1]).double() / 2).sqrt().clamp(min=1e-12)).abs()
+        high = torch.quantile(difference.abs(), 0.995, dim=1, keepdim=True)
+        chosen = (difference.abs() > high) & (effect >= min_effect)
+        chosen[:round(len(chosen) * 3 / 8)] = False
+        if alpha and not bool(chosen.any()):
+            raise UserError(f"dpn-le: no neuron of {neurons.meta['trait']} has an effect of {min_effect} or more, so nothing would be "
+                            f"edited; the largest is {float(effect.max()):.3f}")
+        weight = torch.ones_like(effect)
+        if weighted and int(chosen.sum()) > 1:
+            rank = effect[chosen].argsort().argsort().double()
+            weight[chosen] = 0.75 + 0.25 * rank / (len(rank) - 1)
+        total = total + alpha * torch.where(chosen, difference * weight, 0.0)
+    layer, index = (total != 0).nonzero(as_tuple=True) if parts else (torch.empty(0, dtype=torch.long),) * 2
+    value = torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(len(layer), 1)
+    if len(layer):
+        value[:, 3] = total[layer, index].float()
+    return Profile(layer, index, value, name)
+
+
+class Released:
+    """NPTI's released neuron files, DIR/<Trait>_dict.json (high pole) and DIR/<Trait>_reversed_dict.json (low): an object from
+    layer to a list of [layer, index, delta, prob, p95]. What stands there was selected already."""
+
+    def __init__(self, folder: str, trait: str, model):
+        import torch
+
+        mlps = find_mlps(model)
+        self.shape, self.meta, self.poles = (len(mlps), mlps[0].width), {"trait": trait}, {}
+        for pole, end in zip(POLES, ("", "_reversed")):
+            path = Path(folder) / f"{trait.capitalize()}{end}_dict.json"
+            try:
+                rows = [row for rows in json.loads(path.read_bytes()).values() for row in rows]
+                table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from error
+            except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+                raise UserError(f"{path}: expected an object from layer to lists of [layer, index, delta, prob, p95]: {error}") from error
+            where = table[:, :2].long()
+            for k, (what, most) in enumerate(zip(("layer", "neuron"), self.shape)):
+                wrong = where[(where[:, k] < 0) | (where[:, k] >= most), k]
+                if len(wrong):
+                    raise UserError(f"{path}: {what} {int(wrong[0])} of a model of {most} {('layers', 'neurons a layer')[k]} "
+                                    f"({getattr(model, 'source', type(model).__name__)}): it was made for another model")
+            if len(where.unique(dim=0)) < len(where):
+                raise UserError(f"{path}: a neuron stands twice in it")
+            order = torch.argsort(table[:, 2], descending=True, stable=True)
+            self.poles[pole] = (where[order, 0], where[order, 1], table[order, 2].float(), table[order, 4].float())
+
+    def select(self, pole: str, min_delta: float = 0.1, min_neurons: int | None = None):
+        """All of a pole's neurons, as Neurons.select gives them."""
+        return self.poles[pole]
+
+
+def restricted(profile: Profile, layers: tuple[int, int] | None) -> Profile:
+    """The part of a profile that lies in the layers from the first to the last, both counted."""
+    if layers is None:
+        return profile
+    inside = (profile.layer >= layers[0]) & (profile.layer <= layers[1])
+    return Profile(profile.layer[inside], profile.index[inside], profile.value[inside], profile.name,
+                   {layer: vector for layer, vector in profile.residual.items() if layers[0] <= layer <= layers[1]})
+
+
 def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None, most: int = 64):
     """The direction of activation addition: {layer: float32 (hidden_size)}, the mean of a layer's output over the answers'
     tokens under the high pole less that under the low one, from the first `most` answers that identify.py wrote to path.
@@ -114,10 +239,13 @@ def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None
     return {layer: (total["high"] / tokens["high"] - total["low"] / tokens["low"]).float()}
 
 
-def activation_addition(direction: dict, alpha: float, name: str = "") -> Profile:
-    """The profile that adds alpha times a mean difference to the residual stream; alpha < 0 is the low pole."""
+def activation_addition(parts: list[tuple], name: str = "") -> Profile:
+    """The profile that adds alpha times a mean difference to the residual stream, from (direction, alpha) each; alpha < 0 is
+    the low pole. Several add up."""
     profile = Profile.of([], name)
-    profile.residual = {layer: alpha * vector for layer, vector in direction.items()} if alpha else {}
+    for direction, alpha in parts:
+        for layer, vector in direction.items() if alpha else ():
+            profile.residual[layer] = profile.residual.get(layer, 0) + alpha * vector
     return profile
 
 
@@ -125,30 +253,38 @@ def first_of(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-@contextlib.contextmanager
-def residual_added(model, profiles: list[Profile], rows: Rows):
-    """Add the profiles' residual vectors to the outputs of their layers, for the tokens that rows tells."""
-    import torch
+class Residual:
+    """Adds the profiles' residual vectors to the outputs of their layers, for the tokens that rows tells."""
 
-    mlps = find_mlps(model)
-    tables = {}
-    for number, profile in enumerate(profiles, 1):
-        for layer, vector in profile.residual.items():
-            if layer not in tables:
-                weight = mlps[layer].gate.weight
-                tables[layer] = torch.zeros((len(profiles) + 1, len(vector)), dtype=weight.dtype, device=weight.device)
-            tables[layer][number] = vector
-    with contextlib.ExitStack() as stack:
+    def __init__(self, mlps, rows: Rows):
+        self.mlps, self.rows, self.hooks = mlps, rows, []
+
+    def fill(self, profiles: list[Profile]) -> None:
+        import torch
+
+        self.remove()
+        tables = {}
+        for number, profile in enumerate(profiles, 1):
+            for layer, vector in profile.residual.items():
+                if not 0 <= layer < len(self.mlps):
+                    raise UserError(f"profile {profile.name!r}: layer {layer} of a model of {len(self.mlps)} layers")
+                if layer not in tables:
+                    weight = self.mlps[layer].gate.weight
+                    tables[layer] = torch.zeros((len(profiles) + 1, len(vector)), dtype=weight.dtype, device=weight.device)
+                tables[layer][number] = vector
         for layer, table in tables.items():
             def add(module, args, output, table=table):
-                if rows.tokens is None:
+                if self.rows.tokens is None:
                     return output
                 hidden = first_of(output)
-                hidden = hidden + table[rows.tokens.long()].view(hidden.shape)
+                hidden = hidden + table[self.rows.tokens.long()].view(hidden.shape)
                 return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-            stack.callback(mlps[layer].layer.register_forward_hook(add).remove)
-        yield
+            self.hooks.append(self.mlps[layer].layer.register_forward_hook(add))
+
+    def remove(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
 
 
 class Tables:
@@ -230,12 +366,14 @@ class Tables:
 class Steering:
     """What `with steer(...) as steering` gives: change profiles or rows between two generate() calls."""
 
-    def __init__(self, tables: Tables, rows: Rows):
-        self.tables, self.rows = tables, rows
+    def __init__(self, tables: Tables, residual: Residual, rows: Rows):
+        self.tables, self.residual, self.rows = tables, residual, rows
 
     def update(self, profiles) -> None:
-        """Other edits of neurons, under a captured graph too. (Residual vectors stay as they were when steering began.)"""
-        self.tables.fill([profiles] if isinstance(profiles, Profile) else list(profiles))
+        """Other profiles, as many as before. Edits of neurons swap under a captured graph too; residual vectors don't."""
+        profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
+        self.tables.fill(profiles)
+        self.residual.fill(profiles)
 
     def assign(self, rows) -> None:
         self.rows.assign(rows)
@@ -259,7 +397,8 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
     profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
     mlps = find_mlps(model)
     tables = Tables(profiles, len(mlps), mlps[0].width, mlps[0].gate.weight.device, capacity)
-    steering = Steering(tables, Rows(rows, len(profiles), 0, where))
+    rows = Rows(rows, len(profiles), 0, where)
+    steering = Steering(tables, Residual(mlps, rows), rows)
     generator = torch.Generator().manual_seed(seed)
     with patched(model, "steering", (steering.rows, tables.layers)) as patch:
         if keep < 1:
@@ -267,9 +406,10 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
             redraw()
             patch.before_decode.append(redraw)
         try:
-            with residual_added(model, profiles, steering.rows):
-                yield steering
+            steering.residual.fill(profiles)
+            yield steering
         finally:
+            steering.residual.remove()
             if keep < 1:
                 patch.before_decode.remove(redraw)
 
@@ -286,29 +426,134 @@ def neurons_of(model, tokenizer, trait: str, folder: str, **options) -> Neurons:
     return Neurons.load(path, model)
 
 
-class Personality:
-    """Strengths by trait, and the neuron files to make a profile of them."""
+@dataclass
+class Character:
+    """A whole personality: alpha by trait, and optionally the method, the layers (first and last) that are edited, the model
+    it was made for, and a name."""
 
-    def __init__(self, model, tokenizer, args):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.strengths, self.files = {}, {}
+    strengths: dict
+    method: str = "npti"
+    layers: tuple | None = None
+    model: str | None = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, values, where: str, method: str = "npti") -> "Character":
+        """From what a profile file or a line of --questions holds: {"traits": {trait: alpha}, "method": ..., "layers": [first,
+        last], "model": ..., "name": ...}, or the traits alone."""
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: expected traits and their alphas, got {values!r}")
+        values = dict(values) if "traits" in values else {"traits": values}
+        traits = values.pop("traits")
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e3  # noqa: E731
+        if not isinstance(traits, dict) or not traits or not all(trait.lower() in TRAITS and number(x) for trait, x in traits.items()):
+            raise UserError(f"{where}: expected some of {', '.join(TRAITS)} with a number each, got {traits!r}")
+        unknown = set(values) - {"method", "layers", "model", "name"}
+        if unknown:
+            raise UserError(f"{where}: expected traits, method, layers, model and name, got {sorted(unknown)}")
+        method, layers = values.get("method", method), values.get("layers")
+        if method not in METHODS:
+            raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, got {method!r}")
+        if layers is not None and not (isinstance(layers, list) and len(layers) == 2 and all(isinstance(x, int) for x in layers)
+                                       and 0 <= layers[0] <= layers[1]):
+            raise UserError(f"{where}: layers: expected [first, last], got {layers!r}")
+        return cls({trait.lower(): float(x) for trait, x in traits.items()}, method, tuple(layers) if layers else None,
+                   values.get("model"), str(values.get("name", "")))
+
+    @classmethod
+    def read(cls, path: str) -> "Character":
+        """From a profile file, in TOML."""
+        try:
+            import tomllib
+        except ImportError:  # Python 3.10
+            import tomli as tomllib
+
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--profile {path}: {error.strerror}") from error
+        except ValueError as error:  # of UTF-8 or of TOML
+            raise UserError(f"--profile {path}: not TOML: {error}") from error
+        return cls.of(values, path)
+
+    def describe(self, sign: float = 1) -> str:
+        listed = ", ".join(f"{trait} {sign * self.strengths[trait]:+g}" for trait in TRAITS if trait in self.strengths) or "no edit"
+        return (f"{self.name}: " if self.name and sign > 0 else "") + listed + ("" if self.method == "npti" else f" ({self.method})")
+
+
+class Personality:
+    """The character that is asked for, the neuron files of the folder, and the profiles that they make."""
+
+    def __init__(self, model, tokenizer, args, character: Character):
+        self.model, self.tokenizer, self.args, self.character = model, tokenizer, args, character
+        self.files, self.directions = {}, {}
+
+    def neurons(self, trait: str):
+        if trait not in self.files:
+            if self.args.neurons.startswith("npti:"):
+                folder = self.args.neurons.removeprefix("npti:")
+                self.files[trait] = Released(folder, trait, self.model)
+                say(f"{folder}: {trait}: these files don't say which model they were made with: nothing vouches for it but their shape")
+            else:
+                options = {name: getattr(self.args, name) for name in ("where", "batch_size", "seed")}
+                self.files[trait] = neurons_of(self.model, self.tokenizer, trait, self.args.neurons, **options)
+        return self.files[trait]
+
+    def direction(self, trait: str) -> dict:
+        if trait not in self.directions:
+            if self.args.neurons.startswith("npti:"):
+                raise UserError("--method activation needs the answers that identify.py keeps beside its neuron files")
+            self.neurons(trait)  # makes the answers, where they are not there yet
+            path = neuron_path(self.args.neurons, trait).with_suffix(".answers.jsonl")
+            self.directions[trait] = mean_difference(self.model, self.tokenizer, path, trait)
+        return self.directions[trait]
 
     def set(self, trait: str, alpha: float) -> None:
         trait = check_trait(trait)
-        if trait not in self.files:
-            options = {name: getattr(self.args, name) for name in ("where", "batch_size", "seed")}
-            self.files[trait] = neurons_of(self.model, self.tokenizer, trait, self.args.neurons, **options)
-        self.strengths[trait] = alpha
+        if not abs(alpha) < 1e3:
+            raise UserError(f"alpha: expected a number below 1000, got {alpha}")
+        self.neurons(trait)
+        self.character.strengths[trait] = alpha
 
-    def profile(self, sign: float = 1) -> Profile:
-        args, edits = self.args, []
-        for trait in TRAITS:
-            if self.strengths.get(trait):
-                edits += npti_edits(self.files[trait], sign * self.strengths[trait], args.min_delta, args.min_neurons)
-        return Profile.of(edits, self.describe(sign))
+    def profile(self, sign: float = 1, character: Character | None = None) -> Profile:
+        character, args = character or self.character, self.args
+        source = getattr(self.model, "source", None)
+        if character.model and source and character.model not in (source, Path(source).name):
+            raise UserError(f"the profile {character.name or character.describe()} is for {character.model}, the model is {source}")
+        strengths = [(trait, sign * character.strengths[trait]) for trait in TRAITS if character.strengths.get(trait)]
+        name = character.describe(sign)
+        if character.method == "activation":
+            made = activation_addition([(self.direction(trait), alpha) for trait, alpha in strengths], name)
+        elif character.method.startswith("dpn-le"):
+            made = dpn_le([(self.neurons(trait), alpha) for trait, alpha in strengths], character.method == "dpn-le-weighted", name=name)
+        else:
+            made = composed([(self.neurons(trait), alpha) for trait, alpha in strengths], args.min_delta, args.min_neurons, name)
+        return restricted(made, character.layers)
 
-    def describe(self, sign: float = 1) -> str:
-        return ", ".join(f"{trait} {sign * alpha:+g}" for trait, alpha in self.strengths.items()) or "no edit"
+
+def list_neurons(folder: str) -> None:
+    """Print what a neuron folder holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    paths = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    if not paths:
+        raise UserError(f"--list: no neuron files in {folder}: python identify.py makes them")
+    table = Table(title=f"{folder}", title_justify="left", box=None, header_style="bold")
+    for column in ("trait", "model", "high, low", "tokens", "made", "from"):
+        table.add_column(column)
+    for path in paths:
+        try:
+            neurons = Neurons.load(path)
+        except UserError as error:
+            table.add_row(path.stem, f"[red]{' '.join(str(error).split())}[/red]")
+            continue
+        meta = neurons.meta
+        counts = ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES)
+        made = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d")
+        table.add_row(meta["trait"], meta["model"], counts, f"{sum(meta['tokens']):,}", made,
+                      f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}")
+    Console().print(table)
 
 
 def sampling(args) -> dict:
@@ -340,42 +585,56 @@ def side_by_side(model, tokenizer, personality: Personality, args) -> None:
         console.print(table)
 
 
-def read_questions(path: str) -> list[str]:
-    """One question a line: plain text, or a JSON object with the key question."""
+def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character | None]]:
+    """One question a line: plain text, or a JSON object with the key question and, optionally, a profile of its own (traits
+    and alphas, or the name of a profile file)."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--questions {path}: {error}") from error
-    questions = []
+    questions, read = [], {}
     for number, line in enumerate(lines, 1):
+        where, character = f"{path}, line {number}", None
         if line.lstrip().startswith("{"):
             try:
-                line = json.loads(line)["question"]
+                values = json.loads(line)
+                line = values["question"]
                 if not isinstance(line, str):
                     raise ValueError(f"question is a {type(line).__name__}")
             except (ValueError, KeyError) as error:
-                raise UserError(f'{path}, line {number}: expected {{"question": text}}: {error}') from error
+                raise UserError(f'{where}: expected {{"question": text}}: {error}') from error
+            asked = values.get("profile")
+            if asked is not None:
+                key = json.dumps(asked, sort_keys=True)
+                if key not in read:
+                    read[key] = Character.read(asked) if isinstance(asked, str) else Character.of(asked, where, method)
+                character = read[key]
         if line.strip():
-            questions.append(line.strip())
+            questions.append((line.strip(), character))
     if not questions:
         raise UserError(f"--questions {path}: no question in it")
     return questions
 
 
 def answer_file(model, tokenizer, personality: Personality, args) -> None:
-    """Answer a file of questions in the personality, JSON lines out."""
+    """Answer a file of questions, JSON lines out: each in its own personality, or in the one of --trait or --profile."""
     from tqdm import tqdm
 
-    questions = read_questions(args.questions)
-    lines, profile = [], personality.profile()
-    with steer(model, profile, None, args.where, args.keep, args.seed), \
-            tqdm(total=len(questions), unit="answer", disable=not args.out) as bar:
+    questions = [(text, character or personality.character) for text, character in read_questions(args.questions, args.method)]
+    lines, profiles = [], {}
+    with tqdm(total=len(questions), unit="answer", disable=not args.out) as bar:
         for start in range(0, len(questions), args.batch_size):
             batch = questions[start:start + args.batch_size]
-            for question, (text, ids) in zip(batch, answer(model, tokenizer, [ask(question) for question in batch],
-                                                           args.max_new_tokens, **sampling(args))):
-                lines.append(json.dumps({"question": question, "answer": text, "personality": personality.strengths,
-                                         "ids": ids}, ensure_ascii=False) + "\n")
+            for _, character in batch:
+                if id(character) not in profiles:
+                    profiles[id(character)] = personality.profile(1, character)
+            here = list(dict.fromkeys(id(character) for _, character in batch))
+            with steer(model, [profiles[one] for one in here], [here.index(id(character)) + 1 for _, character in batch], args.where,
+                       args.keep, args.seed):
+                answers = answer(model, tokenizer, [ask(question) for question, _ in batch], args.max_new_tokens, **sampling(args))
+            for (question, character), (text, ids) in zip(batch, answers):
+                lines.append(json.dumps({"question": question, "answer": text, "personality": character.strengths, "ids": ids},
+                                        ensure_ascii=False) + "\n")
                 if not args.out:
                     sys.stdout.write(lines[-1])
             bar.update(len(batch))
@@ -391,9 +650,9 @@ def converse(model, tokenizer, personality: Personality, args) -> None:
     import torch
     from transformers import DynamicCache, TextStreamer
 
-    turns, cached, cache, latest = [], [], DynamicCache(config=model.config), list(personality.strengths)[-1]
+    turns, cached, cache, latest = [], [], DynamicCache(config=model.config), list(personality.character.strengths)[-1]
     capacity = 2 * len(TRAITS) * len(find_mlps(model)) * find_mlps(model)[0].width // 10
-    print(f"{personality.describe()}    {CHAT_HELP}")
+    print(f"{personality.character.describe()}    {CHAT_HELP}")
     with steer(model, personality.profile(), None, args.where, args.keep, args.seed, capacity) as steering:
         while True:
             try:
@@ -409,14 +668,14 @@ def converse(model, tokenizer, personality: Personality, args) -> None:
                     turns, cached, cache = [], [], DynamicCache(config=model.config)
                 elif command == "/trait" and words:
                     latest = check_trait(words[0])
-                    personality.set(latest, float(words[1]) if len(words) > 1 else personality.strengths.get(latest, 1.0))
+                    personality.set(latest, float(words[1]) if len(words) > 1 else personality.character.strengths.get(latest, 1.0))
                 elif command == "/alpha" and words:
                     personality.set(latest, float(words[0]))
                 elif command.startswith("/"):
                     print(CHAT_HELP)
                 if command.startswith("/"):
                     steering.update(personality.profile())
-                    print(personality.describe())
+                    print(personality.character.describe())
             except ValueError as error:  # UserError among them
                 print(error)
             if not line or command.startswith("/"):
@@ -450,7 +709,11 @@ def parser() -> Flags:
     flags.add_argument("--trait", action="append", metavar="T", help=f"{', '.join(TRAITS)}; again for several")
     flags.add_argument("--alpha", action="append", type=float, metavar="A",
                        help="strength, one a trait; negative: the low pole (the paper: 0.6 to 1.5)")
-    flags.add_argument("--neurons", default="neurons", metavar="DIR", help="folder of neuron files (default: %(default)s)")
+    flags.add_argument("--profile", metavar="FILE", help="a whole character, in TOML: [traits], and method, layers, model, name")
+    flags.add_argument("--method", choices=METHODS, default="npti", help="default: %(default)s; alpha has a scale of its own in each")
+    flags.add_argument("--neurons", default="neurons", metavar="DIR",
+                       help="folder of neuron files (default: %(default)s); npti:DIR: of NPTI's released ones")
+    flags.add_argument("--list", action="store_true", help="show what the folder holds")
     flags.add_argument("-q", "--question", action="append", metavar="TEXT", help="ask this instead of the everyday questions")
     flags.add_argument("--questions", metavar="FILE", help="answer a file of questions, one a line")
     flags.add_argument("--out", metavar="FILE", help="where the answers to --questions go (default: the terminal)")
@@ -470,9 +733,14 @@ def parser() -> Flags:
 
 def main() -> None:
     args = parser().parse_args()
+    if args.list:
+        return list_neurons(args.neurons.removeprefix("npti:"))
     traits, alphas = [check_trait(trait) for trait in args.trait or []], args.alpha or []
-    if not traits or len(alphas) not in (1, len(traits)) or len(set(traits)) < len(traits):
-        raise UserError("expected --trait T --alpha A, again for each further trait: "
+    if args.profile and (traits or alphas):
+        raise UserError("--profile FILE says what --trait and --alpha would say: expected one or the other")
+    own = args.questions and not (args.profile or traits or alphas)  # its lines can have profiles of their own
+    if not (args.profile or own) and (not traits or len(alphas) not in (1, len(traits)) or len(set(traits)) < len(traits)):
+        raise UserError("expected --trait T --alpha A, again for each further trait, or --profile FILE: "
                         f"got the traits {traits} and the alphas {alphas}")
     for flag, values, fine in (("--alpha", alphas, lambda x: abs(x) < 1e3), ("--keep", [args.keep], lambda x: 0 < x <= 1),
                                ("--min-delta", [args.min_delta], lambda x: 0 <= x <= 1),
@@ -482,15 +750,22 @@ def main() -> None:
             raise UserError(f"{flag}: {values} is out of range")
     if args.out and not args.questions:
         raise UserError("--out FILE goes with --questions FILE")
-    if args.questions:
-        read_questions(args.questions)  # before the model is loaded
+    character = Character.read(args.profile) if args.profile else Character(
+        dict(zip(traits, alphas if len(alphas) == len(traits) else alphas * len(traits))), args.method)
+    if args.questions:  # before the model is loaded
+        without = [text for text, one in read_questions(args.questions, args.method) if one is None]
+        if own and without:
+            raise UserError(f"--questions {args.questions}: no profile stands beside {without[0]!r}: --trait and --alpha, or "
+                            "--profile, say what such a question is answered in")
+    if args.chat and not character.strengths:
+        raise UserError("--chat: expected --trait T --alpha A, or --profile FILE")
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     import torch
 
     torch.manual_seed(args.seed)
-    personality = Personality(model, tokenizer, args)
-    for trait, alpha in zip(traits, alphas if len(alphas) == len(traits) else alphas * len(traits)):
-        personality.set(trait, alpha)
+    if character.method in OWN_SCALE:
+        say(f"{character.method}: the scale of alpha is its own: {OWN_SCALE[character.method]}")
+    personality = Personality(model, tokenizer, args, character)
     work = converse if args.chat else answer_file if args.questions else side_by_side
     work(model, tokenizer, personality, args)
 

@@ -42,7 +42,7 @@ setup(
     packages=[],  # the scripts run from the checkout: installing them would put a module named evaluate into the way of
     py_modules=[],  # Hugging Face's evaluate
     install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "numpy", "tqdm", "rich",
-                      "jinja2", "matplotlib", "ninja", "setuptools"],
+                      "jinja2", "matplotlib", "ninja", "setuptools", "tomli; python_version < '3.11'"],
     extras_require={"judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"],
                     "test": ["pytest", "hypothesis", "openai", "scipy", "five-factor-e"]},
     **extension(),

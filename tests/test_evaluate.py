@@ -81,8 +81,9 @@ def test_answers_are_steered_by_row(small, made, monkeypatch, tmp_path):
         assert one["question"] in test
         turns = [identify.ask(one["question"], one["persona"])]
         signed = (1 if one["pole"] == "high" else -1) * (one["alpha"] or 0)
-        profile = (induce.npti(neurons, signed) if one["method"] == "npti" else induce.activation_addition(direction, signed)
-                   if one["method"] == "activation" else induce.Profile.of([]))
+        profile = (induce.npti(neurons, signed) if one["method"] == "npti" else induce.activation_addition([(direction, signed)])
+                   if one["method"] == "activation" else induce.dpn_le([(neurons, signed)]) if one["method"] == "dpn-le"
+                   else induce.Profile.of([]))
         with induce.steer(small.model, profile):
             alone = identify.answer(small.model, small.tokenizer, turns, 5, repetition_penalty=1.15)
         assert alone == [(one["answer"], one["ids"])]
@@ -424,11 +425,11 @@ def test_steering_is_on_in_scoring_passes(whole):
     rows = details_of(whole)["capability"]
     plain, *edited = [one for one in rows if "added" in one]
     assert plain["method"] == "unedited" and plain["added"]["mean"] == 0 and plain["agreement"]["mean"] == 1
-    assert {one["method"] for one in edited} == set(evaluate.EDITS) and len(edited) == 4
+    assert {one["method"] for one in edited} == set(evaluate.EDITS) and len(edited) == 6
     for one in edited:
         assert abs(one["added"]["mean"]) > 1e-4 and 0 <= one["agreement"]["mean"] <= 1
         assert one["added"]["ci95"][0] <= one["added"]["mean"] <= one["added"]["ci95"][1]
-    assert all(0 <= one["quiz"]["mean"] <= 1 for one in rows) and len(rows) == 9
+    assert all(0 <= one["quiz"]["mean"] <= 1 for one in rows) and len(rows) == 11
 
 
 def test_quiz_and_neutral_text_are_whole():
@@ -564,7 +565,7 @@ def test_full_run_has_everything(whole):
         assert {one["measured"] for one in details["spill_over"] if (one["judge"], one["method"]) == (judge, "npti")} == set(TRAITS)
     rows = json.loads((whole / "summary.json").read_text())
     assert {row["judge"].split(":")[0] for row in rows} == set(evaluate.JUDGES) and {row["method"] for row in rows} == set(evaluate.METHODS)
-    assert len(details["questionnaire"]) == 9 and details["items"] == 60 and details["agreement"]
+    assert len(details["questionnaire"]) == 11 and details["items"] == 60 and details["agreement"]
     for one in details["matched"]:
         assert {"mean", "perplexity", "repetition", "added", "quiz"} <= set(one)
     report = (whole / "report.md").read_text()
@@ -619,7 +620,7 @@ def test_activation_addition_equals_a_hook(small):
     turns = [identify.ask("w10 w11 ?"), identify.ask("w12 ?"), identify.ask("w13 w14 w15 ?")]
     answer = lambda some: identify.answer(small.model, small.tokenizer, some, 6)  # noqa: E731
     plain = answer(turns)
-    with induce.steer(small.model, [induce.activation_addition({layer: vector}, alpha) for alpha in (2.0, -2.0)], [1, 0, 2]):
+    with induce.steer(small.model, [induce.activation_addition([({layer: vector}, alpha)]) for alpha in (2.0, -2.0)], [1, 0, 2]):
         mixed = answer(turns)
     assert answer(turns) == plain and mixed[1] == plain[1] and mixed[0] != plain[0]
 
@@ -632,7 +633,7 @@ def test_activation_addition_equals_a_hook(small):
             assert answer([turns[row]]) == [mixed[row]]
         finally:
             hook.remove()
-    assert induce.activation_addition({layer: vector}, 0).residual == {}
+    assert induce.activation_addition([({layer: vector}, 0)]).residual == {}
 
 
 def test_mean_difference_is_of_the_answers_tokens(small, made):

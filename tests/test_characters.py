@@ -1,0 +1,309 @@
+"""Whole characters: composition, profile files, a profile a line, DPN-LE, NPTI's released files."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import identify
+import induce
+from conftest import lines_of, main_of, run, shared_flags, tiny
+from identify import POLES, Neurons, UserError
+from induce import Character, Profile, composed, dpn_le, npti
+
+DEPTH, WIDTH = 2, 48
+
+
+def random_neurons(trait, seed, shape=(DEPTH, WIDTH)):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.rand((2, *shape), generator=generator)  # noqa: E731
+    return Neurons({"prob": draw(), "p50": draw() / 2, "p95": draw(), "p99": 1 + draw(), "mean": draw() - 0.5, "variance": 0.1 + draw()},
+                   {"trait": trait, "key": f"{trait}{seed}"})
+
+
+@pytest.fixture(scope="module")
+def several(small, tmp_path_factory):
+    """A folder with two traits' neuron files of the tiny model."""
+    out = tmp_path_factory.mktemp("several")
+    for trait in ("extraversion", "neuroticism"):
+        run(small, out, trait)()
+    return out
+
+
+def same(a: Profile, b: Profile) -> bool:
+    return all(torch.equal(x, y) for x, y in ((a.layer, b.layer), (a.index, b.index), (a.value, b.value)))
+
+
+# ----------------------------------------------------------------------------------------------------- composition
+
+
+@pytest.mark.parametrize("alpha", (1.5, -0.7))
+def test_one_trait_alone_is_npti(alpha):
+    neurons = random_neurons("openness", 0)
+    others = [(random_neurons("neuroticism", 1), 0.0)]
+    assert same(composed([(neurons, alpha)]), npti(neurons, alpha)) and same(composed([(neurons, alpha), *others]), npti(neurons, alpha))
+    assert len(composed(others)) == len(composed([])) == 0
+
+
+def test_order_does_not_matter():
+    parts = [(random_neurons(trait, seed), alpha) for seed, (trait, alpha) in enumerate(
+        (("extraversion", 2.0), ("neuroticism", -1.0), ("openness", 0.5), ("agreeableness", -1.5)))]
+    first = composed(parts)
+    assert all(same(first, composed(list(some))) for some in itertools.permutations(parts))
+    first = dpn_le(parts, min_effect=0.01)
+    assert all(same(first, dpn_le(list(some), min_effect=0.01)) for some in itertools.permutations(parts))
+
+
+def test_each_trait_keeps_its_own_strength():
+    """The whole edit's projection on a trait's pull is what that trait's edit alone has; added up naively it is not."""
+    parts = [(random_neurons("extraversion", 3), 1.0), (random_neurons("neuroticism", 4), -1.1)]
+    parts[1][0].tensors["prob"] = 0.7 * parts[0][0].prob.flip(0) + 0.3 * parts[1][0].prob  # E+ with N-
+    units = [induce.pull(neurons, math.copysign(1, alpha)) for neurons, alpha in parts]
+    assert (units[0] * units[1]).sum() > 0.3 * (units[0] ** 2).sum(), "they overlap"
+    profile, total = composed(parts), torch.zeros(DEPTH, WIDTH, dtype=torch.float64)
+    raised = profile.value[:, 2] > 0
+    assert torch.equal(profile.value[~raised, 0], torch.zeros(int((~raised).sum()))) and profile.value[raised, 0].isinf().all()
+    gram = torch.tensor([[(a * b).sum() for b in units] for a in units])
+    strengths = torch.linalg.solve(gram, gram.diagonal() * torch.tensor([1.0, 1.1], dtype=torch.float64))
+    assert (strengths > 0).all() and (strengths < torch.tensor([1.0, 1.1])).all(), "traits that help each other are weakened"
+    total = strengths[0] * units[0] + strengths[1] * units[1]
+    for unit, alpha in zip(units, (1.0, 1.1)):
+        assert (total * unit).sum() == pytest.approx(alpha * (unit ** 2).sum().item(), rel=1e-6)
+    shift = torch.zeros(DEPTH, WIDTH, dtype=torch.float64)
+    shift[profile.layer, profile.index] = profile.value[:, 2].double()
+    assert torch.allclose(shift, total.clamp(min=0), atol=1e-4)
+
+
+def test_a_neuron_has_one_edit():
+    """Capped for one trait and raised for the other: the stronger pull decides, and not both happen."""
+    parts = [(random_neurons("extraversion", 5), 1.0), (random_neurons("neuroticism", 6), 1.0)]
+    profile = composed(parts)
+    assert len(torch.stack([profile.layer, profile.index], 1).unique(dim=0)) == len(profile)
+    capped, raised = profile.value[:, 0] == 0, profile.value[:, 2] > 0
+    assert not (capped & raised).any() and (capped | raised).all() and capped.any() and raised.any()
+
+
+def test_strengths_stay_within_bounds():
+    """Two traits that are all but the same: no strength explodes or turns round."""
+    one = random_neurons("extraversion", 7)
+    other = Neurons({**one.tensors, "p95": one.p95 * 1.001}, {"trait": "neuroticism", "key": ""})
+    total = composed([(one, 1.0), (other, 1.0)]).value[:, 2].sum()
+    assert 0.9 < total / npti(one, 1.0).value[:, 2].sum() < 1.1
+    against = composed([(one, 1.0), (other, -0.999)])
+    assert against.value[:, 2].max() <= 4 * npti(one, 1.0).value[:, 2].max()
+
+
+# ---------------------------------------------------------------------------------------------------------- DPN-LE
+
+
+def test_dpn_le_is_the_papers():
+    shape = (8, 400)
+    neurons = random_neurons("openness", 8, shape)
+    difference = neurons.mean[0] - neurons.mean[1]
+    effect = difference.abs() / ((neurons.variance[0] + neurons.variance[1]) / 2).sqrt()
+    chosen = {(layer, j) for layer in range(3, 8) for j in range(400)
+              if abs(difference[layer, j]) > difference[layer].abs().quantile(0.995) and effect[layer, j] >= 0.9}
+    profile = dpn_le([(neurons, -2.0)], min_effect=0.9)
+    assert set(zip(profile.layer.tolist(), profile.index.tolist())) == chosen and 3 < len(chosen) < 5 * 3
+    assert torch.allclose(profile.value[:, 3], -2 * difference[profile.layer, profile.index], rtol=1e-5)
+    assert torch.equal(profile.value[:, :3], torch.tensor([math.inf, 1.0, 0.0]).expand(len(profile), 3)), "after the product"
+    weights = dpn_le([(neurons, -2.0)], weighted=True, min_effect=0.9).value[:, 3] / profile.value[:, 3]
+    order = effect[profile.layer, profile.index].argsort()
+    assert torch.allclose(weights[order], torch.linspace(0.75, 1, len(chosen)), atol=1e-5)
+    assert len(dpn_le([])) == len(dpn_le([(neurons, 0.0)], min_effect=99)) == 0
+    with pytest.raises(UserError, match="no neuron of openness has an effect of 99"):
+        dpn_le([(neurons, 1.0)], min_effect=99)
+
+
+def test_dpn_le_edits_the_product(small):
+    """Through the op, as a hook that adds to down_proj's input does it."""
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(WIDTH, generator=generator)
+    profile = Profile(torch.ones(WIDTH, dtype=torch.long), torch.arange(WIDTH),
+                      torch.stack([torch.full((WIDTH,), math.inf), torch.ones(WIDTH), torch.zeros(WIDTH), bias], 1))
+    ids = torch.randint(9, 90, (2, 7), generator=generator)
+    with torch.no_grad(), induce.steer(small.model, profile, where="all"):
+        ours = small.model(input_ids=ids).logits
+    hook = small.model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0] + bias,))
+    try:
+        with torch.no_grad():
+            assert torch.allclose(ours, small.model(input_ids=ids).logits, atol=1e-4)
+    finally:
+        hook.remove()
+
+
+# --------------------------------------------------------------------------------------------------- released files
+
+
+def release(folder, neurons, trait="Extraversion", min_neurons=7):
+    """What NPTI would have released of these neurons."""
+    folder.mkdir(exist_ok=True)
+    for k, (pole, end) in enumerate(zip(POLES, ("", "_reversed"))):
+        layers = {}
+        for a, b, delta, p95 in zip(*(x.tolist() for x in neurons.select(pole, 0.1, min_neurons))):
+            layers.setdefault(str(a), []).append([a, b, delta, float(neurons.prob[k, a, b]), p95])
+        (folder / f"{trait}{end}_dict.json").write_text(json.dumps(layers))
+    return folder
+
+
+def test_released_files_make_the_same_profile(small, several, tmp_path):
+    neurons = Neurons.load(several / "extraversion.safetensors", small.model)
+    files = induce.Released(release(tmp_path / "npti", neurons), "extraversion", small.model)
+    for alpha in (1.4, -1.4):
+        assert same(composed([(files, alpha)]), npti(neurons, alpha, min_neurons=7))
+    with pytest.raises(UserError, match="no means"):
+        dpn_le([(files, 1.0)])
+
+
+@pytest.mark.parametrize("text, pattern", (
+    ('{"0": [[0, 3, 0.2, 0.5, 0.3], [5, 1, 0.2, 0.5, 0.3]]}', "layer 5 of a model of 2 layers .*another model"),
+    ('{"0": [[0, 48, 0.2, 0.5, 0.3]]}', "neuron 48 of a model of 48"),
+    ('{"0": [[0, 3, 0.2, 0.5, 0.3], [0, 3, 0.3, 0.5, 0.3]]}', "twice"),
+    ('{"0": [[0, 3, 0.2]]}', "expected an object"), ("[1, 2]", "expected an object"), ("not JSON", "expected an object"),
+    (None, "No such file")))
+def test_wrong_released_files(small, several, tmp_path, text, pattern):
+    folder = release(tmp_path / "npti", Neurons.load(several / "extraversion.safetensors"))
+    path = folder / "Extraversion_reversed_dict.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=pattern):
+        induce.Released(folder, "extraversion", small.model)
+
+
+def test_released_files_from_the_command_line(small, several, tmp_path, monkeypatch, capsys):
+    folder = release(tmp_path / "npti", Neurons.load(several / "extraversion.safetensors"))
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", f"npti:{folder}", "--trait", "extraversion", "--alpha", "8",
+            "-q", "w10 w11 ?", "--max-new-tokens", "4")
+    captured = capsys.readouterr()
+    assert "nothing vouches" in captured.err and "extraversion +8" in captured.out
+
+
+# ------------------------------------------------------------------------------------------------------- characters
+
+
+def test_profile_file(tmp_path):
+    path = tmp_path / "ada.toml"
+    path.write_text('name = "Ada"\nmethod = "dpn-le"\nlayers = [3, 9]\n[traits]\nneuroticism = -1\nOpenness = 2.5\n')
+    ada = Character.read(str(path))
+    assert (ada.name, ada.method, ada.layers) == ("Ada", "dpn-le", (3, 9)) and ada.strengths == {"openness": 2.5, "neuroticism": -1.0}
+    assert ada.describe() == "Ada: openness +2.5, neuroticism -1 (dpn-le)"
+    path.write_text("extraversion = 1\n")
+    assert Character.read(str(path)) == Character({"extraversion": 1.0})
+
+
+@pytest.mark.parametrize("text, pattern", (
+    ("extraversion = ", "not TOML"), ("humour = 1", "expected some of openness"), ("[traits]\n", "expected some of"),
+    ('extraversion = "much"', "a number each"), ("extraversion = true", "a number each"), ("extraversion = nan", "a number each"),
+    ("method = 'magic'\n[traits]\nopenness = 1", "method: expected one of npti"), ("mood = 1\n[traits]\nopenness = 1", "'mood'"),
+    ("layers = [5, 2]\n[traits]\nopenness = 1", "first, last")))
+def test_wrong_profile_files(tmp_path, text, pattern):
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=pattern):
+        Character.read(str(path))
+
+
+@pytest.mark.parametrize("flags, pattern", (
+    (("--profile", "nowhere.toml"), "nowhere.toml: No such file"),
+    (("--profile", "x.toml", "--trait", "openness"), "one or the other"),
+    (("--method", "magic", "--trait", "openness", "--alpha", "1"), "invalid choice"),
+    (("--list", "--neurons", "nowhere"), "no neuron files in nowhere"),
+    (("--trait", "openness", "--alpha", "1", "--neurons", "npti:nowhere"), "nowhere/Openness_dict.json"),
+    ((), "--profile FILE")))
+def test_wrong_flags(small, monkeypatch, flags, pattern):
+    with pytest.raises(UserError, match=pattern):
+        main_of(induce, monkeypatch, *shared_flags(small), *flags)
+
+
+def test_profile_for_another_model(small, several, monkeypatch, tmp_path):
+    (tmp_path / "ada.toml").write_text('model = "someone/else"\n[traits]\nextraversion = 1\n')
+    with pytest.raises(UserError, match="is for someone/else, the model is"):
+        main_of(induce, monkeypatch, *shared_flags(small), "--neurons", several, "--profile", tmp_path / "ada.toml")
+
+
+def test_layers_restrict_all_that_is_edited():
+    neurons = random_neurons("openness", 9)
+    whole = npti(neurons, 1.0)
+    whole.residual = {0: torch.ones(3), 1: torch.zeros(3)}
+    part = induce.restricted(whole, (1, 5))
+    assert set(part.layer.tolist()) == {1} and list(part.residual) == [1] and len(part.value) == int((whole.layer == 1).sum()) > 0
+    assert induce.restricted(whole, None) is whole
+
+
+def test_list_shows_what_a_folder_holds(several, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    main_of(induce, monkeypatch, "--list", "--neurons", several)
+    text = capsys.readouterr().out
+    assert "extraversion" in text and "neuroticism" in text and "questions" in text and "seed 0" in text
+    (tmp_path / "openness.safetensors").write_bytes(b"not one")
+    main_of(induce, monkeypatch, "--list", "--neurons", tmp_path)
+    assert "not a whole safetensors file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sampled", (False, True))
+def test_a_profile_a_line(small, several, monkeypatch, tmp_path, sampled):
+    """Every line of a mixed batch is answered as in a batch of the same shape in which all have its profile."""
+    (tmp_path / "ada.toml").write_text("extraversion = 9\n")
+    asked = [("w10 w11 ?", {"extraversion": 9, "neuroticism": -4}), ("w12 ?", str(tmp_path / "ada.toml")), ("w13 w14 w15 ?", None),
+             ("w16 ?", {"traits": {"extraversion": -6}, "method": "activation"}), ("w17 w18 ?", {"neuroticism": 9})]
+    more = ("--temperature", "1.5", "--seed", "3") if sampled else ()
+
+    def answered(profiles, name):
+        lines = [json.dumps({"question": question, **({"profile": profile} if profile else {})}) for (question, _), profile in zip(asked, profiles)]
+        (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
+        main_of(induce, monkeypatch, *shared_flags(small), "--neurons", several, "--questions", tmp_path / "q.jsonl", "--out",
+                tmp_path / name, "--max-new-tokens", "6", "--trait", "neuroticism", "--alpha", "-9", *more)
+        return lines_of(tmp_path / name)
+
+    mixed = answered([profile for _, profile in asked], "mixed")
+    assert mixed == answered([profile for _, profile in asked], "again")
+    assert [line["personality"] for line in mixed] == [{"extraversion": 9, "neuroticism": -4}, {"extraversion": 9}, {"neuroticism": -9},
+                                                       {"extraversion": -6}, {"neuroticism": 9}]
+    different = 0
+    for k, (_, profile) in enumerate(asked):
+        alone = answered([profile] * 5, "alone")
+        assert alone[k] == mixed[k]
+        different += sum(a["ids"] != b["ids"] for a, b in zip(alone, mixed))
+    assert different, "profiles change answers"
+
+
+def test_questions_without_a_profile_need_one(small, monkeypatch, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "a ?", "profile": {"openness": 1}}\nb ?\n')
+    with pytest.raises(UserError, match="no profile stands beside 'b .'"):
+        main_of(induce, monkeypatch, *shared_flags(small), "--questions", tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text('{"question": "a ?", "profile": {"humour": 1}}\n')
+    with pytest.raises(UserError, match="q.jsonl, line 1: expected some of"):
+        main_of(induce, monkeypatch, *shared_flags(small), "--questions", tmp_path / "q.jsonl")
+
+
+def test_strength_zero_is_no_edit(small, several):
+    neurons = [Neurons.load(several / f"{trait}.safetensors", small.model) for trait in ("extraversion", "neuroticism")]
+    ids = torch.randint(9, 90, (3, 8), generator=torch.Generator().manual_seed(1))
+    results = []
+    for profile in (composed([(one, 0.0) for one in neurons]), dpn_le([(neurons[0], 0.0)]), induce.activation_addition([({0: torch.ones(32)}, 0.0)])):
+        with torch.no_grad(), induce.steer(small.model, profile, where="all"):
+            results.append(small.model(input_ids=ids).logits)
+    with torch.no_grad(), induce.steer(small.model, composed([(neurons[0], 1.0)]), [0, 0, 0], where="all"):
+        results.append(small.model(input_ids=ids).logits)
+    assert all(torch.equal(result.view(torch.int32), results[0].view(torch.int32)) for result in results)
+
+
+def test_update_changes_residual_vectors_too():
+    model = tiny()
+    make = lambda alpha: induce.activation_addition([({1: torch.ones(32)}, alpha)])  # noqa: E731
+    ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(0))
+
+    def logits(profile):
+        with torch.no_grad(), induce.steer(model, profile, where="all"):
+            return model(input_ids=ids).logits
+
+    expected = [logits(make(alpha)) for alpha in (-2.0, 0.0)]
+    assert not torch.equal(*expected)
+    with torch.no_grad(), induce.steer(model, make(1.0), where="all") as steering:
+        for alpha, result in zip((-2.0, 0.0), expected):
+            steering.update(make(alpha))
+            assert torch.equal(model(input_ids=ids).logits, result)
+    with pytest.raises(UserError, match="layer 7 of a model of 2"), induce.steer(model, induce.activation_addition([({7: torch.ones(32)}, 1.0)])):
+        pass
+    assert not model.model.layers[1]._forward_hooks and identify.find_mlps(model)

@@ -24,6 +24,7 @@ import random
 import re
 import sys
 import time
+import unicodedata
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
@@ -145,6 +146,11 @@ What is the first letter of the Greek alphabet?|Alpha|Beta|Gamma|Omega
 """
 
 
+def continuation(tokenizer, text: str) -> list[int]:
+    """The ids of an answer's text as it would follow the prompt of chat()."""
+    return tokenizer(("" if tokenizer.chat_template else " ") + text, add_special_tokens=False)["input_ids"]
+
+
 def lines_of(text: str) -> list[str]:
     return text.strip().split("\n")
 
@@ -154,7 +160,7 @@ def lines_of(text: str) -> list[str]:
 
 def questions_of(bench: Bench, trait: str, split: str, limit: int) -> list[str]:
     """Of the bench's test questions, every third is for validation: there strengths are chosen, and nowhere else."""
-    return [text for i, text in enumerate(bench.test[trait]) if (i % 3 == 2) == (split == "validation")][:limit]
+    return [text for i, text in enumerate(dict.fromkeys(bench.test[trait])) if (i % 3 == 2) == (split == "validation")][:limit]
 
 
 def grid(bench: Bench, trait: str, methods, alphas: dict, questions: list[str], seed: int) -> list[dict]:
@@ -185,6 +191,8 @@ class Lines:
         if path.exists():
             whole = path.read_bytes()
             end = whole.rfind(b"\n") + 1  # a line cut off by a kill
+            if not end and not json.dumps(header).encode().startswith(whole):
+                raise UserError(f"{path}: not a file of evaluate.py: move it away, or choose another --out")
             try:
                 first, *lines = [json.loads(line) for line in whole[:end].splitlines()] or [header]
                 ours = first["personality-neurons"] == path.stem
@@ -228,7 +236,7 @@ class Personalities:
 
     def neurons(self, trait: str):
         if trait not in self.files:
-            options = {name: getattr(self.args, name) for name in ("bench", "batch_size", "max_new_tokens", "seed")}
+            options = {name: getattr(self.args, name) for name in ("bench", "batch_size", "seed")}
             self.files[trait] = neurons_of(self.model, self.tokenizer, trait, self.args.neurons, **options)
         return self.files[trait]
 
@@ -291,7 +299,7 @@ def read_given(path: str, tokenizer) -> list[dict]:
                             f"wrong: {wrong or [line['trait'], line.get('pole')]}")
         cell = {"trait": line["trait"].lower(), "question": line["question"], "method": "given", "pole": line.get("pole"),
                 "alpha": None, "persona": None, "answer": line["answer"]}
-        ids = tokenizer(line["answer"], add_special_tokens=False)["input_ids"]
+        ids = continuation(tokenizer, line["answer"])
         made.append({"key": digest(cell, number), **cell, "ids": ids})
     if not made:
         raise UserError(f"{path}: no answers in it")
@@ -301,13 +309,12 @@ def read_given(path: str, tokenizer) -> list[dict]:
 # ------------------------------------------------------------------------------------------------- judging: contrast
 
 
-def prefill(model, tokenizer, conversations: list[list[dict]]):
-    """Run the prompts of conversations in one batch, and what all of them begin with only once: (logits after each, float32
-    (conversations, vocabulary); cache; mask; position of each one's last token)."""
+def prefill(model, tokenizer, prompts: list[list[int]]):
+    """Run prompts in one batch, and what all of them begin with only once: (logits after each, float32 (prompts,
+    vocabulary); cache; mask; position of each one's last token)."""
     import torch
     from transformers import DynamicCache
 
-    prompts = [token_ids(tokenizer, chat(tokenizer, turns)) for turns in conversations]
     differ = (k for k, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
     shared = min(next(differ, len(prompts[0])), min(map(len, prompts)) - 1)  # each keeps a token of its own
     ids, mask = padded([prompt[shared:] for prompt in prompts], tokenizer.pad_token_id, model.device)
@@ -336,7 +343,8 @@ def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: 
     width = max(map(len, flat))
     ids = torch.tensor([one + [tokenizer.pad_token_id] * (width - len(one)) for one in flat], device=model.device)
     lengths = torch.tensor([len(one) for one in flat], device=model.device)
-    first, cache, mask, position = prefill(model, tokenizer, conversations)
+    prompts = [token_ids(tokenizer, chat(tokenizer, turns)) for turns in conversations]
+    first, cache, mask, position = prefill(model, tokenizer, prompts)
     total = first.log_softmax(-1).repeat_interleave(many, 0).gather(1, ids[:, :1])[:, 0]  # (conversations * answers)
     if width > 1:  # padding stands at the right, where nothing attends to it
         cache.batch_repeat_interleave(many)
@@ -369,7 +377,8 @@ def contrast(model, tokenizer, bench: Bench, traits: list[str], question: str, a
     import torch
 
     turns = [ask(question, system) for system in (None, *(one for trait in traits for one in judge_personas(bench, trait)))]
-    plain, *rest = (log_likelihoods(model, tokenizer, turns, [answers] * len(turns), rows)
+    parts = [answers[k:k + rows] for k in range(0, len(answers), rows)]
+    plain, *rest = (torch.cat([log_likelihoods(model, tokenizer, turns, [part] * len(turns), rows) for part in parts], 1)
                     / torch.tensor([len(ids) for ids in answers], device=model.device))
     of = torch.stack(rest).view(len(traits), len(POLES), JUDGE_PERSONAS, -1).mean(2)
     return {trait: high - low for trait, (high, low) in zip(traits, of)}, plain
@@ -428,8 +437,9 @@ def rubric(trait: str | None, turned: bool = False) -> str:
 
 def material(question: str, answer: str) -> str:
     """Question and answer as data: JSON strings, in which no digit of the scale stands alone, so that an answer that names
-    the rating it would like names none."""
-    masked = [json.dumps(re.sub(r"(?<!\d)[1-5](?!\d)", "#", text), ensure_ascii=False) for text in (question, answer)]
+    the rating it would like names none, and nothing is a special token of a chat template."""
+    masked = [re.sub(r"(?<!\d)0*[1-5](?!\d)", "#", unicodedata.normalize("NFKC", text)) for text in (question, answer)]
+    masked = [json.dumps(text, ensure_ascii=False).replace("<", "\\u003c").replace("[", "\\u005b") for text in masked]
     return "Question: {}\nAnswer: {}".format(*masked)
 
 
@@ -437,14 +447,16 @@ def expectation(model, tokenizer, conversations: list[list[dict]]):
     """The expected digit of 1 to 5 that each conversation goes on with, by the model's probabilities: float64."""
     import torch
 
-    prompt = chat(tokenizer, conversations[0])
-    begin, digits = token_ids(tokenizer, prompt), []
-    for digit in "12345":  # the first token in which the prompt's continuations differ
-        ids = token_ids(tokenizer, prompt + ("" if tokenizer.chat_template else " ") + digit)
-        digits.append(next((b for a, b in zip([*begin, None], ids) if a != b), ids[-1]))
-    if len(set(digits)) < 5:
-        raise UserError("this model's tokenizer has no tokens for the digits 1 to 5: it can't rate")
-    share = prefill(model, tokenizer, conversations)[0][:, digits].double().softmax(-1).cpu()
+    prompts = []
+    for turns in conversations:  # up to the token in which the five continuations differ: a space may come before it
+        text = chat(tokenizer, turns) + ("" if tokenizer.chat_template else " ")
+        five = [token_ids(tokenizer, text + digit) for digit in "12345"]
+        same = next((k for k, column in enumerate(zip(*five)) if len(set(column)) > 1), None)
+        digits = [ids[same] for ids in five] if same else []
+        if len(set(digits)) < 5:
+            raise UserError("this model's tokenizer has no tokens for the digits 1 to 5: it can't rate")
+        prompts.append(five[0][:same])
+    share = prefill(model, tokenizer, prompts)[0][:, digits].double().softmax(-1).cpu()
     return share @ torch.arange(1, 6, dtype=torch.float64)
 
 
@@ -454,7 +466,7 @@ class LocalJudge:
 
     def __init__(self, model, tokenizer, batch_size: int):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.name = f"llm:{model.source}"
+        self.name, self.origin = f"llm:{model.source}", fingerprint(model)
 
     def rate(self, trait: str | None, pairs: list[tuple[str, str]]) -> list[float]:
         both = []
@@ -475,7 +487,7 @@ class EndpointJudge:
         except ImportError as error:
             raise UserError("--judge-url needs the package openai: pip install openai") from error
         self.client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=4, timeout=60)
-        self.model, self.batch_size, self.name, self.failure = model, batch_size, f"llm:{model}", None
+        self.model, self.batch_size, self.name, self.origin = model, batch_size, f"llm:{model}", digest(url)
 
     def rate(self, trait: str | None, pairs: list[tuple[str, str]]) -> list[float | str]:
         """Ratings; a text says why there is none."""
@@ -495,7 +507,7 @@ class EndpointJudge:
                         {"role": "system", "content": rubric(trait)}, {"role": "user", "content": material(*pair)}])
                 reply = (reply.choices[0].message.content or "").strip()
             except (OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:  # network; malformed reply
-                return f"failed: {type(error).__name__}"
+                return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
             if re.fullmatch(r"[1-5]\.?", reply):  # the whole reply: a digit in a quotation of the answer is none
                 return float(reply[0])
         return "unparsable"
@@ -504,24 +516,27 @@ class EndpointJudge:
 def judge_by_llm(judge, answers: list[dict], lines: Lines, title: str) -> dict:
     """Rate what is not rated yet, for trait and fluency in separate requests. What could not be rated is counted, not
     guessed: {reason: number}; failed requests are tried again by the next run."""
-    failed = defaultdict(int)
+    failed, rated = defaultdict(int), 0
     key = lambda one, of: f"{one['key']}/{judge.name}/{of or 'fluency'}"  # noqa: E731
-    todo = [one for one in answers if not all(key(one, of) in lines.done for of in (one["trait"], None))]
+    is_there = lambda one, of: lines.done.get(key(one, of), {}).get("from") == judge.origin  # noqa: E731
+    todo = [one for one in answers if not all(is_there(one, of) for of in (one["trait"], None))]
     todo.sort(key=lambda one: one["trait"])
     with progress(len(answers), len(answers) - len(todo), title) as bar:
         for start in range(0, len(todo), judge.batch_size):
             batch = todo[start:start + judge.batch_size]
             for trait in (*dict.fromkeys(one["trait"] for one in batch), None):
-                group = [one for one in batch if trait in (None, one["trait"]) and key(one, trait) not in lines.done]
+                group = [one for one in batch if trait in (None, one["trait"]) and not is_there(one, trait)]
                 ratings = judge.rate(trait, [(one["question"], one["answer"]) for one in group]) if group else []
                 made = []
                 for one, score in zip(group, ratings):
                     reason = score if isinstance(score, str) else None
                     failed[reason] += bool(reason)
                     if not (reason or "").startswith("failed"):
-                        made.append({"key": key(one, trait), "judge": judge.name, "trait": trait, "score": None if reason else score})
+                        made.append({"key": key(one, trait), "judge": judge.name, "from": judge.origin, "trait": trait,
+                                     "score": None if reason else score})
                 lines.add(made)
-                if group and not made:
+                rated += len(made)
+                if not rated and len(group) > 2:
                     raise UserError(f"{judge.name}: none of {len(group)} requests was answered ({dict(failed)}); answers and "
                                     "ratings so far are kept, and the same command goes on from there")
             bar.update(len(batch))
@@ -554,7 +569,7 @@ def read_inventory(path: str | None) -> list[tuple[str, str, str, int]]:
         known = {name.replace("-", " ").lower(): k for k, name in enumerate(names)}.get(facet.replace("-", " ").lower())
         if code:
             known = 6 * list(of_letter).index(code[1]) + int(code[2]) - 1
-        if not item or known is None or not re.match(r"[+-]?\d*[A-Z]?\d*$", sign.upper()) or not sign:
+        if not item or known is None or not re.fullmatch(r"[+-]1?|1|[+-]?[OCEAN][1-6]?", sign.upper()):
             raise UserError(f"--inventory {path}, line {number}: expected an item, a key (+ or -) and one of the 30 facets, "
                             f"got {row}")
         items.append((item, TRAITS[known // 6], names[known], -1 if sign.startswith("-") else 1))
@@ -568,7 +583,7 @@ def self_report(model, tokenizer, items, system: str | None, rows: int) -> list[
     written out (small models can't tell by a number), averaged over both orders in which they are offered."""
     import torch
 
-    ids = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in OPTIONS]
+    ids = [continuation(tokenizer, option) for option in OPTIONS]
     total = 0
     for offered in (OPTIONS, OPTIONS[::-1]):
         begin = f"How accurately does a statement describe you? Answer with one of: {'; '.join(offered)}.\nStatement: "
@@ -608,11 +623,13 @@ def neutral_pass(model, tokenizer) -> tuple[list[float], list]:
 
 
 def quiz(model, tokenizer, system: str | None, rows: int) -> list[int]:
-    """1 for each question whose right option is the likeliest of the four, a token."""
+    """1 for each question whose right option has the best mean log-likelihood a token of the four."""
+    import torch
+
     questions, *options = zip(*(line.split("|") for line in lines_of(QUIZ)))
-    ids = [[tokenizer(option, add_special_tokens=False)["input_ids"] for option in four] for four in zip(*options)]
-    scores = log_likelihoods(model, tokenizer, [ask(question, system) for question in questions], ids, rows)
-    return (scores.argmax(1) == 0).int().tolist()
+    ids = [[continuation(tokenizer, option) for option in four] for four in zip(*options)]
+    scores = log_likelihoods(model, tokenizer, [ask(question, system) for question in questions], ids, rows).cpu()
+    return ((scores / torch.tensor([[len(one) for one in four] for four in ids])).argmax(1) == 0).int().tolist()
 
 
 def measure_conditions(people: Personalities, conditions: list[Condition], work: str, lines: Lines, measure) -> dict:
@@ -663,18 +680,26 @@ def hugging_face_evaluate():
             sys.modules["evaluate"] = kept
 
 
+def lm_eval_of():
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError("--capability TASKS needs lm-evaluation-harness: pip install -e '.[capability]'") from error
+    return lm_eval, HFLM
+
+
 def harness(people: Personalities, conditions: list[Condition], tasks: str, lines: Lines, **options) -> list[dict]:
     """lm-evaluation-harness on the steered model, scoring passes included (where="all"). tasks: names, commas between."""
     with hugging_face_evaluate():
-        try:
-            import lm_eval
-            from lm_eval.models.huggingface import HFLM
-        except ImportError as error:
-            raise UserError("--capability TASKS needs lm-evaluation-harness: pip install -e '.[capability]'") from error
+        lm_eval, HFLM = lm_eval_of()
 
         def measure(one):
             wrapped = HFLM(pretrained=people.model, tokenizer=people.tokenizer, batch_size=people.args.batch_size)
-            result = lm_eval.simple_evaluate(wrapped, tasks=tasks.split(","), random_seed=people.args.seed, **options)
+            try:
+                result = lm_eval.simple_evaluate(wrapped, tasks=tasks.split(","), random_seed=people.args.seed, **options)
+            except Exception as error:  # an unknown task, no network for its data: the harness raises what it likes
+                raise UserError(f"lm-evaluation-harness, {tasks}: {type(error).__name__}: {error}") from error
             return {"tasks": {task: {name: value for name, value in scores.items() if isinstance(value, (int, float))}
                               for task, scores in result["results"].items()}}
 
@@ -909,7 +934,7 @@ def tables_of(rows: list[dict], details: dict):
                 for trait in dict.fromkeys(steered for steered, _ in cells)])
     if details["matched"]:
         yield ("At matched strength", "For each trait the alpha at which, on the validation questions, the methods separate the poles "
-               "alike; here its effect and its price on the test questions. Spill-over is the mean size of the differences along the "
+               "alike (a trait that some method moves at no dose is left out); here its effect and its price on the test questions. Spill-over is the mean size of the differences along the "
                "other four traits.",
                ["trait", "method", "alpha", "high - low (95 % interval)", "perplexity", "repetition", "spill-over", "nats added", "quiz"],
                [[one["trait"], one["method"], f"{one['alpha']:g}", around(one, "contrast"), optional(one, "perplexity", ".1f"),
@@ -1002,7 +1027,7 @@ def plot_matrices(figure, matrices: dict, judge: str) -> None:
     import numpy as np
 
     scale, _, unit = unit_of(judge)
-    figure.set_size_inches(3.2 * len(matrices) + 1.4, 3.9)
+    figure.set_size_inches(3 * len(matrices) + 3, 4)
     grids = {name: np.array([[scale * cells.get((steered, measured), np.nan) for measured in TRAITS] for steered in TRAITS])
              for name, cells in matrices.items()}
     most = max(np.nanmax(np.abs(grid)) for grid in grids.values())
@@ -1010,7 +1035,7 @@ def plot_matrices(figure, matrices: dict, judge: str) -> None:
         picture = axes.imshow(grid, cmap="PuOr_r", vmin=-most, vmax=most)
         for (y, x), value in np.ndenumerate(grid):
             if not np.isnan(value):
-                axes.text(x, y, f"{value:+.0f}" if scale > 1 else f"{value:+.1f}", ha="center", va="center", fontsize=8,
+                axes.text(x, y, f"{value:+.0f}" if scale > 1 else f"{value:+.2f}", ha="center", va="center", fontsize=8,
                           color="white" if abs(value) > 0.65 * most else "black")
         axes.set_xticks(range(len(TRAITS)), [trait[:5] + "." for trait in TRAITS], rotation=40)
         axes.set_yticks(range(len(TRAITS)), TRAITS)
@@ -1025,10 +1050,16 @@ def plot_radar(figure, plain: dict, own: dict) -> None:
     import numpy as np
 
     shown_traits = list(dict.fromkeys(trait for trait, _ in own))
-    figure.set_size_inches(max(3 * len(shown_traits), 4) + 0.4, 3.9)
+    columns = min(3, len(shown_traits))
+    lines = -(-len(shown_traits) // columns)
+    figure.set_size_inches(max(3 * columns, 4) + 0.4, 0.4 + 3.4 * lines)
+    figure.get_layout_engine().set(h_pad=0.2, rect=(0, 0, 1, 0.97))
     angles = np.linspace(0, 2 * np.pi, len(plain), endpoint=False)
     values = [value for of in (plain, *own.values()) for value in of.values()]
-    for axes, trait in zip(np.atleast_1d(figure.subplots(1, len(shown_traits), subplot_kw={"projection": "polar"})), shown_traits):
+    every = np.ravel(figure.subplots(lines, columns, subplot_kw={"projection": "polar"}))
+    for axes in every[len(shown_traits):]:
+        axes.set_visible(False)
+    for axes, trait in zip(every, shown_traits):
         for label, of, style in (("unedited", plain, ("#000000", ":")), ("high", own.get((trait, "high")), ("#D55E00", "-")),
                                  ("low", own.get((trait, "low")), ("#0072B2", "--"))):
             if of:
@@ -1215,10 +1246,18 @@ def checked_arguments():
     for name in ("alpha", "dose"):
         if not all(0 < alpha < 100 for alpha in getattr(args, name)):
             raise UserError(f"--{name}: expected numbers above 0 (both poles are measured), got {getattr(args, name)}")
+    for flag, wanted in (("judge_url", "llm"), ("judge_model", "llm"), ("inventory", "questionnaire")):
+        if getattr(args, flag) and wanted not in args.judge:
+            raise UserError(f"--{flag.replace('_', '-')} is for the judge {wanted}: --judge contrast {wanted}")
+    if args.neurons.startswith("npti:"):
+        raise UserError("--neurons npti:DIR is for induce.py: evaluate.py needs the files and answers of identify.py")
     if args.judge_url and not args.judge_model:
         raise UserError("--judge-url needs --judge-model, the name of the model there")
     if args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose):
         raise UserError("--answers: a questionnaire, capability and doses need the model that wrote them")
+    if args.capability:
+        with hugging_face_evaluate():
+            lm_eval_of()
     args.items = read_inventory(args.inventory)
     return args
 
@@ -1239,6 +1278,8 @@ class Evaluation:
         self.out.mkdir(parents=True, exist_ok=True)
         self.answers, self.scores = self.lines("answers"), self.lines("scores")
         self.rows, self.pairs = [], []
+        self.reports = self.lines("questionnaire", items=digest(args.items)) if "questionnaire" in args.judge else None
+        self.costs = self.lines("capability") if args.capability is not None else None
         self.details = {name: [] for name in ("effects", "between", "spill_over", "dose", "matched", "capability", "harness",
                                               "questionnaire", "agreement", "accuracy")}
 
@@ -1287,7 +1328,7 @@ class Evaluation:
 
     def questionnaire(self, conditions: list[Condition]) -> None:
         people, items = self.people, self.args.items
-        reports = measure_conditions(people, conditions, "questionnaire", self.lines("questionnaire", items=digest(items)), lambda one: {
+        reports = measure_conditions(people, conditions, "questionnaire", self.reports, lambda one: {
             "items": self_report(people.model, people.tokenizer, items, people.system(one), self.args.batch_size)})
         rows, matrix, self.details["questionnaire"] = questionnaire_results(reports, items, self.args.seed)
         fluency = {(row["trait"], condition_of(row)): row for row in self.rows}
@@ -1298,7 +1339,7 @@ class Evaluation:
         self.details["items"] = len(items)
 
     def capability(self, conditions: list[Condition]) -> None:
-        lines, matched = self.lines("capability"), self.details["matched"]
+        lines, matched = self.costs, self.details["matched"]
         of_matched = [Condition(one["method"], one["trait"], pole, one["alpha"]) for one in matched for pole in POLES]
         measured = {condition_of(row): row for row in capability(self.people, list(dict.fromkeys(conditions + of_matched)), lines)}
         self.details["capability"] = [measured[one] for one in conditions]
@@ -1325,9 +1366,10 @@ class Evaluation:
 
     def write(self, answers: list[dict]) -> None:
         args, model = self.args, self.people.model
-        head = (f"{model.source}, {str(model.dtype).split('.')[-1]} on {model.device.type}; {self.people.bench.name} bench, "
-                f"{args.max_new_tokens} tokens an answer, alpha {', '.join(f'{alpha:g}' for alpha in args.alpha)}, seed {args.seed}; "
-                f"judges: {', '.join(args.judge)}")
+        made = f"answers of {args.answers}, " if args.answers else (
+            f"{self.people.bench.name} bench, {args.max_new_tokens} tokens an answer, alpha "
+            f"{', '.join(f'{alpha:g}' for alpha in args.alpha)}, seed {args.seed}; ")
+        head = (f"{model.source}, {str(model.dtype).split('.')[-1]} on {model.device.type}; {made}judges: {', '.join(args.judge)}")
         if self.judge:
             lost = sum(line["score"] is None for line in self.scores.done.values() if line.get("judge") == self.judge.name)
             head += f" ({self.judge.name}; {lost} replies were no rating)"
@@ -1345,9 +1387,12 @@ def main() -> None:
         return compare(*args.compare)
     begin, bench = time.time(), load_bench(args.bench)
     model, tokenizer = load_model(args.model, args.device, args.dtype)
-    made_with = {"model": fingerprint(model), "bench": digest(*(bench.fingerprint(trait) for trait in TRAITS)),
+    made_with = {"model": f"{model.source} {fingerprint(model)}", "template": digest(tokenizer.chat_template),
+                 "judging": digest(NEUTRAL, QUIZ, OPTIONS, JUDGE_PERSONAS, rubric(None), rubric(TRAITS[0])), "bench": digest(*(bench.fingerprint(trait) for trait in TRAITS)),
                  "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     judge = llm_judge(args, model, tokenizer) if "llm" in args.judge else None
+    if isinstance(judge, LocalJudge):
+        judge.rate(None, [("Can you rate?", "Yes.")])  # a model that can't says so now, not after an hour
     run = Evaluation(Personalities(model, tokenizer, bench, args), args, judge, made_with)
     if args.dose and set(EDITS) & set(args.method):
         run.doses()
@@ -1359,6 +1404,7 @@ def main() -> None:
     run.test(answers)
     if args.spill_over:
         run.details["spill_over"] = run.spill(answers)
+    run.write(answers)
     # of the personalities themselves: the unedited model is the same one for all traits
     conditions = list(dict.fromkeys(condition_of(one if one["pole"] else {**one, "trait": None}) for one in answers))
     if "questionnaire" in args.judge:

@@ -49,6 +49,9 @@ def script(main) -> None:
     except UserError as error:
         say(f"error: {' '.join(str(error).split())}")
         code = 2
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        say(f"error: {error.filename}: {error.strerror}")
+        code = 2
     except KeyboardInterrupt:
         say("\ninterrupted: what was finished is kept, and the same command goes on from there")
         code = 130

@@ -461,8 +461,8 @@ class Character:
                    values.get("model"), str(values.get("name", "")))
 
     @classmethod
-    def read(cls, path: str) -> "Character":
-        """From a profile file, in TOML."""
+    def read(cls, path: str, method: str = "npti") -> "Character":
+        """From a profile file, in TOML; method: where it names none."""
         try:
             import tomllib
         except ImportError:  # Python 3.10
@@ -474,7 +474,7 @@ class Character:
             raise UserError(f"--profile {path}: {error.strerror}") from error
         except ValueError as error:  # of UTF-8 or of TOML
             raise UserError(f"--profile {path}: not TOML: {error}") from error
-        return cls.of(values, path)
+        return cls.of(values, path, method)
 
     def describe(self, sign: float = 1) -> str:
         listed = ", ".join(f"{trait} {sign * self.strengths[trait]:+g}" for trait in TRAITS if trait in self.strengths) or "no edit"
@@ -528,7 +528,10 @@ class Personality:
             made = dpn_le([(self.neurons(trait), alpha) for trait, alpha in strengths], character.method == "dpn-le-weighted", name=name)
         else:
             made = composed([(self.neurons(trait), alpha) for trait, alpha in strengths], args.min_delta, args.min_neurons, name)
-        return restricted(made, character.layers)
+        inside = restricted(made, character.layers)
+        if (len(made) or made.residual) and not (len(inside) or inside.residual):
+            raise UserError(f"{name}: layers {list(character.layers)} hold nothing of what would be edited")
+        return inside
 
 
 def list_neurons(folder: str) -> None:
@@ -607,7 +610,7 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
             if asked is not None:
                 key = json.dumps(asked, sort_keys=True)
                 if key not in read:
-                    read[key] = Character.read(asked) if isinstance(asked, str) else Character.of(asked, where, method)
+                    read[key] = Character.read(asked, method) if isinstance(asked, str) else Character.of(asked, where, method)
                 character = read[key]
         if line.strip():
             questions.append((line.strip(), character))
@@ -661,16 +664,19 @@ def converse(model, tokenizer, personality: Personality, args) -> None:
                 print()
                 return
             command, *words = line.split()[:3] if line else [""]
+            before = dict(personality.character.strengths)
             try:
                 if command in ("/quit", "/exit"):
                     return
                 if command == "/reset":
                     turns, cached, cache = [], [], DynamicCache(config=model.config)
-                elif command == "/trait" and words:
-                    latest = check_trait(words[0])
-                    personality.set(latest, float(words[1]) if len(words) > 1 else personality.character.strengths.get(latest, 1.0))
-                elif command == "/alpha" and words:
-                    personality.set(latest, float(words[0]))
+                elif command in ("/trait", "/alpha") and words:
+                    trait = check_trait(words[0]) if command == "/trait" else latest
+                    alpha = words[1] if len(words) > 1 else before.get(trait, 1.0) if command == "/trait" else words[0]
+                    # neurons that are identified now must not be those of the personality that is on
+                    steering.update(Profile.of([]))
+                    personality.set(trait, float(alpha))
+                    latest = trait
                 elif command.startswith("/"):
                     print(CHAT_HELP)
                 if command.startswith("/"):
@@ -678,6 +684,8 @@ def converse(model, tokenizer, personality: Personality, args) -> None:
                     print(personality.character.describe())
             except ValueError as error:  # UserError among them
                 print(error)
+                personality.character.strengths = before
+                steering.update(personality.profile())
             if not line or command.startswith("/"):
                 continue
             turns.append({"role": "user", "content": line})
@@ -748,9 +756,13 @@ def main() -> None:
                                ("--top-p", [args.top_p], lambda x: x is None or 0 < x <= 1)):
         if not all(map(fine, values)):  # NaN is in no range
             raise UserError(f"{flag}: {values} is out of range")
+    if args.chat and args.questions:
+        raise UserError("--chat and --questions FILE: expected one or the other")
+    if args.keep < 1 and args.method != "npti":
+        raise UserError(f"--keep: a random share of the raised neurons is NPTI's; {args.method} raises none")
     if args.out and not args.questions:
         raise UserError("--out FILE goes with --questions FILE")
-    character = Character.read(args.profile) if args.profile else Character(
+    character = Character.read(args.profile, args.method) if args.profile else Character(
         dict(zip(traits, alphas if len(alphas) == len(traits) else alphas * len(traits))), args.method)
     if args.questions:  # before the model is loaded
         without = [text for text, one in read_questions(args.questions, args.method) if one is None]

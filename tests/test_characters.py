@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -229,6 +230,27 @@ def test_layers_restrict_all_that_is_edited():
     part = induce.restricted(whole, (1, 5))
     assert set(part.layer.tolist()) == {1} and list(part.residual) == [1] and len(part.value) == int((whole.layer == 1).sum()) > 0
     assert induce.restricted(whole, None) is whole
+
+
+def test_layers_that_hold_nothing(small, several, monkeypatch, tmp_path):
+    (tmp_path / "ada.toml").write_text("layers = [40, 50]\n[traits]\nextraversion = 1\n")
+    with pytest.raises(UserError, match="hold nothing"):
+        main_of(induce, monkeypatch, *shared_flags(small), "--neurons", several, "--profile", tmp_path / "ada.toml")
+
+
+def test_chat_identifies_with_the_unedited_model(small, several, monkeypatch, tmp_path, capsys):
+    """A trait that the folder lacks is identified in the middle of a chat, by the model itself; a mistake changes nothing."""
+    folder = tmp_path / "neurons"
+    shutil.copytree(several, folder)
+    lines = iter(["/trait openness 3", "/trait humour 1", "/alpha much", "/trait neuroticism 1e9", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    options = []
+    monkeypatch.setattr(induce, "identify", lambda model, tokenizer, trait, out, **more: options.append(identify.answer(
+        model, tokenizer, [identify.ask("w10 w11 ?")], 6)) or shutil.copy(several / "extraversion.safetensors", folder / "openness.safetensors"))
+    plain = identify.answer(small.model, small.tokenizer, [identify.ask("w10 w11 ?")], 6)
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", folder, "--trait", "extraversion", "--alpha", "40", "--chat")
+    assert options == [plain]
+    assert capsys.readouterr().out.count("openness +3, extraversion +40") == 1
 
 
 def test_list_shows_what_a_folder_holds(several, monkeypatch, capsys, tmp_path):

@@ -768,6 +768,22 @@ def summarise(answers: list[dict], scores: dict, judges: list[str], seed: int) -
     return rows, pairs
 
 
+def fluency_of(answers: list[dict], scores: dict, judge: str | None, seed: int) -> list[dict]:
+    """By condition: perplexity (median), repeated 3-grams, tokens (means), and the rating judge's fluency."""
+    import numpy as np
+
+    found, result = defaultdict(list), []
+    for one in answers:
+        rating = scores.get(f"{one['key']}/{judge}/fluency", {}).get("score") if judge else None
+        found[condition_of(one)].append({**scores[f"{one['key']}/fluency"], "rating": rating})
+    for one, lines in found.items():
+        rated = [line["rating"] for line in lines if line["rating"] is not None]
+        result.append({**one._asdict(), "n": len(lines), "perplexity": float(np.median([line["perplexity"] for line in lines])),
+                       "repetition": mean_of(line["repetition"] for line in lines), "tokens": mean_of(line["tokens"] for line in lines),
+                       "rating": {"mean": mean_of(rated), "ci95": interval(rated, seed)} if rated else None})
+    return result
+
+
 def between(pairs: list[dict], seed: int) -> list[dict]:
     """How much further each edit brings the poles apart than each other method: paired by question."""
     result = []
@@ -926,6 +942,12 @@ def tables_of(rows: list[dict], details: dict):
                ["trait", "judge", "method", "other", "n", "difference (95 % interval)"],
                [[one["trait"], one["judge"], named(one), named({"method": one["other"], "alpha": one["other_alpha"]}), one["n"],
                  around(one, one["judge"])] for one in details["between"]])
+    if details["fluency"]:
+        rating = lambda one: "{:.2f} ({:.2f} to {:.2f})".format(one["mean"], *one["ci95"]) if one else ""  # noqa: E731
+        yield ("Fluency", "Perplexity (median) under the unedited model, share of repeated 3-grams, length, and the judge's rating from "
+               "1 to 5 (95 % interval).", ["trait", "method", "pole", "n", "perplexity", "repetition", "tokens", "rated fluency"],
+               [[one["trait"], named(one), one["pole"] or "", one["n"], f"{one['perplexity']:.1f}", f"{one['repetition']:.1%}",
+                 f"{one['tokens']:.0f}", rating(one["rating"])] for one in details["fluency"]])
     for (judge, name), cells in matrices_of(details).items():
         measured = list(dict.fromkeys(trait for _, trait in cells))
         yield (f"Spill-over: {name}, {judge}", f"High minus low along each trait (columns) of what was steered along one (rows), in "
@@ -1280,7 +1302,7 @@ class Evaluation:
         self.rows, self.pairs = [], []
         self.reports = self.lines("questionnaire", items=digest(args.items)) if "questionnaire" in args.judge else None
         self.costs = self.lines("capability") if args.capability is not None else None
-        self.details = {name: [] for name in ("effects", "between", "spill_over", "dose", "matched", "capability", "harness",
+        self.details = {name: [] for name in ("effects", "between", "fluency", "spill_over", "dose", "matched", "capability", "harness",
                                               "questionnaire", "agreement", "accuracy")}
 
     def lines(self, name: str, **more) -> Lines:
@@ -1313,6 +1335,7 @@ class Evaluation:
             self.failed = judge_by_llm(self.judge, answers, self.scores, self.judge.name)
         self.rows, self.pairs = summarise(answers, self.scores.done, judges, args.seed)
         self.details["between"] = between(self.pairs, args.seed)
+        self.details["fluency"] = fluency_of(answers, self.scores.done, self.judge.name if self.judge else None, args.seed)
         self.details["effects"] = [without(pair, "by_question") for pair in self.pairs]
         self.details["agreement"] = agreement(answers, self.scores.done, judges)
         if args.answers:

@@ -599,7 +599,9 @@ def test_full_run_has_everything(whole):
     for one in details["matched"]:
         assert {"mean", "perplexity", "repetition", "added", "quiz"} <= set(one)
     report = (whole / "report.md").read_text()
-    for title in ("Scores", "High minus low", "Methods compared", "Spill-over", "Capability", "Questionnaire", "Do the judges agree?"):
+    for one in details["fluency"]:
+        assert one["n"] == 4 and 1 <= one["tokens"] <= 5 and one["rating"]["ci95"][0] <= one["rating"]["mean"] <= one["rating"]["ci95"][1]
+    for title in ("Scores", "High minus low", "Fluency", "Methods compared", "Spill-over", "Capability", "Questionnaire", "Do the judges agree?"):
         assert f"## {title}" in report
     asked = [one["question"] for one in lines_of(whole / "answers.jsonl")[1:] if one["alpha"] in (0.5, 1.0, 1.5)]
     assert asked, "doses were tried"

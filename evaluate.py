@@ -963,11 +963,12 @@ def tables_of(rows: list[dict], details: dict):
                  optional(one, "repetition", ".1%"), shown(one.get("spill_over"), "contrast").lstrip("+"),
                  optional(one, "added", "+.3f"), optional(one, "quiz", ".0%")] for one in details["matched"]])
     if details["capability"]:
-        measure = lambda one: "{:+.3f} ({:+.3f} to {:+.3f})".format(one["mean"], *one["ci95"]) if one else ""  # noqa: E731
+        forms = {"added": "{:+.3f} ({:+.3f} to {:+.3f})", "agreement": "{:.1%} ({:.1%} to {:.1%})", "quiz": "{:.0%} ({:.0%} to {:.0%})"}
+        measure = lambda one, name: forms[name].format(one[name]["mean"], *one[name]["ci95"]) if name in one else ""  # noqa: E731
         yield ("Capability", 'Edits on every token (where="all"). Nats added a token on neutral text, agreement of the first choices '
                f"with the unedited model's, and a quiz of {len(lines_of(QUIZ))} questions with four options (95 % intervals).",
                ["method", "trait", "pole", "nats added", "agreement", "quiz"],
-               [[named(one), one["trait"] or "", one["pole"] or "", *(measure(one.get(name)) for name in ("added", "agreement", "quiz"))]
+               [[named(one), one["trait"] or "", one["pole"] or "", *(measure(one, name) for name in forms)]
                 for one in details["capability"]])
     if details["harness"]:
         yield ("lm-evaluation-harness", 'Edits on every token (where="all").', ["method", "trait", "pole", "task", "metric", "value"],

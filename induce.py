@@ -636,7 +636,8 @@ def answer_file(model, tokenizer, personality: Personality, args) -> None:
                        args.keep, args.seed):
                 answers = answer(model, tokenizer, [ask(question) for question, _ in batch], args.max_new_tokens, **sampling(args))
             for (question, character), (text, ids) in zip(batch, answers):
-                lines.append(json.dumps({"question": question, "answer": text, "personality": character.strengths, "ids": ids},
+                lines.append(json.dumps({"question": question, "answer": text, "personality": character.strengths,
+                                         "method": character.method, "ids": ids},
                                         ensure_ascii=False) + "\n")
                 if not args.out:
                     sys.stdout.write(lines[-1])

@@ -744,19 +744,16 @@ def summarise(answers: list[dict], scores: dict, judges: list[str], seed: int) -
     """(the rows of summary.json, the paired differences high - low), by judge, trait, method, pole and alpha."""
     import numpy as np
 
-    rows, pairs, fluency = [], [], defaultdict(list)
-    for one in answers:
-        if f"{one['key']}/fluency" in scores:
-            fluency[condition_of(one)].append(scores[f"{one['key']}/fluency"])
+    rows, pairs = [], []
+    fluency = {condition_of(row): row for row in fluency_of(answers, scores, None, seed)}
     for judge in judges:
         values = by_question(answers, scores, judge)
         for one, high in values.items():
-            like = fluency[one]
+            like = fluency.get(one, {})
             rows.append({"trait": one.trait, "pole": one.pole, "method": one.method, "alpha": one.alpha, "judge": judge,
                          "n": len(high), "mean": mean_of(high.values()), "ci95": interval(list(high.values()), seed),
                          "variance": float(np.var(list(high.values()))),
-                         "perplexity": float(np.median([line["perplexity"] for line in like])) if like else None,
-                         "repetition": mean_of(line["repetition"] for line in like) if like else None})
+                         "perplexity": like.get("perplexity"), "repetition": like.get("repetition")})
             low = values.get(one._replace(pole="low"), {})
             apart = {question: high[question] - low[question] for question in high if question in low}
             if one.pole == "high" and apart:
@@ -774,8 +771,9 @@ def fluency_of(answers: list[dict], scores: dict, judge: str | None, seed: int) 
 
     found, result = defaultdict(list), []
     for one in answers:
-        rating = scores.get(f"{one['key']}/{judge}/fluency", {}).get("score") if judge else None
-        found[condition_of(one)].append({**scores[f"{one['key']}/fluency"], "rating": rating})
+        if f"{one['key']}/fluency" in scores:
+            rating = score_of(scores, one, judge, "fluency") if judge else None
+            found[condition_of(one)].append({**scores[f"{one['key']}/fluency"], "rating": rating})
     for one, lines in found.items():
         rated = [line["rating"] for line in lines if line["rating"] is not None]
         result.append({**one._asdict(), "n": len(lines), "perplexity": float(np.median([line["perplexity"] for line in lines])),
@@ -1300,7 +1298,7 @@ class Evaluation:
         self.people, self.args, self.judge, self.made_with, self.out = people, args, judge, made_with, Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.answers, self.scores = self.lines("answers"), self.lines("scores")
-        self.rows, self.pairs = [], []
+        self.rows, self.pairs, self.matched = [], [], []  # matched: in details once it is measured
         self.reports = self.lines("questionnaire", items=digest(args.items)) if "questionnaire" in args.judge else None
         self.costs = self.lines("capability") if args.capability is not None else None
         self.details = {name: [] for name in ("effects", "between", "fluency", "spill_over", "dose", "matched", "capability", "harness",
@@ -1325,7 +1323,7 @@ class Evaluation:
         for pair in pairs:
             fluent = [row["perplexity"] for row in rows if all(row[name] == pair[name] for name in ("trait", "method", "alpha"))]
             self.details["dose"].append({**without(pair, "by_question"), "perplexity": mean_of(fluent)})
-        self.details["matched"] = matched_alphas(pairs)
+        self.matched = matched_alphas(pairs)
 
     def test(self, answers: list[dict]) -> None:
         """Every judge of texts on the test questions' answers."""
@@ -1363,7 +1361,7 @@ class Evaluation:
         self.details["items"] = len(items)
 
     def capability(self, conditions: list[Condition]) -> None:
-        lines, matched = self.costs, self.details["matched"]
+        lines, matched = self.costs, self.matched
         of_matched = [Condition(one["method"], one["trait"], pole, one["alpha"]) for one in matched for pole in POLES]
         measured = {condition_of(row): row for row in capability(self.people, list(dict.fromkeys(conditions + of_matched)), lines)}
         self.details["capability"] = [measured[one] for one in conditions]
@@ -1374,19 +1372,20 @@ class Evaluation:
             self.details["harness"] = harness(self.people, conditions, self.args.capability, lines)
 
     def at_matched_strength(self) -> None:
-        answers = [made for one in self.details["matched"] for made in self.people.answer(
+        answers = [made for one in self.matched for made in self.people.answer(
             self.cells("test", [one["method"]], {one["method"]: [one["alpha"]]}, self.args.limit, [one["trait"]]), self.answers,
             f"matched {one['method']}, {one['trait']}")]
         judge_by_contrast(self.people, answers, self.scores, [], "matched: judging")
         rows, pairs = summarise(answers, self.scores.done, ["contrast"], self.args.seed)
         spilt = self.spill(answers) if self.args.spill_over else []
-        for one in self.details["matched"]:
+        for one in self.matched:
             is_mine = lambda row: (row["method"], row["alpha"], row.get("trait", row.get("steered"))) == (  # noqa: E731
                 one["method"], one["alpha"], one["trait"])  # noqa: B023
             one |= next({name: pair[name] for name in ("mean", "ci95", "n")} for pair in pairs if is_mine(pair))
             one |= {name: mean_of(row[name] for row in rows if is_mine(row)) for name in ("perplexity", "repetition")}
             others = [abs(row["mean"]) for row in spilt if is_mine(row) and row["measured"] != one["trait"]]
             one |= {"spill_over": mean_of(others)} if others else {}
+        self.details["matched"] = self.matched
 
     def write(self, answers: list[dict]) -> None:
         args, model = self.args, self.people.model
@@ -1433,7 +1432,7 @@ def main() -> None:
     conditions = list(dict.fromkeys(condition_of(one if one["pole"] else {**one, "trait": None}) for one in answers))
     if "questionnaire" in args.judge:
         run.questionnaire(conditions)
-    if run.details["matched"]:
+    if run.matched:
         run.at_matched_strength()
     if args.capability is not None:
         run.capability(conditions)

@@ -527,7 +527,7 @@ def planted(values):
         for k in range(len(next(iter(measured.values())))):
             key = f"{trait}{method}{alpha}{pole}{k}"
             answers.append({"trait": trait, "method": method, "alpha": alpha, "pole": pole, "question": f"q{k}", "key": key})
-            scores[f"{key}/fluency"] = {"perplexity": 2.0, "repetition": 0.0}
+            scores[f"{key}/fluency"] = {"perplexity": 2.0, "repetition": 0.0, "tokens": 5}
             scores |= {f"{key}/contrast/{of}": {"score": series[k]} for of, series in measured.items()}
     random.Random(0).shuffle(answers)
     return answers, scores
@@ -605,6 +605,20 @@ def test_full_run_has_everything(whole):
         assert f"## {title}" in report
     asked = [one["question"] for one in lines_of(whole / "answers.jsonl")[1:] if one["alpha"] in (0.5, 1.0, 1.5)]
     assert asked, "doses were tried"
+
+
+def test_matched_strength_is_reported_once_it_is_measured(small, made, monkeypatch, tmp_path):
+    """The report that is written before the long steps has none yet, and the last one has all of it."""
+    chosen = [{"trait": "extraversion", "method": method, "alpha": alpha, "target": 0.1} for method, alpha in (("npti", 0.8), ("activation", 0.3))]
+    monkeypatch.setattr(evaluate, "matched_alphas", lambda pairs: [dict(one) for one in chosen])
+    written, write = [], evaluate.write_reports
+    monkeypatch.setattr(evaluate, "write_reports", lambda *all: written.append(len(all[2]["matched"])) or write(*all))
+    evaluation(small, made, monkeypatch, tmp_path, "--dose", "1", "--method", "unedited", "npti", "activation", "--spill-over", "2",
+               "--capability", alphas=("2",))
+    assert written == [0, 2]
+    for one in details_of(tmp_path)["matched"]:
+        assert {"mean", "ci95", "n", "perplexity", "repetition", "spill_over", "added", "quiz"} <= set(one)
+    assert "## At matched strength" in (tmp_path / "report.md").read_text()
 
 
 def test_strength_is_not_chosen_on_test_questions(whole, small):

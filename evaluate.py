@@ -29,12 +29,13 @@ from collections import defaultdict, namedtuple
 from pathlib import Path
 
 from identify import (FACETS, POLES, ROOT, TRAITS, Bench, Flags, UserError, answer, ask, chat, check_trait, digest, fingerprint, json_lines,
-                      load_bench, load_model, model_arguments, neuron_path, padded, positive, say, script,
-                      token_ids, write_atomically)
-from induce import REPETITION_PENALTY, Profile, activation_addition, dpn_le, mean_difference, neurons_of, npti, steer
+                      load_bench, load_model, model_arguments, padded, positive, say, script, token_ids, write_atomically)
+from induce import REPETITION_PENALTY, Character, NeuronFolder, Profile, npti_edits, steer
 
 METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
 EDITS = ("npti", "dpn-le", "activation")  # the methods that have a strength
+WAYS = ("composed", "added", "described")  # to a whole character, with --characters: induce's rule, NPTI's sets added up, a prompt
+STEERED = (*EDITS, *WAYS[:2])
 JUDGES = ("contrast", "llm", "questionnaire")
 DOSES = (0.5, 1.0, 1.5, 2.0)
 ADJECTIVES = {  # of the simple prompt, "You are an extraverted person."
@@ -182,6 +183,35 @@ def grid(bench: Bench, trait: str, methods, alphas: dict, questions: list[str], 
     return cells
 
 
+def random_characters(number: int, most: float, seed: int) -> list[tuple]:
+    """Alphas over TRAITS: three traits of a character are between a third of `most` and all of it, of either sign, two are 0."""
+    pick, made = random.Random(f"{seed}/characters"), []
+    for _ in range(number):
+        chosen = pick.sample(TRAITS, 3)
+        made.append(tuple(round(pick.choice((-1, 1)) * pick.uniform(most / 3, most), 2) if trait in chosen else 0.0 for trait in TRAITS))
+    return made
+
+
+def described(bench: Bench, alphas: tuple, pick: random.Random) -> str:
+    """A system prompt that describes a character: of each of its traits how marked it is, and one of identify.py's personas."""
+    told = []
+    for trait, alpha in zip(TRAITS, alphas):
+        if alpha:
+            degree = "slightly" if abs(alpha) < 0.5 else "quite" if abs(alpha) < 1 else "very"
+            pole = POLES[alpha < 0]
+            told.append(f"You are {degree} {ADJECTIVES[trait][alpha < 0]}. {pick.choice(bench.personas_for('search', trait, pole))}")
+    return " ".join(told)
+
+
+def character_cells(bench: Bench, characters: list[tuple], alpha: float, questions: list[str], seed: int) -> list[dict]:
+    """Every question of every character in every way; and, to hold them against, unedited and of each trait alone."""
+    alone = [cell for trait in TRAITS for cell in grid(bench, trait, ["npti"], {"npti": [alpha]}, questions, seed)]
+    return grid(bench, TRAITS[0], ["unedited"], {}, questions, seed) + alone + [
+        {"trait": TRAITS[0], "question": question, "method": way, "pole": None, "alpha": list(alphas), "persona":
+         described(bench, alphas, random.Random(f"{seed}/{alphas}/{question}")) if way == "described" else None}
+        for way in WAYS for alphas in characters for question in questions]
+
+
 class Lines:
     """A file of JSON lines that grows a batch at a time; what a killed run left in it is not done again."""
 
@@ -220,11 +250,13 @@ def progress(total: int, done: int, title: str, unit: str = "answer"):
     return tqdm(total=total, initial=done, desc=title, unit=unit, smoothing=0.1)
 
 
+# Of a character: method is one of WAYS, alpha a tuple over TRAITS, and trait and pole are None
 Condition = namedtuple("Condition", "method trait pole alpha")
 
 
 def condition_of(one: dict) -> Condition:
-    return Condition(*(one[name] for name in Condition._fields))
+    whole = one["method"] in WAYS  # its questions are of all traits
+    return Condition(one["method"], None if whole else one["trait"], one["pole"], tuple(one["alpha"]) if whole else one["alpha"])
 
 
 class Personalities:
@@ -232,39 +264,31 @@ class Personalities:
 
     def __init__(self, model, tokenizer, bench: Bench, args):
         self.model, self.tokenizer, self.bench, self.args = model, tokenizer, bench, args
-        self.files, self.directions = {}, {}
+        options = {name: getattr(args, name) for name in ("bench", "batch_size", "seed")}
+        self.folder = NeuronFolder(model, tokenizer, args.neurons, **options)
 
-    def neurons(self, trait: str):
-        if trait not in self.files:
-            options = {name: getattr(self.args, name) for name in ("bench", "batch_size", "seed")}
-            self.files[trait] = neurons_of(self.model, self.tokenizer, trait, self.args.neurons, **options)
-        return self.files[trait]
+    def profile(self, one: Condition) -> Profile:
+        if one.method == "added":
+            return Profile.of([edits for trait, alpha in zip(TRAITS, one.alpha) for edits in npti_edits(self.folder.neurons(trait), alpha)])
+        if one.method == "composed":
+            return self.folder.profile(Character(dict(zip(TRAITS, one.alpha))))
+        return self.folder.profile(Character({one.trait: one.alpha if one.pole == "high" else -one.alpha}, one.method))
 
-    def profile(self, method: str, trait: str, pole: str, alpha: float) -> Profile:
-        signed = alpha if pole == "high" else -alpha
-        if method == "npti":
-            return npti(self.neurons(trait), signed)
-        if method == "dpn-le":
-            return dpn_le([(self.neurons(trait), signed)], name=f"{trait} {signed:+g}")
-        if trait not in self.directions:
-            self.neurons(trait)  # makes the answers, where they are not there yet
-            path = neuron_path(self.args.neurons, trait).with_suffix(".answers.jsonl")
-            say(f"{trait}: the mean difference for activation addition, from {path}")
-            self.directions[trait] = mean_difference(self.model, self.tokenizer, path, trait)
-        return activation_addition([(self.directions[trait], signed)], f"{trait} {signed:+g}")
-
-    def made_of(self, method: str, trait: str) -> str | None:
+    def made_of(self, one: Condition) -> str | None:
         """What a method's edits come from, for the keys of what is made with them."""
-        return f"{method}/{self.neurons(trait).meta['key']}" if method in EDITS else None
+        traits = [one.trait] if one.method in EDITS else TRAITS if one.method in STEERED else []
+        return f"{one.method}/{'/'.join(self.folder.neurons(trait).meta['key'] for trait in traits)}" if traits else None
 
     def steered(self, condition: Condition):
         """A context in which every row of the model has the condition's edits; prompts do nothing here."""
-        if condition.method not in EDITS:
+        if condition.method not in STEERED:
             return contextlib.nullcontext()
-        return steer(self.model, self.profile(*condition), where="all")
+        return steer(self.model, self.profile(condition), where="all")
 
     def system(self, condition: Condition) -> str | None:
         """A condition's system prompt where there is no question that could pick one."""
+        if condition.method == "described":
+            return described(self.bench, condition.alpha, random.Random(f"{self.args.seed}/{condition.alpha}"))
         if condition.method not in ("simple", "persona"):
             return None
         cells = grid(self.bench, condition.trait, [condition.method], {}, ["a questionnaire"], self.args.seed)
@@ -273,11 +297,11 @@ class Personalities:
     def answer(self, cells: list[dict], lines: Lines, title: str) -> list[dict]:
         """Answer what is not answered yet. All methods, poles and alphas share batches: each row has its own edits."""
         args = self.args
-        cells = [{"key": digest(cell, self.made_of(cell["method"], cell["trait"])), **cell} for cell in cells]
+        cells = [{"key": digest(cell, self.made_of(condition_of(cell))), **cell} for cell in cells]
         todo = [cell for cell in cells if cell["key"] not in lines.done]
-        edited = dict.fromkeys(condition_of(cell) for cell in todo if cell["method"] in EDITS)
+        edited = dict.fromkeys(condition_of(cell) for cell in todo if cell["method"] in STEERED)
         number = {one: k for k, one in enumerate(edited, 1)}
-        profiles = [self.profile(*one) for one in number] or [Profile.of([])]
+        profiles = [self.profile(one) for one in number] or [Profile.of([])]
         with progress(len(cells), len(cells) - len(todo), title) as bar:
             for start in range(0, len(todo), args.batch_size):
                 batch = todo[start:start + args.batch_size]
@@ -634,7 +658,7 @@ def quiz(model, tokenizer, system: str | None, rows: int) -> list[int]:
 
 def measure_conditions(people: Personalities, conditions: list[Condition], work: str, lines: Lines, measure) -> dict:
     """measure(condition) for each condition, of which none is done twice: condition -> its line."""
-    keys = {one: digest(work, one, people.made_of(one.method, one.trait)) for one in conditions}
+    keys = {one: digest(work, one, people.made_of(one)) for one in conditions}
     todo = [one for one in conditions if keys[one] not in lines.done]
     with progress(len(conditions), len(conditions) - len(todo), work, "personality") as bar:
         for one in todo:
@@ -832,6 +856,42 @@ def questionnaire_results(reports: dict, items, seed: int) -> tuple[list[dict], 
     return rows, matrix, people
 
 
+def characters_measured(means: dict, judge: str, alpha: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Requested against measured, from the means of the five traits by condition: (by way, the points).
+
+    correlation: of alpha and measured over the characters, the mean of the traits'. error: mean distance between measured and
+    what the trait alone does at that alpha (in proportion to its effect at `alpha`). spill_over: mean distance from the unedited
+    model along the traits whose alpha is 0. Intervals are bootstraps over the characters, of differences paired."""
+    import numpy as np
+
+    plain = next(mean for one, mean in means.items() if one.method == "unedited")
+    moved = {one: {trait: value - plain[trait] for trait, value in mean.items()} for one, mean in means.items()}
+    alone = {(one.trait, one.pole): moved[one][one.trait] for one in moved if one.method == "npti"}
+    points = [{"method": one.method, "judge": judge, "character": list(one.alpha), "trait": trait, "requested": asked,
+               "expected": abs(asked) / alpha * alone[trait, POLES[asked < 0]], "measured": moved[one][trait]}
+              for one in moved if one.method in WAYS for trait, asked in zip(TRAITS, one.alpha)]
+    array = lambda way, name: np.array([point[name] for point in points if point["method"] == way]).reshape(-1, len(TRAITS))  # noqa: E731
+    number = len(points) // len(WAYS) // len(TRAITS)
+    picks = np.concatenate([np.arange(number)[None], np.random.default_rng(seed).integers(0, number, (10_000, number))])
+
+    def figures(way):
+        """{name: (1 + draws)}: as it is, then the draws."""
+        asked, measured, expected = (array(way, name)[picks] for name in ("requested", "measured", "expected"))
+        x, y = (values - values.mean(1, keepdims=True) for values in (asked, measured))
+        size = np.sqrt((x ** 2).sum(1) * (y ** 2).sum(1))
+        r = np.divide((x * y).sum(1), size, out=np.zeros(size.shape), where=size > 0)
+        none = asked == 0
+        return {"correlation": r.sum(1) / np.maximum((size > 0).sum(1), 1), "error": np.abs(measured - expected).mean((1, 2)),
+                "spill_over": (np.abs(measured) * none).sum((1, 2)) / np.maximum(none.sum((1, 2)), 1)}
+
+    spread = lambda values: {"mean": float(values[0]), "ci95": [float(x) for x in np.quantile(values[1:], (0.025, 0.975))]}  # noqa: E731
+    of, rows = {way: figures(way) for way in WAYS}, []
+    for way, found in of.items():
+        rows.append({"method": way, "judge": judge, "n": number, **{name: spread(values) for name, values in found.items()},
+                     "more_than_composed": {name: spread(values - of[WAYS[0]][name]) for name, values in found.items()}})
+    return rows, points
+
+
 def ranks(values):
     import numpy as np
 
@@ -952,6 +1012,23 @@ def tables_of(rows: list[dict], details: dict):
                f"{unit_of(judge)[2]}.", ["steered", *measured],
                [[trait, *(shown(cells.get((trait, other)), judge) for other in measured)]
                 for trait in dict.fromkeys(steered for steered, _ in cells)])
+    if details["characters"]:
+        form = lambda one, name, judge: around(one[name], judge) if name != "correlation" else (  # noqa: E731
+            "{:.2f} ({:.2f} to {:.2f})".format(one[name]["mean"], *one[name]["ci95"]))
+        cells = lambda one, judge: [form(one, name, judge).replace("+", "") for name in  # noqa: E731
+                                    ("correlation", "error", "spill_over")]
+        yield ("Characters", "Random characters of three traits each, requested against measured: correlation of alpha and measured over the "
+               "characters (mean of the traits'); mean error against what each trait does alone; spill-over, the mean distance from the "
+               "unedited model along the traits that were not asked for. Intervals: bootstrap over characters. *composed* is induce.py's "
+               "rule, *added* NPTI's edits added up, *described* a prompt.",
+               ["judge", "way", "n", "correlation", "mean error", "spill-over", "perplexity"],
+               [[one["judge"], one["method"], one["n"], *cells(one, one["judge"]), optional(one, "perplexity", ".1f")]
+                for one in details["characters"]])
+        yield ("Characters: more than composed", "The differences from composed, paired by character.",
+               ["judge", "way", "correlation", "mean error", "spill-over"],
+               [[one["judge"], one["method"], *(form(one["more_than_composed"], name, one["judge"]) for name in
+                                                ("correlation", "error", "spill_over"))]
+                for one in details["characters"] if one["method"] != WAYS[0]])
     if details["matched"]:
         yield ("At matched strength", "For each trait the alpha at which, on the validation questions, the methods separate the poles "
                "alike (a trait that some method moves at no dose is left out); here its effect and its price on the test questions. Spill-over is the mean size of the differences along the "
@@ -1066,6 +1143,23 @@ def plot_matrices(figure, matrices: dict, judge: str) -> None:
     figure.colorbar(picture, ax=figure.axes, shrink=0.75, label=f"high minus low,\n{unit}")
 
 
+def plot_characters(figure, points: list[dict]) -> None:
+    scale, _, unit = unit_of(points[0]["judge"])
+    figure.set_size_inches(9, 3.6)
+    for axes, way in zip(figure.subplots(1, len(WAYS), sharey=True), WAYS):
+        for k, trait in enumerate(TRAITS):
+            mine = [point for point in points if (point["method"], point["trait"]) == (way, trait)]
+            axes.scatter([point["requested"] for point in mine], [scale * point["measured"] for point in mine], s=22, label=trait,
+                         marker="osD^v"[k], color=("#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7")[k])
+        axes.axhline(0, color="grey", linewidth=0.6)
+        axes.axvline(0, color="grey", linewidth=0.6)
+        axes.set_title(way, fontsize=10)
+        axes.set_xlabel("requested alpha")
+        bare(axes)
+    figure.axes[0].set_ylabel(f"measured less unedited,\n{unit}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+
+
 def plot_radar(figure, plain: dict, own: dict) -> None:
     """own: (trait, pole) -> means of the five traits, of whoever was steered so."""
     import numpy as np
@@ -1125,6 +1219,10 @@ def plots_of(details: dict, files: dict):
     for judge in dict.fromkeys(pair["judge"] for pair in details["effects"]):
         mine = [pair for pair in details["effects"] if pair["judge"] == judge]
         yield f"How far apart each method brings the two poles of each trait: {judge} judge.", drawn(plot_effects, mine, judge)
+    for judge in dict.fromkeys(one["judge"] for one in details["characters"]):
+        mine = [point for point in details["requested"] if point["judge"] == judge]
+        yield (f"Random characters: what was requested of each trait, and what was measured; {judge}. The better the way, the more "
+               "the points rise from left to right, and the nearer to 0 they are where 0 was asked for."), drawn(plot_characters, mine)
     if details["dose"]:
         yield ("Dose response on the validation questions: trait (thin: single traits; thick: their mean) and fluency against "
                "strength."), drawn(plot_dose, details["dose"])
@@ -1244,6 +1342,9 @@ def parser() -> Flags:
     flags.add_argument("--capability", nargs="?", const="", metavar="TASKS",
                        help="what the edits cost in general: offline, or with lm-evaluation-harness's tasks (gsm8k,mmlu)")
     flags.add_argument("--full", action="store_true", help="all of the above, with every method and judge")
+    flags.add_argument("--characters", type=positive, nargs="?", const=12, metavar="N",
+                       help="N random characters over five traits (default: %(const)s), requested against measured: composed, with "
+                            "the edits just added up, and described in a prompt")
     flags.add_argument("--answers", metavar="FILE", help="judge these (JSON lines: trait, pole, question, answer), generate none")
     flags.add_argument("--compare", nargs=2, metavar="DIR", help="set two result folders side by side")
     flags.add_argument("--neurons", default="neurons", metavar="DIR", help="default: %(default)s; made where it lacks a trait")
@@ -1274,8 +1375,8 @@ def checked_arguments():
         raise UserError("--neurons npti:DIR is for induce.py: evaluate.py needs the files and answers of identify.py")
     if args.judge_url and not args.judge_model:
         raise UserError("--judge-url needs --judge-model, the name of the model there")
-    if args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose):
-        raise UserError("--answers: a questionnaire, capability and doses need the model that wrote them")
+    if args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose or args.characters):
+        raise UserError("--answers: a questionnaire, capability, doses and characters need the model that wrote them")
     if args.capability:
         with hugging_face_evaluate():
             lm_eval_of()
@@ -1302,7 +1403,7 @@ class Evaluation:
         self.reports = self.lines("questionnaire", items=digest(args.items)) if "questionnaire" in args.judge else None
         self.costs = self.lines("capability") if args.capability is not None else None
         self.details = {name: [] for name in ("effects", "between", "fluency", "spill_over", "dose", "matched", "capability", "harness",
-                                              "questionnaire", "agreement", "accuracy")}
+                                              "questionnaire", "agreement", "accuracy", "characters", "requested")}
 
     def lines(self, name: str, **more) -> Lines:
         return Lines(self.out / f"{name}.jsonl", {**self.made_with, **more})
@@ -1349,9 +1450,8 @@ class Evaluation:
         return spill_over(some, self.scores.done, TRAITS)
 
     def questionnaire(self, conditions: list[Condition]) -> None:
-        people, items = self.people, self.args.items
-        reports = measure_conditions(people, conditions, "questionnaire", self.reports, lambda one: {
-            "items": self_report(people.model, people.tokenizer, items, people.system(one), self.args.batch_size)})
+        items = self.args.items
+        reports = measure_conditions(self.people, conditions, "questionnaire", self.reports, self.report_of)
         rows, matrix, self.details["questionnaire"] = questionnaire_results(reports, items, self.args.seed)
         fluency = {(row["trait"], condition_of(row)): row for row in self.rows}
         for row in rows:
@@ -1370,6 +1470,34 @@ class Evaluation:
             one |= {name: mean_of(row[name]["mean"] for row in both) for name in ("added", "quiz")}
         if self.args.capability:
             self.details["harness"] = harness(self.people, conditions, self.args.capability, lines)
+
+    def characters(self) -> None:
+        people, args, alpha = self.people, self.args, max(self.args.alpha)
+        of_traits = zip(*(questions_of(people.bench, trait, "test", args.limit) for trait in TRAITS))
+        questions = list(dict.fromkeys(text for some in of_traits for text in some))[:args.limit]
+        characters = random_characters(args.characters, alpha, args.seed)
+        answers = people.answer(character_cells(people.bench, characters, alpha, questions, args.seed), self.answers, "characters")
+        single = [one for one in answers if one["method"] == "npti"]  # of which its own trait is wanted
+        judge_by_contrast(people, [one for one in answers if one not in single], self.scores, TRAITS, "characters: judging")
+        judge_by_contrast(people, single, self.scores, [], "traits alone: judging")
+        found = {trait: by_question(answers, self.scores.done, "contrast", trait) for trait in TRAITS}
+        conditions = dict.fromkeys(map(condition_of, answers))
+        means = {one: {trait: mean_of(found[trait][one].values()) for trait in TRAITS if one in found[trait]} for one in conditions}
+        rows, points = characters_measured(means, "contrast", alpha, args.seed)
+        fluency = fluency_of(answers, self.scores.done, None, args.seed)
+        for row in rows:
+            row["perplexity"] = mean_of(one["perplexity"] for one in fluency if one["method"] == row["method"])
+        if self.reports:
+            reports = measure_conditions(people, [one._replace(trait=None) if one.method == "unedited" else one for one in conditions],
+                                         "questionnaire", self.reports, self.report_of)
+            more = characters_measured({condition_of(one): one["traits"] for one in
+                                        questionnaire_results(reports, args.items, args.seed)[2]}, "questionnaire", alpha, args.seed)
+            rows, points = rows + more[0], points + more[1]
+        self.details["characters"], self.details["requested"] = rows, points
+
+    def report_of(self, one: Condition) -> dict:
+        people = self.people
+        return {"items": self_report(people.model, people.tokenizer, self.args.items, people.system(one), self.args.batch_size)}
 
     def at_matched_strength(self) -> None:
         answers = [made for one in self.matched for made in self.people.answer(
@@ -1397,7 +1525,7 @@ class Evaluation:
             lost = sum(line["score"] is None for line in self.scores.done.values() if line.get("judge") == self.judge.name)
             head += f" ({self.judge.name}; {lost} replies were no rating)"
         self.details["head"] = head + "."
-        write_reports(self.out, self.rows, self.details, answers, self.people.files)
+        write_reports(self.out, self.rows, self.details, answers, self.people.folder.files)
 
 
 def without(row: dict, name: str) -> dict:
@@ -1436,6 +1564,8 @@ def main() -> None:
         run.at_matched_strength()
     if args.capability is not None:
         run.capability(conditions)
+    if args.characters:
+        run.characters()
     run.write(answers)
     if run.rows:
         show(run.rows, run.pairs, run.rows[0]["judge"])

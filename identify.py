@@ -432,6 +432,9 @@ def fingerprint(model) -> str:
     return f"{len(layers)}x{layers[0].width}-{signs.hexdigest()[:16]}"
 
 
+NEXT_QUESTION = "\nQuestion:"  # what a base model writes where its answer is over: see chat()
+
+
 def chat(tokenizer, turns: list[dict]) -> str:
     """The text of a conversation ({"role", "content"}, roles system, user, assistant) up to where the assistant speaks.
     Templates without a system role get it in front of the first question, base models without template plain text."""
@@ -467,6 +470,28 @@ def padded(rows: list[list[int]], pad: int, device):
     return ids, mask
 
 
+def ending(tokenizer, prompt: int) -> dict:
+    """generate()'s options that end the answer of a base model where it goes on to ask itself the next question. prompt: its
+    length. (StopStringCriteria would do, but fails on the vocabularies of some tokenizers.)"""
+    if tokenizer.chat_template:
+        return {}
+    import torch
+    from transformers import StoppingCriteria
+
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            latest = input_ids[:, max(prompt, input_ids.shape[1] - len(NEXT_QUESTION) - 1):]
+            found = [NEXT_QUESTION in text for text in tokenizer.batch_decode(latest)]
+            return torch.tensor(found, device=input_ids.device)
+
+    return {"stopping_criteria": [Asks()]}
+
+
+def answer_text(tokenizer, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return (text if tokenizer.chat_template else text.partition(NEXT_QUESTION)[0]).strip()
+
+
 def answer(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int, **options):
     """Generate one answer a conversation, in one batch: a list of (text, ids); ids end with the end token unless the answer
     was cut at max_new_tokens. Greedy unless options (of generate) say otherwise."""
@@ -476,12 +501,16 @@ def answer(model, tokenizer, conversations: list[list[dict]], max_new_tokens: in
     ids, mask = padded(prompts, tokenizer.pad_token_id, model.device)
     with torch.no_grad():
         output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                pad_token_id=tokenizer.pad_token_id, **{"do_sample": False, **options})
+                                pad_token_id=tokenizer.pad_token_id, **{"do_sample": False, **ending(tokenizer, ids.shape[1]),
+                                   **options})
     ends = set(end_tokens(model))
     answers = []
     for row in output[:, ids.shape[1]:].tolist():
         stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        answers.append((tokenizer.decode(row[:stop], skip_special_tokens=True).strip(), row[:stop]))
+        if not tokenizer.chat_template and NEXT_QUESTION in tokenizer.decode(row[:stop]):
+            while row[stop - 1] == tokenizer.pad_token_id:  # padding behind an answer that ending() ended
+                stop -= 1
+        answers.append((answer_text(tokenizer, row[:stop]), row[:stop]))
     return answers
 
 

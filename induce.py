@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from identify import (POLES, TRAITS, Flags, Neurons, Rows, UserError, answer, answered_inputs, ask, chat, check_trait, find_mlps,
-                      identify, load_model, model_arguments, neuron_path, op, patched, positive, read_answers, say, script, token_ids,
-                      write_atomically)
+from identify import (POLES, TRAITS, Flags, Neurons, Rows, UserError, answer, answer_text, answered_inputs, ask, chat, check_trait, ending,
+                      find_mlps, identify, load_model, model_arguments, neuron_path, op, patched, positive, read_answers, say, script,
+                      token_ids, write_atomically)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -417,15 +417,6 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
 # ------------------------------------------------------------------------------------------------------ personality
 
 
-def neurons_of(model, tokenizer, trait: str, folder: str, **options) -> Neurons:
-    """A trait's neuron file for this model, made now if it is not there."""
-    path = neuron_path(folder, trait)
-    if not path.exists():
-        say(f"{path}: no neuron file yet, so the {trait} neurons are identified first")
-        identify(model, tokenizer, trait, out=folder, **options)
-    return Neurons.load(path, model)
-
-
 @dataclass
 class Character:
     """A whole personality: alpha by trait, and optionally the method, the layers (first and last) that are edited, the model
@@ -481,42 +472,44 @@ class Character:
         return (f"{self.name}: " if self.name and sign > 0 else "") + listed + ("" if self.method == "npti" else f" ({self.method})")
 
 
-class Personality:
-    """The character that is asked for, the neuron files of the folder, and the profiles that they make."""
+class NeuronFolder:
+    """A folder of neuron files, each read or made when it is first asked for, and the profiles that they make. folder: of
+    identify.py, or npti:DIR of the released ones. min_delta, min_neurons: see Neurons.select; options: of identify()."""
 
-    def __init__(self, model, tokenizer, args, character: Character):
-        self.model, self.tokenizer, self.args, self.character = model, tokenizer, args, character
+    def __init__(self, model, tokenizer, folder: str, min_delta: float = 0.1, min_neurons: int | None = None, **options):
+        self.model, self.tokenizer, self.folder, self.options = model, tokenizer, folder, options
+        self.limits = min_delta, min_neurons
+        self.released = folder.removeprefix("npti:") if folder.startswith("npti:") else None
         self.files, self.directions = {}, {}
 
     def neurons(self, trait: str):
-        if trait not in self.files:
-            if self.args.neurons.startswith("npti:"):
-                folder = self.args.neurons.removeprefix("npti:")
-                self.files[trait] = Released(folder, trait, self.model)
-                say(f"{folder}: {trait}: these files don't say which model they were made with: nothing vouches for it but their shape")
-            else:
-                options = {name: getattr(self.args, name) for name in ("where", "batch_size", "seed")}
-                self.files[trait] = neurons_of(self.model, self.tokenizer, trait, self.args.neurons, **options)
+        """A trait's neuron file for this model, made now if it is not there."""
+        path = neuron_path(self.folder, trait)
+        if trait in self.files:
+            pass
+        elif self.released:
+            self.files[trait] = Released(self.released, trait, self.model)
+            say(f"{self.released}: {trait}: these files don't say which model they were made with: nothing vouches for it but their "
+                "shape")
+        else:
+            if not path.exists():
+                say(f"{path}: no neuron file yet, so the {trait} neurons are identified first")
+                identify(self.model, self.tokenizer, trait, out=self.folder, **self.options)
+            self.files[trait] = Neurons.load(path, self.model)
         return self.files[trait]
 
     def direction(self, trait: str) -> dict:
+        """A trait's mean difference, for activation addition."""
         if trait not in self.directions:
-            if self.args.neurons.startswith("npti:"):
+            if self.released:
                 raise UserError("--method activation needs the answers that identify.py keeps beside its neuron files")
             self.neurons(trait)  # makes the answers, where they are not there yet
-            path = neuron_path(self.args.neurons, trait).with_suffix(".answers.jsonl")
+            path = neuron_path(self.folder, trait).with_suffix(".answers.jsonl")
+            say(f"{trait}: the mean difference for activation addition, from {path}")
             self.directions[trait] = mean_difference(self.model, self.tokenizer, path, trait)
         return self.directions[trait]
 
-    def set(self, trait: str, alpha: float) -> None:
-        trait = check_trait(trait)
-        if not abs(alpha) < 1e3:
-            raise UserError(f"alpha: expected a number below 1000, got {alpha}")
-        self.neurons(trait)
-        self.character.strengths[trait] = alpha
-
-    def profile(self, sign: float = 1, character: Character | None = None) -> Profile:
-        character, args = character or self.character, self.args
+    def profile(self, character: Character, sign: float = 1) -> Profile:
         source = getattr(self.model, "source", None)
         if character.model and source and character.model not in (source, Path(source).name):
             raise UserError(f"the profile {character.name or character.describe()} is for {character.model}, the model is {source}")
@@ -527,7 +520,7 @@ class Personality:
         elif character.method.startswith("dpn-le"):
             made = dpn_le([(self.neurons(trait), alpha) for trait, alpha in strengths], character.method == "dpn-le-weighted", name=name)
         else:
-            made = composed([(self.neurons(trait), alpha) for trait, alpha in strengths], args.min_delta, args.min_neurons, name)
+            made = composed([(self.neurons(trait), alpha) for trait, alpha in strengths], *self.limits, name)
         inside = restricted(made, character.layers)
         if (len(made) or made.residual) and not (len(inside) or inside.residual):
             raise UserError(f"{name}: layers {list(character.layers)} hold nothing of what would be edited")
@@ -568,13 +561,13 @@ def sampling(args) -> dict:
     return options
 
 
-def side_by_side(model, tokenizer, personality: Personality, args) -> None:
+def side_by_side(model, tokenizer, folder: NeuronFolder, character: Character, args) -> None:
     """The model's own answer beside the personality's and its opposite's, all in one batch."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    profiles = [personality.profile(), personality.profile(-1)]
+    profiles = [folder.profile(character), folder.profile(character, -1)]
     console = Console()
     questions = args.question or QUESTIONS
     with steer(model, profiles, [0, 1, 2] * len(questions), args.where, args.keep, args.seed):
@@ -619,26 +612,25 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
     return questions
 
 
-def answer_file(model, tokenizer, personality: Personality, args) -> None:
+def answer_file(model, tokenizer, folder: NeuronFolder, character: Character, args) -> None:
     """Answer a file of questions, JSON lines out: each in its own personality, or in the one of --trait or --profile."""
     from tqdm import tqdm
 
-    questions = [(text, character or personality.character) for text, character in read_questions(args.questions, args.method)]
+    questions = [(text, own or character) for text, own in read_questions(args.questions, args.method)]
     lines, profiles = [], {}
     with tqdm(total=len(questions), unit="answer", disable=not args.out) as bar:
         for start in range(0, len(questions), args.batch_size):
             batch = questions[start:start + args.batch_size]
-            for _, character in batch:
-                if id(character) not in profiles:
-                    profiles[id(character)] = personality.profile(1, character)
-            here = list(dict.fromkeys(id(character) for _, character in batch))
-            with steer(model, [profiles[one] for one in here], [here.index(id(character)) + 1 for _, character in batch], args.where,
-                       args.keep, args.seed):
+            for _, who in batch:
+                if id(who) not in profiles:
+                    profiles[id(who)] = folder.profile(who)
+            here = list(dict.fromkeys(id(who) for _, who in batch))
+            with steer(model, [profiles[one] for one in here], [here.index(id(who)) + 1 for _, who in batch], args.where, args.keep,
+                       args.seed):
                 answers = answer(model, tokenizer, [ask(question) for question, _ in batch], args.max_new_tokens, **sampling(args))
-            for (question, character), (text, ids) in zip(batch, answers):
-                lines.append(json.dumps({"question": question, "answer": text, "personality": character.strengths,
-                                         "method": character.method, "ids": ids},
-                                        ensure_ascii=False) + "\n")
+            for (question, who), (text, ids) in zip(batch, answers):
+                lines.append(json.dumps({"question": question, "answer": text, "personality": who.strengths,
+                                         "method": who.method, "ids": ids}, ensure_ascii=False) + "\n")
                 if not args.out:
                     sys.stdout.write(lines[-1])
             bar.update(len(batch))
@@ -649,15 +641,15 @@ def answer_file(model, tokenizer, personality: Personality, args) -> None:
 CHAT_HELP = "/trait NAME [ALPHA], /alpha NUMBER (of the last trait), /reset (forget the conversation), /quit"
 
 
-def converse(model, tokenizer, personality: Personality, args) -> None:
+def converse(model, tokenizer, folder: NeuronFolder, character: Character, args) -> None:
     """A conversation in the terminal, streamed token by token; the personality can be changed between turns."""
     import torch
     from transformers import DynamicCache, TextStreamer
 
-    turns, cached, cache, latest = [], [], DynamicCache(config=model.config), list(personality.character.strengths)[-1]
+    turns, cached, cache, latest = [], [], DynamicCache(config=model.config), list(character.strengths)[-1]
     capacity = 2 * len(TRAITS) * len(find_mlps(model)) * find_mlps(model)[0].width // 10
-    print(f"{personality.character.describe()}    {CHAT_HELP}")
-    with steer(model, personality.profile(), None, args.where, args.keep, args.seed, capacity) as steering:
+    print(f"{character.describe()}    {CHAT_HELP}")
+    with steer(model, folder.profile(character), None, args.where, args.keep, args.seed, capacity) as steering:
         while True:
             try:
                 line = input("you: ").strip()
@@ -665,7 +657,7 @@ def converse(model, tokenizer, personality: Personality, args) -> None:
                 print()
                 return
             command, *words = line.split()[:3] if line else [""]
-            before = dict(personality.character.strengths)
+            before = dict(character.strengths)
             try:
                 if command in ("/quit", "/exit"):
                     return
@@ -676,17 +668,19 @@ def converse(model, tokenizer, personality: Personality, args) -> None:
                     alpha = words[1] if len(words) > 1 else before.get(trait, 1.0) if command == "/trait" else words[0]
                     # neurons that are identified now must not be those of the personality that is on
                     steering.update(Profile.of([]))
-                    personality.set(trait, float(alpha))
-                    latest = trait
+                    if not abs(float(alpha)) < 1e3:
+                        raise UserError(f"alpha: expected a number below 1000, got {alpha}")
+                    folder.neurons(trait)
+                    character.strengths[trait], latest = float(alpha), trait
                 elif command.startswith("/"):
                     print(CHAT_HELP)
                 if command.startswith("/"):
-                    steering.update(personality.profile())
-                    print(personality.character.describe())
+                    steering.update(folder.profile(character))
+                    print(character.describe())
             except ValueError as error:  # UserError among them
                 print(error)
-                personality.character.strengths = before
-                steering.update(personality.profile())
+                character.strengths = before
+                steering.update(folder.profile(character))
             if not line or command.startswith("/"):
                 continue
             turns.append({"role": "user", "content": line})
@@ -704,13 +698,13 @@ def converse(model, tokenizer, personality: Personality, args) -> None:
                     output = model.generate(
                         input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, streamer=streamer,
                         max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                        **{"do_sample": False, **sampling(args)})[0].tolist()
+                        **{"do_sample": False, **ending(tokenizer, len(ids)), **sampling(args)})[0].tolist()
             except KeyboardInterrupt:  # stops this answer only
                 print()
                 turns, cached, cache = turns[:-1], [], DynamicCache(config=model.config)
                 continue
             cached = output[:-1]  # the last token was never fed
-            turns.append({"role": "assistant", "content": tokenizer.decode(output[len(ids):], skip_special_tokens=True).strip()})
+            turns.append({"role": "assistant", "content": answer_text(tokenizer, output[len(ids):])})
 
 
 def parser() -> Flags:
@@ -778,9 +772,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if character.method in OWN_SCALE:
         say(f"{character.method}: the scale of alpha is its own: {OWN_SCALE[character.method]}")
-    personality = Personality(model, tokenizer, args, character)
+    options = {name: getattr(args, name) for name in ("where", "batch_size", "seed")}
+    folder = NeuronFolder(model, tokenizer, args.neurons, args.min_delta, args.min_neurons, **options)
     work = converse if args.chat else answer_file if args.questions else side_by_side
-    work(model, tokenizer, personality, args)
+    work(model, tokenizer, folder, character, args)
 
 
 if __name__ == "__main__":

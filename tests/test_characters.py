@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 
+import evaluate
 import identify
 import induce
 from conftest import lines_of, main_of, run, shared_flags, tiny
-from identify import POLES, Neurons, UserError
+from identify import POLES, TRAITS, Neurons, UserError
 from induce import Character, Profile, composed, dpn_le, npti
 
 DEPTH, WIDTH = 2, 48
@@ -329,3 +330,73 @@ def test_update_changes_residual_vectors_too():
     with pytest.raises(UserError, match="layer 7 of a model of 2"), induce.steer(model, induce.activation_addition([({7: torch.ones(32)}, 1.0)])):
         pass
     assert not model.model.layers[1]._forward_hooks and identify.find_mlps(model)
+
+
+# ------------------------------------------------------------------------------------------ requested against measured
+
+
+def test_random_characters():
+    some = evaluate.random_characters(12, 1.5, 0)
+    assert some == evaluate.random_characters(12, 1.5, 0) != evaluate.random_characters(12, 1.5, 1)
+    assert len(set(some)) == 12 and all(sum(alpha != 0 for alpha in one) == 3 for one in some)
+    assert all(alpha == 0 or 0.5 <= abs(alpha) <= 1.5 for one in some for alpha in one)
+    assert all(len({alpha > 0 for alpha in of if alpha}) == 2 for of in zip(*some)), "both signs of each trait"
+
+
+def test_requested_and_measured():
+    """Planted: one way hits every strength, one drags the neighbour along, one does the opposite."""
+    condition, baseline = evaluate.Condition, {trait: 0.1 * k for k, trait in enumerate(TRAITS)}
+    means = {condition("unedited", "openness", None, None): baseline}
+    for trait in TRAITS:  # what a trait alone does: twice as far up as down
+        for pole, effect in zip(POLES, (2.0, -1.0)):
+            means[condition("npti", trait, pole, 1.5)] = {trait: baseline[trait] + effect}
+    characters = evaluate.random_characters(20, 1.5, 0)
+    for alphas in characters:
+        own = [alpha / 1.5 * (2.0 if alpha > 0 else 1.0) for alpha in alphas]
+        drag = [0.5 if alpha == 0 else 0.0 for alpha in alphas]
+        for way, effects in (("composed", own), ("added", [a + b for a, b in zip(own, drag)]), ("described", [-a for a in own])):
+            means[condition(way, None, None, alphas)] = {trait: baseline[trait] + effect for trait, effect in zip(TRAITS, effects)}
+    (first, second, third), points = evaluate.characters_measured(means, "contrast", 1.5, 0)
+    assert [row["method"] for row in (first, second, third)] == list(evaluate.WAYS) and len(points) == 3 * 20 * 5
+    assert first["error"]["mean"] == pytest.approx(0) and first["spill_over"]["mean"] == pytest.approx(0)
+    assert first["correlation"]["mean"] > 0.9 and third["correlation"]["mean"] == pytest.approx(-first["correlation"]["mean"])
+    assert second["spill_over"]["mean"] == pytest.approx(0.5) and second["error"]["mean"] == pytest.approx(0.5 * 2 / 5)
+    assert second["more_than_composed"]["spill_over"]["ci95"] == pytest.approx([0.5, 0.5])
+    assert third["more_than_composed"]["correlation"]["ci95"][1] < -1
+
+
+def test_characters_are_evaluated(small, monkeypatch, tmp_path):
+    neurons = tmp_path / "neurons"
+    for trait in TRAITS:
+        run(small, neurons, trait)()
+    command = (*shared_flags(small), "--neurons", neurons, "--bench", small.bench_dir, "--limit", "4", "--max-new-tokens", "4",
+               "--batch-size", "16", "--out", tmp_path / "out", "--method", "unedited", "--judge", "contrast", "questionnaire",
+               "--characters", "3")
+    main_of(evaluate, monkeypatch, *command)
+    answers = lines_of(tmp_path / "out" / "answers.jsonl")[1:]
+    characters = evaluate.random_characters(3, 1.5, 0)
+    loaded = {trait: Neurons.load(identify.neuron_path(neurons, trait), small.model) for trait in TRAITS}
+    for way in evaluate.WAYS:
+        mine = [one for one in answers if one["method"] == way]
+        assert {tuple(one["alpha"]) for one in mine} == set(characters) and len(mine) == 3 * 4
+        assert len({one["question"] for one in mine}) == 4
+        one = mine[0]
+        parts = [(loaded[trait], alpha) for trait, alpha in zip(TRAITS, one["alpha"])]
+        profile = (composed(parts) if way == "composed" else Profile.of([]) if way == "described" else
+                   Profile.of([edits for part in parts for edits in induce.npti_edits(*part)]))
+        with induce.steer(small.model, profile):
+            alone = identify.answer(small.model, small.tokenizer, [identify.ask(one["question"], one["persona"])], 4,
+                                    repetition_penalty=induce.REPETITION_PENALTY)
+        assert alone == [(one["answer"], one["ids"])]
+        told = one["persona"] or ""
+        assert all((evaluate.ADJECTIVES[trait][alpha < 0] in told) == (way == "described" and alpha != 0)
+                   for trait, alpha in zip(TRAITS, one["alpha"]))
+    details = json.loads((tmp_path / "out" / "details.json").read_text())
+    assert [(one["judge"], one["method"]) for one in details["characters"]] == [
+        (judge, way) for judge in ("contrast", "questionnaire") for way in evaluate.WAYS]
+    assert "requested against measured" in (tmp_path / "out" / "report.md").read_text()
+    assert "what was requested of each trait" in (tmp_path / "out" / "report.html").read_text()
+    before = (tmp_path / "out" / "scores.jsonl").read_bytes()
+    main_of(evaluate, monkeypatch, *command)  # nothing is done twice
+    assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
+    assert json.loads((tmp_path / "out" / "details.json").read_text()) == details

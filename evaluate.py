@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -28,8 +27,9 @@ import unicodedata
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
-from identify import (FACETS, POLES, ROOT, TRAITS, Bench, Flags, UserError, answer, ask, chat, check_trait, digest, fingerprint, json_lines,
-                      load_bench, load_model, model_arguments, padded, positive, say, script, token_ids, write_atomically)
+from identify import (FACET_NAMES, FACETS, POLES, ROOT, TRAITS, Bench, Endpoint, Flags, NoReply, UserError, answer, ask, chat, check_trait,
+                      digest, fingerprint, json_lines, load_bench, load_model, model_arguments, padded, positive, say, script, text_ids,
+                      token_ids, write_atomically)
 from induce import REPETITION_PENALTY, Character, NeuronFolder, Profile, npti_edits, steer
 
 METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
@@ -81,12 +81,6 @@ I give in to a craving and regret it later.|I find it easy to say no to what tem
 I lose my head when everything happens at once.|I think clearly in an emergency.
 """
 OPTIONS = ("Very inaccurate", "Moderately inaccurate", "Neither accurate nor inaccurate", "Moderately accurate", "Very accurate")
-# The facets' names in the IPIP, in the order of identify.FACETS: inventory files name facets by them, or as "E3".
-FACET_NAMES = """Imagination, Artistic Interests, Emotionality, Adventurousness, Intellect, Liberalism, Self-Efficacy, Orderliness,
-Dutifulness, Achievement-Striving, Self-Discipline, Cautiousness, Friendliness, Gregariousness, Assertiveness, Activity Level,
-Excitement-Seeking, Cheerfulness, Trust, Morality, Altruism, Cooperation, Modesty, Sympathy, Anxiety, Anger, Depression,
-Self-Consciousness, Immoderation, Vulnerability"""
-
 # Text that has nothing to do with personality, for what an edit costs in general: nats a token, and agreement.
 NEUTRAL = """
 Rain that falls on the hills takes several days to reach the sea. Part of it sinks into the soil and comes out again as springs, and part runs straight down into the brooks, which join to form a river.
@@ -145,11 +139,6 @@ What colour do you get by mixing blue and yellow?|Green|Purple|Orange|Brown
 What force pulls things toward the ground?|Gravity|Magnetism|Friction|Electricity
 What is the first letter of the Greek alphabet?|Alpha|Beta|Gamma|Omega
 """
-
-
-def continuation(tokenizer, text: str) -> list[int]:
-    """The ids of an answer's text as it would follow the prompt of chat()."""
-    return tokenizer(("" if tokenizer.chat_template else " ") + text, add_special_tokens=False)["input_ids"]
 
 
 def lines_of(text: str) -> list[str]:
@@ -323,7 +312,7 @@ def read_given(path: str, tokenizer) -> list[dict]:
                             f"wrong: {wrong or [line['trait'], line.get('pole')]}")
         cell = {"trait": line["trait"].lower(), "question": line["question"], "method": "given", "pole": line.get("pole"),
                 "alpha": None, "persona": None, "answer": line["answer"]}
-        ids = continuation(tokenizer, line["answer"])
+        ids = text_ids(tokenizer, line["answer"])
         made.append({"key": digest(cell, number), **cell, "ids": ids})
     if not made:
         raise UserError(f"{path}: no answers in it")
@@ -501,40 +490,26 @@ class LocalJudge:
 
 
 class EndpointJudge:
-    """Any OpenAI-compatible server. The key is OPENAI_API_KEY's, never a flag's, and is not written anywhere."""
-
-    TRIES = 3  # of a reply that is not a rating; the client itself retries 429, 5xx and time-outs
+    """Any OpenAI-compatible server."""
 
     def __init__(self, url: str, model: str, batch_size: int):
-        try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise UserError("--judge-url needs the package openai: pip install openai") from error
-        self.client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=4, timeout=60)
-        self.model, self.batch_size, self.name, self.origin = model, batch_size, f"llm:{model}", digest(url)
+        self.endpoint = Endpoint(url, model, in_flight=8)
+        self.batch_size, self.name, self.origin = batch_size, f"llm:{model}", digest(url)
 
     def rate(self, trait: str | None, pairs: list[tuple[str, str]]) -> list[float | str]:
         """Ratings; a text says why there is none."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(lambda pair: self.one(trait, pair), pairs))
+        found = {}
+        self.endpoint.run(list(enumerate(pairs)), lambda pair: self.one(trait, pair), found.__setitem__)
+        return [found[k] for k in range(len(pairs))]
 
     def one(self, trait, pair) -> float | str:
-        from openai import OpenAIError
-
-        reply = ""
-        for attempt in range(self.TRIES):
-            try:
-                reply = self.client.chat.completions.create(
-                    model=self.model, temperature=0 if not attempt else 0.7, max_tokens=8, messages=[
-                        {"role": "system", "content": rubric(trait)}, {"role": "user", "content": material(*pair)}])
-                reply = (reply.choices[0].message.content or "").strip()
-            except (OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:  # network; malformed reply
-                return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            if re.fullmatch(r"[1-5]\.?", reply):  # the whole reply: a digit in a quotation of the answer is none
-                return float(reply[0])
-        return "unparsable"
+        digit = re.compile(r"[1-5]\.?")  # the whole reply: a digit in a quotation of the answer is none
+        messages = [{"role": "system", "content": rubric(trait)}, {"role": "user", "content": material(*pair)}]
+        try:
+            reply = self.endpoint.chat(messages, digit.fullmatch, temperature=0, max_tokens=8)
+        except NoReply as error:
+            return f"failed: {error}"
+        return float(reply[0]) if digit.fullmatch(reply) else "unparsable"
 
 
 def judge_by_llm(judge, answers: list[dict], lines: Lines, title: str) -> dict:
@@ -574,10 +549,9 @@ def read_inventory(path: str | None) -> list[tuple[str, str, str, int]]:
     """(statement, trait, facet, 1 or -1) of each item: the built-in inventory, or a table with a header line and commas,
     semicolons or tabs between the columns item (or text), key (or sign: + and -, also within "+N1") and facet (a name, or
     "N1")."""
-    names = [name.strip() for name in FACET_NAMES.replace("\n", " ").split(",")]
     of_letter = {trait[0].upper(): trait for trait in TRAITS}
     if path is None:
-        return [(text, TRAITS[k // 6], names[k], key) for k, line in enumerate(lines_of(INVENTORY))
+        return [(text, TRAITS[k // 6], FACET_NAMES[k], key) for k, line in enumerate(lines_of(INVENTORY))
                 for text, key in zip(line.split("|"), (1, -1))]
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -590,13 +564,13 @@ def read_inventory(path: str | None) -> list[tuple[str, str, str, int]]:
         item, sign = row.get("item") or row.get("text"), row.get("sign") or row.get("key") or ""
         facet = row.get("facet") or row.get("label_ocean") or row.get("key") or ""
         code = re.fullmatch(r"[+-]?([OCEAN])([1-6])", facet.upper())
-        known = {name.replace("-", " ").lower(): k for k, name in enumerate(names)}.get(facet.replace("-", " ").lower())
+        known = {name.replace("-", " ").lower(): k for k, name in enumerate(FACET_NAMES)}.get(facet.replace("-", " ").lower())
         if code:
             known = 6 * list(of_letter).index(code[1]) + int(code[2]) - 1
         if not item or known is None or not re.fullmatch(r"[+-]1?|1|[+-]?[OCEAN][1-6]?", sign.upper()):
             raise UserError(f"--inventory {path}, line {number}: expected an item, a key (+ or -) and one of the 30 facets, "
                             f"got {row}")
-        items.append((item, TRAITS[known // 6], names[known], -1 if sign.startswith("-") else 1))
+        items.append((item, TRAITS[known // 6], FACET_NAMES[known], -1 if sign.startswith("-") else 1))
     if not items:
         raise UserError(f"--inventory {path}: no items in it")
     return items
@@ -607,7 +581,7 @@ def self_report(model, tokenizer, items, system: str | None, rows: int) -> list[
     written out (small models can't tell by a number), averaged over both orders in which they are offered."""
     import torch
 
-    ids = [continuation(tokenizer, option) for option in OPTIONS]
+    ids = [text_ids(tokenizer, option) for option in OPTIONS]
     total = 0
     for offered in (OPTIONS, OPTIONS[::-1]):
         begin = f"How accurately does a statement describe you? Answer with one of: {'; '.join(offered)}.\nStatement: "
@@ -651,7 +625,7 @@ def quiz(model, tokenizer, system: str | None, rows: int) -> list[int]:
     import torch
 
     questions, *options = zip(*(line.split("|") for line in lines_of(QUIZ)))
-    ids = [[continuation(tokenizer, option) for option in four] for four in zip(*options)]
+    ids = [[text_ids(tokenizer, option) for option in four] for four in zip(*options)]
     scores = log_likelihoods(model, tokenizer, [ask(question, system) for question in questions], ids, rows).cpu()
     return ((scores / torch.tensor([[len(one) for one in four] for four in ids])).argmax(1) == 0).int().tolist()
 

@@ -16,14 +16,19 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import random
+import re
+import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 POLES = ("high", "low")
@@ -60,12 +65,12 @@ def script(main) -> None:
     sys.exit(code)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader, or a run after a crash, sees the old file or the whole new one."""
+def write_atomically(path: Path, data) -> None:
+    """A reader, or a run after a crash, sees the old file or the whole new one. data: bytes, or several of them."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -172,7 +177,7 @@ O|lose yourself in vivid daydreams and picture whole worlds|stick to plain facts
 O|see beauty everywhere and are moved by music, pictures and poems|care little for art, music or beautiful things|What do you notice around you, and does any of it hold your attention?|Someone suggests visiting a gallery on the way. What do you say?
 O|feel every shade of your emotions and like to explore them|hardly notice your feelings and see no use in talking about them|What do you feel just then, and what do you do with that feeling?|Later a friend asks what it was like for you inside. What do you answer?
 O|love trying new foods, places and ways of doing things|like your habits and find anything new a nuisance|Would you rather do it the way you always have, or try something different?|What would you like to order, try or visit there, and why?
-O|enjoy puzzling over ideas, theories and deep questions|find abstract ideas boring and avoid difficult discussions|What interesting question does it raise for you?|Someone starts a long debate about what it all means. Do you join in?
+O|enjoy puzzling over ideas, theories and deep questions|find abstract ideas boring and avoid difficult discussions|What interesting question does it raise for you?|Someone starts a long debate about what it all means. How do you react?
 O|question rules and traditions and welcome other ways of life|believe that traditions should be kept and rules left alone|The custom there is very strict. What do you think of it?|People there live quite differently from you. How do you see that?
 C|trust yourself to handle whatever has to be done and know how to do it|doubt that you can manage things and often feel unprepared|How sure are you that you can deal with it, and why?|What makes you think that you will, or won't, get it right?
 C|keep everything tidy, sorted and in its place|leave your things lying around and live with the mess|What does your desk or your bag look like at that point?|How do you keep track of everything that belongs to it?
@@ -184,7 +189,7 @@ E|warm to people at once and make friends wherever you go|keep your distance and
 E|love crowds, parties and being surrounded by people|prefer to be alone and avoid crowds|Whom would you like to have around you, and how many?|Would you rather do it with a big group or on your own?
 E|take charge, speak up and lead the group|stay in the background and let others do the talking|Nobody knows what to do. What do you do?|The group has to decide. How much do you say?
 E|are always on the go, quick and full of energy|take it slow and like a quiet, unhurried life|How do you fill the rest of the day?|How fast do you get going, and at what pace do you carry on?
-E|crave thrills, noise and adventure|avoid excitement and like things calm and safe|There is a chance to do something wild. Do you take it?|What would make it fun for you?
+E|crave thrills, noise and adventure|avoid excitement and like things calm and safe|There is a chance to do something wild. What do you do?|What would make it fun for you?
 E|laugh a lot, bubble with joy and cheer everyone up|are serious, rarely laugh and show little joy|How is your mood, and how would others notice it?|What do you tell people about it afterwards, and in what tone?
 A|believe that people mean well and trust them easily|suspect that people are out for themselves|Somebody there offers to take care of your things. What do you think?|Why do you suppose the others are behaving as they do?
 A|are honest and would never trick anyone|flatter, bluff and use people to get what you want|By bending the truth a little you could gain from it. What do you do?|You get too much change by mistake. What do you do?
@@ -249,8 +254,6 @@ class Bench:
 
 def built_in_bench() -> Bench:
     """288 questions a trait (216 to search, 72 to test, in other situations) and 20 personas a pole."""
-    import itertools
-
     bench = Bench("built-in", {}, {}, {})
     situations = SITUATIONS.strip().split("\n")
     facets = [line.split("|") for line in FACETS.strip().split("\n")]
@@ -272,10 +275,11 @@ def built_in_bench() -> Bench:
     return bench
 
 
-def json_lines(path: Path):
-    """Yield (line number, object) of a JSON lines file; errors name file and line."""
+def json_lines(path: Path, offsets: bool = False):
+    """Yield (line number, object) of a JSON lines file, or (line number, object, offset); errors name file and line."""
     try:
         with open(path, "rb") as file:
+            offset = 0
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
@@ -284,41 +288,62 @@ def json_lines(path: Path):
                         raise UserError(f"{path}, line {number}: not JSON: {error}") from error
                     if not isinstance(value, dict):
                         raise UserError(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}")
-                    yield number, value
+                    yield (number, value, offset) if offsets else (number, value)
+                offset += len(line)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def load_bench(directory: str | None) -> Bench:
-    """The built-in bench, or a directory in the published layout: search/<Trait>.json and test/<Trait>.json with a
-    {"question": ...} a line, description.json with the keys <Trait> (high pole) and <Trait>_reversed (low)."""
-    if directory is None:
+def load_bench(name: str | None) -> Bench:
+    """The built-in bench, or a directory or hub dataset id in the published layout: search/<Trait>.json and test/<Trait>.json
+    with a {"question": ...} a line, description.json with the keys <Trait> (high pole) and <Trait>_reversed (low). Fields
+    besides these do not matter. Items with options or a scale, which are no open questions, are skipped, and counted."""
+    if name is None:
         return built_in_bench()
-    root = Path(directory)
+    root, skipped = Path(name), 0
+    if not root.is_dir():
+        root = hub_dataset(name)
 
     def questions(path):
+        nonlocal skipped
         found = []
         for number, line in json_lines(path):
             if not isinstance(line.get("question"), str):
                 raise UserError(f'{path}, line {number}: expected {{"question": text}}, got the keys {sorted(line)}')
-            found.append(line["question"])
+            if line.get("options") or line.get("choices") or OPTIONS_OR_SCALE.search(line["question"]):
+                skipped += 1
+            else:
+                found.append(line["question"])
         if not found:
-            raise UserError(f"{path}: no question in it")
+            raise UserError(f"{path}: no open question in it")
         return found
 
     described = list(json_lines(root / "description.json"))
-    bench = Bench(str(directory), {}, {}, {})
+    bench = Bench(str(name), {}, {}, {})
     for trait in TRAITS:
-        name = trait.capitalize()
-        bench.search[trait] = questions(root / "search" / f"{name}.json")
-        bench.test[trait] = questions(root / "test" / f"{name}.json")
+        title = trait.capitalize()
+        bench.search[trait] = questions(root / "search" / f"{title}.json")
+        bench.test[trait] = questions(root / "test" / f"{title}.json")
         bench.personas[trait] = {}
-        for pole, key in zip(POLES, (name, f"{name}_reversed")):
+        for pole, key in zip(POLES, (title, f"{title}_reversed")):
             texts = [line[key] for _, line in described if isinstance(line.get(key), str)]
             if len(texts) < 4:
                 raise UserError(f"{root / 'description.json'}: expected at least 4 lines with the key {key}, got {len(texts)}")
             bench.personas[trait][pole] = texts
+    if skipped:
+        say(f"{name}: {skipped} items with options or a scale were skipped: they are no open questions")
     return bench
+
+
+def hub_dataset(name: str) -> Path:
+    """The files of a dataset on the hub, or of its copy in the cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["search/*.json", "test/*.json", "description.json"]))
+    except Exception as error:  # no such id, no network: each in its own way
+        text = str(error).strip().split("\n")[0]
+        raise UserError(f"--bench {name}: neither a directory nor a dataset of the hub in reach: {type(error).__name__}: {text}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -517,6 +542,406 @@ def answer(model, tokenizer, conversations: list[list[dict]], max_new_tokens: in
 def end_tokens(model) -> list[int]:
     ends = model.generation_config.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+# -------------------------------------------------------------------------------------------------- a model that writes
+
+
+class NoReply(Exception):
+    """Why a server gave no usable reply."""
+
+
+class Endpoint:
+    """A model behind any OpenAI-compatible server. The key is OPENAI_API_KEY's, never a flag's, and is not written anywhere."""
+
+    TIMEOUT, TRIES = 60, 3  # seconds; of a reply that is not what was asked for
+
+    def __init__(self, url: str, model: str | None = None, in_flight: int = 16):
+        try:
+            from openai import OpenAI, OpenAIError
+        except ImportError as error:
+            raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
+        self.key = os.environ.get("OPENAI_API_KEY") or "none"
+        # the client itself tries again after 429, 5xx and time-outs, at growing intervals
+        self.client = OpenAI(base_url=url, api_key=self.key, max_retries=5, timeout=self.TIMEOUT)
+        self.url, self.in_flight, self.OpenAIError = url, in_flight, OpenAIError
+        try:
+            self.model = model or next(iter(self.client.models.list())).id
+        except (OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{url} lists no model ({self.told(error)}): --served-model says which one") from error
+
+    def told(self, error) -> str:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".replace(self.key, "***")
+
+    def chat(self, messages: list[dict], fine=bool, **options) -> str:
+        """What it answers, asked for again where it is not fine(text); raises NoReply."""
+        def request(again):
+            warmer = {"temperature": 0.7} if again else {}  # at 0 it would say the same
+            reply = self.client.chat.completions.create(model=self.model, messages=messages, **{**options, **warmer})
+            return (reply.choices[0].message.content or "").strip()
+
+        return self.tried(request, fine)
+
+    def completion(self, ids: list[int], **options) -> tuple[str, bool]:
+        """(text, whether it came to its end) that follows the token ids of a prompt; raises NoReply."""
+        def request(again):
+            choice = self.client.completions.create(model=self.model, prompt=ids, **options).choices[0]
+            return choice.text + "", choice.finish_reason == "stop"
+
+        return self.tried(request, bool)
+
+    def tried(self, request, fine):
+        for left in reversed(range(self.TRIES)):
+            try:
+                result = request(left < self.TRIES - 1)
+            except self.OpenAIError as error:
+                raise NoReply(self.told(error)) from None
+            except (AttributeError, IndexError, TypeError, ValueError) as error:  # malformed
+                if not left:
+                    raise NoReply(self.told(error)) from None
+            else:
+                if fine(result) or not left:
+                    return result
+
+    def run(self, requests, work, store) -> list[NoReply]:
+        """store(key, work(what)) for each (key, what), in_flight of them at once; returns the failures. What is under way when
+        this is interrupted is still stored, since it is paid for."""
+        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+        def job(key, what):
+            try:
+                store(key, work(what))
+            except NoReply as error:
+                return error
+
+        failures, stored, waiting = [], 0, set()
+        with ThreadPoolExecutor(self.in_flight) as pool:
+            try:
+                for number, (key, what) in enumerate(requests):
+                    waiting.add(pool.submit(job, key, what))
+                    if len(waiting) >= 2 * self.in_flight or number + 1 == len(requests):
+                        done, waiting = wait(waiting, return_when=FIRST_COMPLETED if number + 1 < len(requests) else "ALL_COMPLETED")
+                        found = [error for error in (future.result() for future in done) if error]
+                        failures, stored = failures + found, stored + len(done) - len(found)
+                    if len(failures) > self.in_flight and not stored:  # nobody is there
+                        break
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return failures
+
+
+class Replies:
+    """Replies by request in an SQLite file, so that nothing is asked for, or paid for, twice."""
+
+    def __init__(self, path: Path):
+        import sqlite3
+        import threading
+
+        self.path, self.lock = path, threading.Lock()
+        try:
+            self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self.db.execute("PRAGMA journal_mode=WAL")
+            self.db.execute("PRAGMA synchronous=NORMAL")
+            self.db.execute("CREATE TABLE IF NOT EXISTS reply (request TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID")
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: not a file of replies: {error}") from error
+
+    def get(self, key: str) -> str | None:
+        row = self.db.execute("SELECT text FROM reply WHERE request = ?", (key,)).fetchone()
+        return row and row[0]
+
+    def store(self, key: str, text: str) -> None:
+        with self.lock:
+            self.db.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, text))
+
+    def fill(self, requests: list[tuple], run) -> None:
+        """Have what is missing of (key, what) answered; run(requests, store) returns its failures, which are tried again."""
+        for _ in range(3):
+            missing = [(key, what) for key, what in requests if self.get(key) is None]
+            failures = run(missing, self.store) if missing else []
+            if not failures:
+                return
+        raise UserError(f"{len(failures)} of {len(missing)} requests failed ({failures[0]}); what came is kept, and the same command "
+                        "goes on from there")
+
+
+class RemoteWriter:
+    """A model behind a server that writes."""
+
+    def __init__(self, endpoint: Endpoint):
+        self.endpoint, self.name = endpoint, endpoint.model
+
+    def run(self, requests, store) -> list:
+        return self.endpoint.run(requests, lambda messages: self.endpoint.chat(messages, max_tokens=512), store)
+
+
+class LocalWriter:
+    """A local model that writes; sampled, so that it does not always write the same."""
+
+    def __init__(self, name: str | None, args):
+        self.model, self.tokenizer = load_model(name, args.device, args.dtype)
+        self.name, self.args = f"{self.model.source} {fingerprint(self.model)}", args
+
+    def run(self, requests, store) -> list:
+        import torch
+
+        for start in range(0, len(requests), self.args.batch_size):
+            batch = requests[start:start + self.args.batch_size]
+            torch.manual_seed(int(digest(self.args.seed, batch[0][0]), 16) % 2**31)
+            answers = answer(self.model, self.tokenizer, [messages for _, messages in batch], 256, do_sample=True, temperature=0.8, top_p=0.95)
+            for (key, _), (text, _) in zip(batch, answers):
+                store(key, text)
+        return []
+
+
+# --------------------------------------------------------------------------------------------------- building a bench
+
+TEST_QUESTIONS, PERSONAS = 90, 80  # a trait, and a pole, as PersonalityBench has them
+LINES = {"persona": 3, "test": 5, "search": 5}  # a reply
+TEST_TOPICS = 20  # the last ones, which no search question is about
+TOPICS = """
+moving house, a long train journey, a family dinner, a broken heating, a first day at work, a football match, a school reunion, a camping trip,
+a doctor's waiting room, a shared kitchen, a birthday present, a missed flight, a choir rehearsal, a flea market, a garden, a night shift, a wedding,
+a rented car, a power cut, a new phone, a neighbour's dog, a hiking trail, a language course, a job interview, a swimming pool, a crowded bus,
+a library, a farewell party, a tax form, a charity run, a museum visit, a leaking roof, a cookery class, a lost wallet, a train strike, a blind date,
+a small shop, a theatre play, a stay in hospital, a bicycle repair, a building site, a village fair, a chess club, a video call, a parents' evening,
+a driving lesson, a snowstorm, a dance floor, a borrowed book, a quiet Sunday, a tight budget, a team meeting, a beach holiday, a haircut,
+a surprise visit, a concert, a new diet, an allotment, a political debate, a wrong bill, a long queue, a second-hand sofa, an old photograph,
+a voluntary fire brigade, a board game, a speech, a sick child, a promotion, an online shop, a pottery class, a rainy picnic, a lift that is stuck,
+a noisy neighbour, a sailing trip, a holiday with friends, a lottery win, a hotel room, a job abroad, a lost key, a summer camp, a gym, an exam,
+a book club, a traffic jam, a church service, a restaurant kitchen, a shared office, a thunderstorm, a house sale, a zoo, a funeral, a walk at night,
+a new boss, a painting course, an empty flat, a computer that crashes, a rumour, an inheritance, a road trip, a harvest,
+a bakery, a ferry, a court hearing, a street musician, a research trip, an apprenticeship, a town council, a broken promise, a double booking,
+a mountain hut, a radio quiz, a shared taxi, a plumbing job, a night at the opera, a science fair, a stray cat, a customs check, a wine tasting,
+an anniversary, a fire drill
+"""
+CIRCUMSTANCES = ("with people whom you know well", "among strangers", "on your own", "when there is little time", "when nothing has to be decided yet",
+                 "after something has gone wrong", "when others expect something of you", "when it is new to you", "late in the evening",
+                 "when somebody asks for your opinion")
+FACET_NAMES = [name.strip() for name in """Imagination, Artistic Interests, Emotionality, Adventurousness, Intellect, Liberalism, Self-Efficacy,
+Orderliness, Dutifulness, Achievement-Striving, Self-Discipline, Cautiousness, Friendliness, Gregariousness, Assertiveness, Activity Level,
+Excitement-Seeking, Cheerfulness, Trust, Morality, Altruism, Cooperation, Modesty, Sympathy, Anxiety, Anger, Depression, Self-Consciousness,
+Immoderation, Vulnerability""".replace("\n", " ").split(",")]  # in the order of FACETS, as the IPIP has them
+TRAIT_WORDS = {"openness": r"openness|open-minded", "conscientiousness": r"conscientious\w*", "extraversion": r"(extra|extro|intro)ver\w+",
+               "agreeableness": r"(dis)?agreeable\w*", "neuroticism": r"neurotic\w*|emotional(ly)? (un)?stab\w+"}
+OPTIONS_OR_SCALE = re.compile(r"(?mi)^\s*\(?[a-e1-5][.):] .*\n\s*\(?[a-e1-5][.):] |\(a\).*\(b\)|\bA[).] .+ B[).] |\bon a scale\b|\bfrom (1|one) to (5|7|10|five|seven|ten)"
+                              r"\b|\bstrongly (dis)?agree\b|\bagree or disagree\b|\bhow (much|strongly) do you agree\b|\b(in)?accurate(ly)? does\b")
+CLOSED = re.compile(r"(?i)^(and |but |so |then |, )*(do|does|did|is|are|am|was|were|can|could|will|would|should|shall|may|might|must|have|has|had)(n't)? ")
+
+
+def fault(kind: str, text: str, trait: str, facet: int | None) -> str | None:
+    """Why a line can't be a question (or a persona) of the bench, or None."""
+    import py3langid
+
+    if kind != "persona" and not text.endswith("?"):
+        return "not a question"
+    if py3langid.classify(text)[0] != "en":
+        return "not English"
+    if kind == "persona":
+        if not re.match(r"You('re|r)? ", text):
+            return "not addressed to you"
+        low, high = 8, 80
+    else:
+        if OPTIONS_OR_SCALE.search(text):
+            return "options or a scale"
+        last = re.split(r"(?<=[.!?:;])\s+|, (?=(?:do|does|are|is|would|will|can|could|should) you\b)", text)[-1]
+        if CLOSED.match(last) and not re.search(r"(?i)\bor\b(?! not\b)|\band (why|how|what|when|where|who)\b", last):
+            return "closed (yes or no)"
+        names = [TRAIT_WORDS[trait]] + ([FACET_NAMES[facet].replace("-", "[- ]")] if facet is not None else [])
+        if re.search(rf"(?i)\b({'|'.join(names)})\b", text):
+            return "names the trait or facet"
+        low, high = 5, 80
+    if not low <= len(text.split()) <= high or len(text) > 500:
+        return "too short or too long"
+    return None
+
+
+class Duplicates:
+    """Texts that are like one that is there already: Jaccard similarity of their 5-character shingles of at least NEAR. MinHash
+    (datasketch) in bands finds the candidates; the bands are in SQLite, so that memory does not grow with the texts."""
+
+    NEAR, BANDS, ROWS = 0.8, 20, 6  # at 0.8, a pair shares a band in 99.8 of 100 cases
+
+    def __init__(self, db):
+        self.db = db
+        db.execute("CREATE TEMP TABLE band (hash INTEGER, text INTEGER)")
+        db.execute("CREATE INDEX temp.band_hash ON band (hash)")
+        db.execute("CREATE TEMP TABLE text (number INTEGER PRIMARY KEY, kind TEXT, text TEXT)")
+
+    @staticmethod
+    def shingles(text: str) -> set[bytes]:
+        text = " ".join(re.findall(r"\w+", text.lower()))
+        return {text[k:k + 5].encode() for k in range(max(1, len(text) - 4))}
+
+    def find(self, kind: str, text: str) -> str | None:
+        """The kind of a text like this one; where there is none, this one is remembered."""
+        from datasketch import MinHash
+
+        mine = self.shingles(text)
+        sketch = MinHash(self.BANDS * self.ROWS, seed=1)
+        sketch.update_batch(sorted(mine))
+        rows = sketch.hashvalues.astype("uint64").reshape(self.BANDS, self.ROWS)
+        bands = [int(hashlib.sha256(bytes([k]) + row.tobytes()).hexdigest()[:15], 16) for k, row in enumerate(rows)]
+        marks = ", ".join("?" * len(bands))
+        for of, other in self.db.execute(f"SELECT DISTINCT text.kind, text.text FROM band JOIN text ON text.number = band.text "
+                                         f"WHERE hash IN ({marks})", bands):
+            theirs = self.shingles(other)
+            if len(mine & theirs) >= self.NEAR * len(mine | theirs):
+                return of
+        number = self.db.execute("INSERT INTO text (kind, text) VALUES (?, ?)", (kind, text)).lastrowid
+        self.db.executemany("INSERT INTO band VALUES (?, ?)", [(band, number) for band in bands])
+        return None
+
+    def clear(self) -> None:
+        self.db.execute("DELETE FROM band")
+        self.db.execute("DELETE FROM text")
+
+
+def lines_in(reply: str) -> list[str]:
+    """The lines of a reply, without numbers, bullets and quotation marks."""
+    lines = [re.sub(r"^\s*(?:\d+\s*[.):]|[-*•])\s*", "", line).strip().strip('"“”*').strip() for line in reply.splitlines()]
+    return [line for line in lines if line]
+
+
+class Builder:
+    """A PersonalityBench, written by a model: for each trait `size` search questions, 90 test questions about other topics, and
+    80 personas a pole (fewer of both where size is less). What a run does follows from the replies alone, so one that was killed,
+    and asks only for what it lacks, ends with the same bench."""
+
+    HOPELESS = 100  # lines of a cell of which less than one could be used
+
+    def __init__(self, folder: str, size: int, writer, seed: int):
+        self.folder, self.size, self.writer, self.seed = Path(folder), size, writer, seed
+        if (self.folder / "search").exists() and not (self.folder / "replies.sqlite").exists():
+            raise UserError(f"--build-bench {folder}: another bench is there, which this would overwrite")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.replies = Replies(self.folder / "replies.sqlite")
+        self.db = self.replies.db
+        self.db.execute("CREATE TEMP TABLE made (kind TEXT, trait TEXT, facet INTEGER, pole TEXT, topic TEXT, id TEXT, text TEXT)")
+        self.duplicates, self.report = Duplicates(self.db), {}
+        self.facets = [line.split("|") for line in FACETS.strip().split("\n")]
+        self.topics = [topic.strip() for topic in TOPICS.replace("\n", " ").split(",")]
+
+    def requests(self, kind: str, trait: str, facet: int | None, pole: str):
+        """Yield (key, topic, messages), all that there are for a cell, in an order of its own."""
+        k, number = POLES.index(pole), LINES[kind]
+        topics = self.topics[-TEST_TOPICS:] if kind == "test" else self.topics[:-TEST_TOPICS]
+        pick = random.Random(f"{self.seed}/{kind}/{trait}/{facet}/{pole}")
+        for topic, circumstances in pick.sample(pairs := [(a, b) for a in topics for b in CIRCUMSTANCES], len(pairs)):
+            if kind == "persona":
+                some = pick.sample([line for line in self.facets if line[0] == trait[0].upper()], 3)
+                system = "You describe people, for a study of how people differ."
+                text = (f"Write {number} descriptions, one a line, of different people who {'; '.join(line[1 + k] for line in some)}. Let "
+                        f"{topic} have a part in their lives. Each is two sentences, addressed to the person: it begins with \"You\". Write "
+                        "the descriptions only.")
+            else:
+                line = self.facets[facet]
+                system = "You write questions for a study of how people differ. Each puts the reader into a situation and asks openly about it."
+                text = (f"Situation: {topic}, {circumstances}. Write {number} different questions, one a line, that ask what the reader would "
+                        f"do, think or feel there, and that somebody who would {line[1 + k]} answers unlike others. Tell the situation in each, "
+                        "in one or two sentences, address the reader as \"you\", and end with a question mark. No question that yes or no "
+                        "answers, no options, no scale, no word for a trait of character. Write the questions only.")
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+            yield digest(self.writer.name, self.seed, messages), topic, messages
+
+    def cell_quotas(self, kind: str, trait: str) -> dict:
+        """{(facet, pole): how many}."""
+        if kind == "persona":
+            return {(None, pole): min(PERSONAS, self.size) for pole in POLES}
+        number = self.size if kind == "search" else min(TEST_QUESTIONS, self.size)
+        mine = [k for k, line in enumerate(self.facets) if line[0] == trait[0].upper()]
+        cells = [(facet, pole) for facet in mine for pole in POLES]
+        return {cell: number // len(cells) + (k < number % len(cells)) for k, cell in enumerate(cells)}
+
+    def build_trait(self, kind: str, trait: str, bar) -> None:
+        quotas = self.cell_quotas(kind, trait)
+        streams = {cell: self.requests(kind, trait, *cell) for cell in quotas}
+        kept, seen = dict.fromkeys(quotas, 0), dict.fromkeys(quotas, 0)
+        while True:
+            asked = []
+            for cell, stream in streams.items():  # as many as should do, by the share that was kept so far
+                share = kept[cell] / seen[cell] if seen[cell] else 0.8
+                if seen[cell] >= self.HOPELESS and share < 1 / self.HOPELESS:
+                    continue  # requests cost time or money
+                share = max(0.1, share)
+                number = -(-(quotas[cell] - kept[cell]) // (LINES[kind] * share))
+                asked += [(cell, *request) for request in itertools.islice(stream, int(number))]
+            if not asked:
+                break
+            self.replies.fill([(key, messages) for _, key, _, messages in asked], self.writer.run)
+            for cell, key, topic, _ in asked:
+                for text in lines_in(self.replies.get(key)):
+                    seen[cell] += 1
+                    why = "not needed" if kept[cell] == quotas[cell] else fault(kind, text, trait, cell[0])
+                    if why is None and (like := self.duplicates.find(kind, text)):
+                        why = "near-duplicate" if like == kind else f"leak: near-duplicate of a {like} text"
+                    counts = self.report.setdefault(kind, {})
+                    counts[why or "kept"] = counts.get(why or "kept", 0) + 1
+                    if why is None:
+                        kept[cell] += 1
+                        bar.update()
+                        self.db.execute("INSERT INTO made VALUES (?, ?, ?, ?, ?, ?, ?)",
+                                        (kind, trait, *cell, topic, digest(kind, trait, text), text))
+        for cell, number in quotas.items():
+            if kept[cell] < number:
+                facet = FACET_NAMES[cell[0]] if cell[0] is not None else "personas"
+                why = "all topics are used up" if next(streams[cell], None) is None else "hardly anything of it can be used"
+                say(f"\n{trait}, {facet}, {cell[1]}: {kept[cell]} of {number} {kind} texts: {why}")
+
+    def __call__(self) -> None:
+        from tqdm import tqdm
+
+        goal = sum(sum(self.cell_quotas(kind, trait).values()) for trait in TRAITS for kind in LINES)
+        with tqdm(total=goal, unit="text", smoothing=0.1) as bar:
+            for trait in TRAITS:
+                bar.set_description(trait)
+                for kind in LINES:  # test before search: of a pair that is alike, the search question goes
+                    self.build_trait(kind, trait, bar)
+                self.duplicates.clear()
+        self.write()
+
+    def rows(self, kind: str, trait: str, pole: str | None = None):
+        """Yield (id, facet, pole, topic, text) by id, which is to say in no order."""
+        return self.db.execute("SELECT id, facet, pole, topic, text FROM made WHERE kind = ? AND trait = ? AND pole IN (?, ?) ORDER BY id",
+                               (kind, trait, *((pole, pole) if pole else POLES)))
+
+    def write(self) -> None:
+        for kind in ("search", "test"):
+            (self.folder / kind).mkdir(exist_ok=True)
+            for trait in TRAITS:
+                write_atomically(self.folder / kind / f"{trait.capitalize()}.json", (json.dumps(
+                    {"question": text, "facet": FACET_NAMES[facet], "pole": pole, "topic": topic, "id": name}, ensure_ascii=False).encode() + b"\n"
+                    for name, facet, pole, topic, text in self.rows(kind, trait)))
+        columns = {trait.capitalize() + end: [row[-1] for row in self.rows("persona", trait, pole)]
+                   for trait in TRAITS for pole, end in zip(POLES, ("", "_reversed"))}
+        lines = [{key: texts[k] for key, texts in columns.items() if k < len(texts)} for k in range(max(map(len, columns.values())))]
+        write_atomically(self.folder / "description.json", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        write_atomically(self.folder / "README.md", self.card().encode())
+
+    def card(self) -> str:
+        """The dataset card: what it is, how it was made, counts a facet, and what the filters dropped."""
+        counted = {tuple(row[:4]): row[4] for row in self.db.execute(
+            "SELECT kind, trait, facet, pole, count(*) FROM made GROUP BY kind, trait, facet, pole")}
+        number = lambda *key: counted.get(key, 0)  # noqa: E731
+        rows = [[trait, name, *(number(kind, trait, k, pole) for kind in ("search", "test") for pole in POLES)]
+                for k, name in enumerate(FACET_NAMES) for trait in [TRAITS[k // 6]]]
+        rows += [[trait, "personas", *(number("persona", trait, None, pole) for pole in POLES), "", ""] for trait in TRAITS]
+        reasons = list(dict.fromkeys(["kept", *(why for counts in self.report.values() for why in counts)]))
+        table = lambda titles, cells: ["| " + " | ".join(map(str, line)) + " |" for line in  # noqa: E731
+                                       (titles, ["---"] * len(titles), *cells)] + [""]
+        return "\n".join([
+            "---", "language: en", "configs:", "- config_name: search", "  data_files: search/*.json", "- config_name: test",
+            "  data_files: test/*.json", "- config_name: personas", "  data_files: description.json", "---", "",
+            "# Questions that tell the Big Five apart", "",
+            f"Open situational questions, by trait, facet and pole, and descriptions of personas, in PersonalityBench's layout (NPTI, ICLR "
+            f"2025). Written by {self.writer.name}, seed {self.seed}, asked for {self.size} search questions a trait, with identify.py "
+            "--build-bench. A machine wrote these texts: read some before you rely on them. Test questions are about other topics than "
+            "search questions.", "",
+            *table(["trait", "facet", "search, high", "search, low", "test, high", "test, low"], rows),
+            "## Filters", "", "Every line that the writer wrote is counted here, under the first reason to drop it. (A personas' row "
+            "above holds their numbers, high and low.)", "",
+            *table(["kind", *reasons], [[kind, *(counts.get(why, 0) for why in reasons)] for kind, counts in self.report.items()]),
+            "`datasets.load_dataset(\"json\", data_files=\"search/*.json\")` reads the questions; `identify.py --bench` takes the folder.", ""])
 
 
 # ------------------------------------------------------------------------------------------------ patching a model
@@ -1146,24 +1571,47 @@ def items_of(bench: Bench, trait: str, limit: int, seed: int) -> list[Item]:
     return items
 
 
-def read_answers(path: str, trait: str, tokenizer) -> list[Item]:
-    """Answers that something wrote, as JSON lines: trait, pole, persona, question, answer, and ids where this tool wrote
-    them (text may tokenise otherwise). An answer without ids is taken as complete: it gets an end token."""
-    items, traits = [], set()
-    for number, line in json_lines(Path(path)):
-        wrong = [key for key in ("trait", "pole", "persona", "question", "answer") if not isinstance(line.get(key), str)]
-        if wrong or line["pole"] not in POLES:
-            raise UserError(f"{path}, line {number}: expected the texts trait, pole (high or low), persona, question, answer; "
-                            f"wrong: {wrong or line['pole']!r}")
-        traits.add(line["trait"])
-        if line["trait"].lower() == trait:
-            ids = line.get("ids") or tokenizer(line["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            if not isinstance(ids, list) or not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids):
-                raise UserError(f"{path}, line {number}: ids: expected tokens of this model, below {len(tokenizer)}")
-            items.append(Item(line["pole"], line["persona"], line["question"], line["answer"], ids))
-    if not items:
-        raise UserError(f"{path}: no answers for {trait}; it has {sorted(traits)}")
-    return items
+class Answers:
+    """A trait's answers in a file of JSON lines that something wrote: trait, pole, persona, question, answer, and ids where this
+    tool wrote them (text may tokenise otherwise). An answer without ids is taken as complete: it gets an end token. A sequence of
+    Items; only their places in the file are held, so memory does not grow with their text."""
+
+    def __init__(self, path: str, trait: str, tokenizer):
+        self.path, self.tokenizer, self.places = Path(path), tokenizer, array("Q")
+        traits, content = set(), hashlib.sha256()
+        for number, line, offset in json_lines(self.path, offsets=True):
+            wrong = [key for key in ("trait", "pole", "persona", "question", "answer") if not isinstance(line.get(key), str)]
+            if wrong or line["pole"] not in POLES:
+                raise UserError(f"{path}, line {number}: expected the texts trait, pole (high or low), persona, question, answer; "
+                                f"wrong: {wrong or line['pole']!r}")
+            traits.add(line["trait"])
+            if line["trait"].lower() == trait:
+                ids = line.get("ids") or []
+                if not isinstance(ids, list) or not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids):
+                    raise UserError(f"{path}, line {number}: ids: expected tokens of this model, below {len(tokenizer)}")
+                content.update(json.dumps(line, sort_keys=True).encode())
+                self.places.append(offset)
+        if not self.places:
+            raise UserError(f"{path}: no answers for {trait}; it has {sorted(traits)}")
+        self.content = content.hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, where: slice) -> list[Item]:
+        items = []
+        with open(self.path, "rb") as file:
+            for place in self.places[where]:
+                file.seek(place)
+                line = json.loads(file.readline())
+                ids = line.get("ids") or text_ids(self.tokenizer, line["answer"]) + [self.tokenizer.eos_token_id]
+                items.append(Item(line["pole"], line["persona"], line["question"], line["answer"], ids))
+        return items
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The ids of an answer's text as it would follow the prompt of chat()."""
+    return tokenizer(("" if tokenizer.chat_template else " ") + text, add_special_tokens=False)["input_ids"]
 
 
 def generate_batch(model, tokenizer, items: list[Item], statistics: Statistics, args) -> None:
@@ -1189,13 +1637,37 @@ def answered_inputs(tokenizer, items: list[Item], where: str, device):
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}, counted
 
 
-def read_batch(model, tokenizer, items: list[Item], statistics: Statistics, args) -> None:
-    """A forward pass over answers that are there, observing the same positions as generate_batch."""
+def read_batches(model, tokenizer, items: list[Item], statistics: Statistics, args) -> None:
+    """Forward passes over answers that are there, observing the same positions as generate_batch; like lengths together, so
+    that little is padding."""
     import torch
 
-    inputs, counted = answered_inputs(tokenizer, items, args.where, model.device)
-    with torch.no_grad(), observe(model, statistics, [POLES.index(item.pole) for item in items], counted):
-        model.get_decoder()(**inputs, use_cache=False)
+    items = sorted(items, key=lambda item: len(item.persona) + len(item.question) + 4 * len(item.ids))  # by characters, about
+    for start in range(0, len(items), args.batch_size):
+        batch = items[start:start + args.batch_size]
+        inputs, counted = answered_inputs(tokenizer, batch, args.where, model.device)
+        with torch.no_grad(), observe(model, statistics, [POLES.index(item.pole) for item in batch], counted):
+            model.get_decoder()(**inputs, use_cache=False)
+
+
+class Engine:
+    """A server that writes the answers (vLLM, SGLang, llama.cpp, ...), asked with the ids of the same prompts."""
+
+    def __init__(self, endpoint: Endpoint, tokenizer, path: Path, args):
+        self.endpoint, self.tokenizer, self.args, self.replies = endpoint, tokenizer, args, Replies(path)
+
+    def answer(self, items: list[Item]) -> None:
+        prompts = [token_ids(self.tokenizer, chat(self.tokenizer, ask(item.question, item.persona))) for item in items]
+        keys = [digest(ids) for ids in prompts]
+        # both names of the repetition penalty: vLLM's and SGLang's, and llama.cpp's
+        options = {"max_tokens": self.args.max_new_tokens, "temperature": 0, "extra_body": {"repetition_penalty": 1.1, "repeat_penalty": 1.1}}
+        if not self.tokenizer.chat_template:
+            options["stop"] = [NEXT_QUESTION]
+        self.replies.fill(list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(
+            requests, lambda ids: json.dumps(self.endpoint.completion(ids, **options)), store))
+        for key, item in zip(keys, items):
+            text, ended = json.loads(self.replies.get(key))
+            item.answer, item.ids = text.strip(), text_ids(self.tokenizer, text.strip()) + [self.tokenizer.eos_token_id] * ended
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -1204,35 +1676,94 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+@dataclass
+class World:
+    """The processes that torchrun started to share the questions: this is number rank of size."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> "World":
+        world = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if world.size > 1:
+            from datetime import timedelta
+
+            import torch.distributed
+
+            def stop(*_):
+                say(f"rank {world.rank}: stopped, since another rank has ended. What was finished is kept: the same command goes on")
+                os._exit(143)
+
+            signal.signal(signal.SIGTERM, stop)
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # one rank may wait long for another
+        return world
+
+    def share(self, number: int, step: int) -> slice:
+        """This process's part of `number` items, in whole steps: what is in a batch shows in the last bits of a forward, so the
+        counts are those of one process only if the batches are."""
+        steps = -(-number // step)
+        return slice(*(min(number, steps * k // self.size * step) for k in (self.rank, self.rank + 1)))
+
+    def add_up(self, statistics: Statistics) -> None:
+        """The sums over all ranks, on rank 0."""
+        if self.size > 1:
+            import torch.distributed
+
+            for tensor in statistics.state().values():
+                here = tensor.cpu()
+                torch.distributed.reduce(here, 0)
+                tensor.copy_(here)
+
+    def wait(self) -> None:
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.barrier()
+
+
 class Run:
     """The identification of one trait, which can be killed at any moment: state is the statistics, the number of items
     done, how much of the answers' file they cover, and the schedule, saved together. schedule: [first item, batch size]
     pairs; a batch that is too large for the memory adds one, and what came before it is done again as it was."""
 
-    def __init__(self, model, tokenizer, bench: Bench, trait: str, args):
-        self.model, self.tokenizer, self.trait, self.args = model, tokenizer, trait, args
-        self.items = read_answers(args.answers, trait, tokenizer) if args.answers else items_of(bench, trait, args.limit, args.seed)
+    READ_AT_ONCE = 8  # batches of answers that are there: within them, answers of like length are read together
+
+    def __init__(self, model, tokenizer, bench: Bench, trait: str, args, world: World = World(), endpoint: Endpoint | None = None):
+        self.model, self.tokenizer, self.trait, self.args, self.world = model, tokenizer, trait, args, world
+        items = Answers(args.answers, trait, tokenizer) if args.answers else items_of(bench, trait, args.limit, args.seed)
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = neuron_path(folder, trait)
         self.answers = folder / f"{trait}.answers.jsonl"
-        asked = [[item.pole, item.persona, item.question, item.ids] for item in self.items]
         self.meta = {
             "format": FORMAT, "model": model.source, "revision": getattr(model.config, "_commit_hash", None) or "",
             "fingerprint": fingerprint(model), "trait": trait, "where": args.where, "template": digest(tokenizer.chat_template),
-            "bench": args.answers or bench.name, "bench_fingerprint": digest(asked),
-            "questions": len(self.items) // 2, "max_new_tokens": args.max_new_tokens, "repetition_penalty": 1.1,
+            "bench": args.answers or bench.name, "questions": len(items) // 2,
+            "bench_fingerprint": items.content if args.answers else digest([[item.pole, item.persona, item.question, []] for item in items]),
+            "max_new_tokens": args.max_new_tokens, "repetition_penalty": 1.1,
             "batch_size": args.batch_size, "dtype": str(model.dtype).split(".")[-1], "device": model.device.type,
-            "seed": args.seed}
+            "seed": args.seed, **({"engine": endpoint.model} if endpoint else {})}
         self.key = digest(self.meta)
+        self.reads = bool(args.answers or endpoint)
+        place = world.share(len(items), self.step(args.batch_size))
+        self.items, self.first, self.end = items, place.start, place.stop
         # named by what is run, so that a run with other options leaves these alone
-        self.part = folder / f".{trait}.{self.key}.answers.part"
-        self.saved = folder / f".{trait}.{self.key}.state.safetensors"
+        self.part, self.saved = self.file_of(world.rank, "answers.part"), self.file_of(world.rank, "state.safetensors")
+        self.engine = Engine(endpoint, tokenizer, self.file_of(world.rank, "replies.sqlite"), args) if endpoint else None
         self.statistics = Statistics.of(model, len(POLES))
         self.start()
 
+    def step(self, size: int) -> int:
+        """Items that are done, and saved, together."""
+        return size * (self.READ_AT_ONCE if self.reads else 1)
+
+    def file_of(self, rank: int, what: str) -> Path:
+        of = f".{rank}of{self.world.size}" if self.world.size > 1 else ""
+        return self.path.with_name(f".{self.trait}.{self.key}{of}.{what}")
+
     def start(self):
-        self.done, self.bytes, self.schedule = 0, 0, [[0, self.args.batch_size]]
+        self.done, self.bytes, self.schedule = self.first, 0, [[self.first, self.args.batch_size]]
         for tensor in self.statistics.state().values():
             tensor.zero_()
 
@@ -1257,7 +1788,7 @@ class Run:
             pass  # none, or of another version: from the beginning
         with open(self.part, "ab") as file:
             file.truncate(self.bytes)
-        return self.done > 0
+        return self.done > self.first
 
     def finished(self) -> Neurons | None:
         """The neuron file, if it is there with just these options."""
@@ -1269,10 +1800,14 @@ class Run:
 
     def batch(self) -> None:
         number = next(k for k in reversed(range(len(self.schedule))) if self.schedule[k][0] <= self.done)
-        end = self.schedule[number + 1][0] if number + 1 < len(self.schedule) else len(self.items)
-        items = self.items[self.done:min(self.done + self.schedule[number][1], end)]
-        work = read_batch if self.args.answers else generate_batch
-        work(self.model, self.tokenizer, items, self.statistics, self.args)
+        end = self.schedule[number + 1][0] if number + 1 < len(self.schedule) else self.end
+        size = self.schedule[number][1]
+        items = self.items[self.done:min(self.done + self.step(size), end)]
+        items = [replace(item) for item in items]  # so that their answers are not held longer than this
+        if self.engine:
+            self.engine.answer(items)
+        work = read_batches if self.reads else generate_batch
+        work(self.model, self.tokenizer, items, self.statistics, SimpleNamespace(**{**vars(self.args), "batch_size": size}))
         layer = self.statistics.broken_layer()
         if layer is not None:
             raise UserError(f"layer {layer} gave NaN or infinite activations in the answers {self.done + 1} to "
@@ -1307,46 +1842,68 @@ class Run:
         return seen[0] if seen else ""
 
     def __call__(self) -> Neurons:
-        from tqdm import tqdm
-
         neurons = self.finished()
         if neurons:
-            say(f"{self.path} is there, made with the same model, questions and options")
+            if not self.world.rank:
+                say(f"{self.path} is there, made with the same model, questions and options")
         else:
-            if self.resume():
-                say(f"going on with {self.trait} after {self.done} of {len(self.items)} answers")
-            last = time.time()
-            pause = 20.0
-            with tqdm(total=len(self.items), initial=self.done, desc=self.trait, unit="answer", smoothing=0.1) as bar:
-                while self.done < len(self.items):
-                    try:
-                        self.batch()
-                    except (RuntimeError, MemoryError) as error:
-                        size = self.schedule[-1][1] // 2
-                        if not out_of_memory(error):
-                            raise
-                        if not size:
-                            raise UserError(f"out of memory with a batch of one: --max-new-tokens below "
-                                            f"{self.args.max_new_tokens} or a smaller model may help") from error
-                        schedule = [*self.schedule, [self.done, size]]
-                        self.resume()  # the failed batch is in the statistics by half: back to what was saved
-                        self.schedule = schedule
-                        say(f"\nout of memory: batches of {size} from answer {schedule[-1][0] + 1} on")
-                        self.save()
-                    if time.time() - last > pause:
-                        start = time.time()
-                        self.save()
-                        last = time.time()
-                        pause = max(20.0, 30 * (last - start))  # at most 3 % of the time goes into saving
-                    bar.n = self.done
-                    bar.refresh()
-            tokens = self.statistics.tokens.tolist()
-            neurons = Neurons(self.statistics.summary(), {**self.meta, "key": self.key, "tokens": tokens}, str(self.path))
-            neurons.save(self.path)
-        if self.part.exists():  # after the neuron file: a run that is killed between the two comes by here again
-            os.replace(self.part, self.answers)
-        self.saved.unlink(missing_ok=True)
-        return neurons
+            self.go_on()
+            if self.world.size > 1:
+                self.save()  # before it waits for the others
+            self.world.add_up(self.statistics)
+            if not self.world.rank:
+                tokens = self.statistics.tokens.tolist()
+                neurons = Neurons(self.statistics.summary(), {**self.meta, "key": self.key, "tokens": tokens}, str(self.path))
+                neurons.save(self.path)
+        self.world.wait()
+        if not self.world.rank:
+            parts = [self.file_of(rank, "answers.part") for rank in range(self.world.size)]
+            if all(part.exists() for part in parts):  # after the neuron file: a run that is killed between the two comes by here again
+                write_atomically(self.answers, itertools.chain.from_iterable(map(blocks, parts)))
+            for rank in range(self.world.size):
+                for what in ("answers.part", "state.safetensors", *("replies.sqlite" + end for end in ("", "-wal", "-shm"))):
+                    self.file_of(rank, what).unlink(missing_ok=True)
+        self.world.wait()
+        return neurons or Neurons.load(self.path)
+
+    def go_on(self) -> None:
+        """Do what is left of this process's items."""
+        from tqdm import tqdm
+
+        total = self.end - self.first
+        if self.resume() and not self.world.rank:
+            say(f"going on with {self.trait} after {self.done - self.first} of {total} answers")
+        last, pause = time.time(), 20.0
+        title = self.trait if self.world.size == 1 else f"{self.trait}, 1 of {self.world.size}"
+        with tqdm(total=total, initial=self.done - self.first, desc=title, unit="answer", smoothing=0.1, disable=self.world.rank > 0) as bar:
+            while self.done < self.end:
+                try:
+                    self.batch()
+                except (RuntimeError, MemoryError) as error:
+                    size = self.schedule[-1][1] // 2
+                    if not out_of_memory(error):
+                        raise
+                    if not size:
+                        raise UserError(f"out of memory with a batch of one: --max-new-tokens below "
+                                        f"{self.args.max_new_tokens} or a smaller model may help") from error
+                    schedule = [*self.schedule, [self.done, size]]
+                    self.resume()  # the failed batch is in the statistics by half: back to what was saved
+                    self.schedule = schedule
+                    say(f"\nout of memory: batches of {size} from answer {schedule[-1][0] + 1} on")
+                    self.save()
+                if time.time() - last > pause:
+                    start = time.time()
+                    self.save()
+                    last = time.time()
+                    pause = max(20.0, 30 * (last - start))  # at most 3 % of the time goes into saving
+                bar.n = self.done - self.first
+                bar.refresh()
+
+
+def blocks(path: Path):
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            yield block
 
 
 def identify(model, tokenizer, trait: str, **options) -> Neurons:
@@ -1390,10 +1947,20 @@ def positive(text: str) -> int:
 def parser() -> Flags:
     flags = Flags(__doc__)
     flags.add_argument("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
-    flags.add_argument("--bench", metavar="DIR", help="questions and personas in PersonalityBench's layout (default: built in)")
+    flags.add_argument("--bench", metavar="DIR", help="questions and personas in PersonalityBench's layout: a folder, or a dataset of the hub (default: "
+                                                 "built in)")
     flags.add_argument("--limit", type=positive, default=128, metavar="N", help="search questions a trait (default: %(default)s)")
     flags.add_argument("--answers", metavar="FILE", help="read answers (JSON lines: trait, pole, persona, question, answer) "
                                                          "instead of generating them")
+    flags.add_argument("--engine", metavar="URL", help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) write "
+                                                       "the answers; key: $OPENAI_API_KEY")
+    flags.add_argument("--build-bench", metavar="DIR", help="have a model write a bench, and stop there")
+    flags.add_argument("--size", type=positive, default=360, metavar="N",
+                       help="of --build-bench: search questions a trait (default: %(default)s; PersonalityBench: 36000)")
+    flags.add_argument("--writer", metavar="MODEL_OR_URL", default=os.environ.get("OPENAI_BASE_URL"),
+                       help="of --build-bench: as --model takes it, or an OpenAI-compatible server (default: $OPENAI_BASE_URL, else --model)")
+    flags.add_argument("--served-model", metavar="NAME", help="what --engine or --writer URL calls the model (default: the first it lists)")
+    flags.add_argument("--in-flight", type=positive, default=16, metavar="N", help="requests to a server at once (default: %(default)s)")
     flags.add_argument("--out", default="neurons", metavar="DIR", help="default: %(default)s")
     flags.add_argument("--where", choices=("generated", "all"), default="generated",
                        help="which tokens count: the answer's, as in NPTI, or the prompt's as well (default: %(default)s)")
@@ -1401,16 +1968,41 @@ def parser() -> Flags:
     return flags
 
 
+def build_bench(args) -> None:
+    missing = [name for name in ("datasketch", "py3langid") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f"--build-bench needs {' and '.join(missing)}: pip install -e '.[bench]'")
+    if args.writer and re.match(r"https?://", args.writer):
+        writer = RemoteWriter(Endpoint(args.writer, args.served_model, args.in_flight))
+    else:
+        writer = LocalWriter(args.writer or args.model, args)
+    say(f"{writer.name} writes {args.size} search questions a trait")
+    Builder(args.build_bench, args.size, writer, args.seed)()
+    print(args.build_bench)
+
+
 def main() -> None:
     args = parser().parse_args()
+    if args.build_bench:
+        return build_bench(args)
     traits = [check_trait(trait) for trait in args.trait]
+    if args.answers and args.engine:
+        raise UserError("--answers FILE has answers, --engine URL writes them: expected one or the other")
     bench = load_bench(args.bench)
     if args.answers:
         next(json_lines(Path(args.answers)), None)  # unreadable: say so before the model is loaded
+    endpoint = Endpoint(args.engine, args.served_model, args.in_flight) if args.engine else None
+    world = World.join()
+    if world.size > 1 and args.device is None and "LOCAL_RANK" in os.environ:
+        import torch
+
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     for trait in traits:
-        show(Run(model, tokenizer, bench, trait, args)())
-        print(neuron_path(args.out, trait))
+        neurons = Run(model, tokenizer, bench, trait, args, world, endpoint)()
+        if not world.rank:
+            show(neurons)
+            print(neuron_path(args.out, trait))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from identify import (POLES, TRAITS, Flags, Neurons, Rows, UserError, answer, answer_text, answered_inputs, ask, chat, check_trait, ending,
-                      find_mlps, identify, load_model, model_arguments, neuron_path, op, patched, positive, read_answers, say, script,
+from identify import (POLES, TRAITS, Answers, Flags, Neurons, Rows, UserError, answer, answer_text, answered_inputs, ask, chat, check_trait, ending,
+                      find_mlps, identify, load_model, model_arguments, neuron_path, op, patched, positive, say, script,
                       token_ids, write_atomically)
 
 QUESTIONS = (
@@ -221,7 +221,7 @@ def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None
 
     mlps = find_mlps(model)
     layer = len(mlps) // 2 if layer is None else layer
-    items = read_answers(path, trait, tokenizer)[:most]
+    items = Answers(path, trait, tokenizer)[:most]
     total, tokens = {pole: 0 for pole in POLES}, {pole: 0 for pole in POLES}
     for start in range(0, len(items), 16):
         batch = items[start:start + 16]

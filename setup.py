@@ -44,6 +44,7 @@ setup(
     install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "numpy", "tqdm", "rich",
                       "jinja2", "matplotlib", "ninja", "setuptools", "tomli; python_version < '3.11'"],
     extras_require={"judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"],
-                    "test": ["pytest", "hypothesis", "openai", "scipy", "five-factor-e"]},
+                    "bench": ["openai", "datasketch", "py3langid"],
+                    "test": ["pytest", "hypothesis", "openai", "scipy", "five-factor-e", "datasketch", "py3langid", "datasets"]},
     **extension(),
 )

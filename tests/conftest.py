@@ -1,9 +1,12 @@
 """Makes the scripts importable for pytest, offline, and gives every test the same small models."""
 
+import contextlib
+import http.server
 import json
 import os
 import random
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,3 +156,66 @@ def main_of(module, monkeypatch, *arguments):
 
 def shared_flags(small):
     return ("--model", small.model_dir, "--device", "cpu", "--dtype", "float32")
+
+
+# ------------------------------------------------------------------------------------------------------------- a server
+
+
+class Server:
+    """An OpenAI-compatible server on the loopback that says what replies(number, body) tells it to: a text, a list (text,
+    finish_reason), or (status, text); `seen` are its requests."""
+
+    def __init__(self, replies):
+        self.seen, self.keys, lock = [], set(), threading.Lock()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send(200, json.dumps({"object": "list", "data": [{"id": "served", "object": "model", "created": 0, "owned_by": "us"}]}))
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    server.seen.append(body)
+                    server.keys.add(self.headers["Authorization"])
+                    number = len(server.seen)
+                reply = replies(number, body)  # may take its time
+                status, text = reply if isinstance(reply, tuple) else (200, reply)
+                text, reason = text if isinstance(text, list) else (text, "stop")
+                said = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+                whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                         "choices": [{"index": 0, "finish_reason": reason, **said}]}
+                self.send(status, json.dumps(whole) if status == 200 and text is not None else "<html>not JSON</html>")
+
+            def send(self, status, text):
+                data = text.encode()
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The client's own pauses between two tries are not waited for."""
+    pytest.importorskip("openai")
+    from openai import _base_client
+
+    monkeypatch.setattr(_base_client.BaseClient, "_calculate_retry_timeout", lambda *args, **options: 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")

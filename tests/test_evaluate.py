@@ -1,13 +1,11 @@
 """evaluate.py: answers, judges, questionnaire, capability, statistics, reports; and activation addition."""
 
 import contextlib
-import http.server
 import json
 import math
 import random
 import re
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ import torch
 import evaluate
 import identify
 import induce
-from conftest import ROOT, lines_of, main_of, prompt_of, shared_flags
+from conftest import ROOT, Server, lines_of, main_of, prompt_of, shared_flags
 from identify import POLES, TRAITS, Neurons, UserError
 
 FILES = {"answers.jsonl", "scores.jsonl", "summary.json", "details.json", "report.md", "report.html"}
@@ -256,56 +254,6 @@ def test_a_liking_for_a_digit_cancels(small, monkeypatch):
     monkeypatch.setattr(evaluate, "expectation", lambda model, tokenizer, turns: torch.tensor(
         [5.0 if re.search("5 means [^.]*" + re.escape(evaluate.facets_of("openness", "high")), one[0]["content"]) else 1.0 for one in turns]))
     assert judge.rate("openness", [("q", "a")]) == [5.0]
-
-
-class Server:
-    """An OpenAI-compatible server on the loopback that says what `replies` tells it to; `seen` are its requests."""
-
-    def __init__(self, replies):
-        self.seen, self.keys, lock = [], set(), threading.Lock()
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    server.seen.append(body)
-                    server.keys.add(self.headers["Authorization"])
-                    reply = replies(len(server.seen), body)
-                status, text = reply if isinstance(reply, tuple) else (200, reply)
-                data = (json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]})
-                    if status == 200 and text is not None else "<html>not JSON</html>").encode()
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """The client's own pauses between two tries are not waited for."""
-    pytest.importorskip("openai")
-    from openai import _base_client
-
-    monkeypatch.setattr(_base_client.BaseClient, "_calculate_retry_timeout", lambda *args, **options: 0.01)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
 
 
 def judged_by(server, small, made, monkeypatch, out):

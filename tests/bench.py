@@ -292,28 +292,105 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
     return results
 
 
+def paired(ways: dict, pairs: int) -> dict:
+    """Seconds of each way, in turn."""
+    times = {name: [] for name in ways}
+    for call in ways.values():
+        call()
+    for k in range(pairs):
+        for name in list(ways)[k % len(ways):] + list(ways)[:k % len(ways)]:
+            start = time.perf_counter()
+            ways[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(title: str, first: str, second: str, times: dict, amount: int, unit: str) -> dict:
+    median, upper = bound([a / b for a, b in zip(times[first], times[second])])
+    speed = {name: amount / stats.median(times[name]) for name in (first, second)}
+    print(f"  {title}: time of {first} / {second} {median:.4f} (95 % bound {upper:.4f}), {speed[first]:.0f} against {speed[second]:.0f} {unit}/s",
+          flush=True)
+    return {"title": title, "first": first, "second": second, "ratio": median, "upper95": upper, "pairs": len(times[first]), "per_s": speed}
+
+
+def reading(device: str, pairs: int) -> list[dict]:
+    """Forward passes over answers that are there, as identify.py --answers does: plain, and observed in two groups."""
+    model, _ = identify.load_model(device=device)
+    rows, prompt, tokens = 32, 64, 128
+    ids = torch.randint(10, 1000, (rows, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    counted = (torch.arange(tokens, device=model.device) >= prompt).expand(rows, tokens)
+    statistics = Statistics.of(model, 2)
+
+    def forward():
+        with torch.no_grad():
+            model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+    def observed():
+        with identify.observe(model, statistics, [k % 2 for k in range(rows)], counted):
+            forward()
+
+    return [ratio(f"{model.source}, reading {rows} rows of {tokens} tokens, of which {tokens - prompt} count", "observed", "plain",
+                  paired({"plain": forward, "observed": observed}, pairs), rows * tokens, "tokens")]
+
+
+def batches(device: str, pairs: int) -> list[dict]:
+    """Many personalities of a few questions each: in shared batches, as evaluate.py asks them, and one batch a personality; and a
+    batch of as many personalities as rows against one of a single one."""
+    model, _ = identify.load_model(device=device)
+    mlps = identify.find_mlps(model)
+    people, each, new_tokens, size = 16, 4, 24, 64
+    made = [random_profile(60, len(mlps), mlps[0].width, seed) for seed in range(1000)]
+    ids = torch.randint(10, 1000, (1000, 24), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+    def write(part, profiles, rows, new_tokens=new_tokens):
+        with torch.no_grad(), steer(model, profiles, rows):
+            model.generate(input_ids=part, attention_mask=torch.ones_like(part), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+
+    def shared():
+        whose = [k // each + 1 for k in range(people * each)]
+        for start in range(0, len(whose), size):
+            write(ids[start:start + size], made[:people], whose[start:start + size])
+
+    def alone():
+        for k in range(people):
+            write(ids[k * each:(k + 1) * each], made[k:k + 1], [1] * each)
+
+    results = [ratio(f"{model.source}, {people} personalities of {each} questions", "batches shared", "a batch each",
+                     paired({"batches shared": shared, "a batch each": alone}, pairs), people * each * new_tokens, "tokens")]
+    results.append(ratio(f"{model.source}, 1,000 rows", "1,000 profiles", "1 profile", paired({
+        "1,000 profiles": lambda: write(ids[:, :4], made, list(range(1, 1001)), 8), "1 profile": lambda: write(ids[:, :4], made[:1], [1] * 1000, 8)},
+        max(3, pairs // 3)), 1000 * 8, "tokens"))
+    return results
+
+
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--json", metavar="FILE")
     flags.add_argument("--quick", action="store_true", help="two shapes, and fewer pairs of generations")
-    flags.add_argument("--only", choices=("kernel", "generation"))
+    flags.add_argument("--only", choices=("kernel", "generation", "reading", "batches"))
     flags.add_argument("--seconds", type=float, default=2.0, help="for each shape (default: %(default)s)")
     flags.add_argument("--pairs", type=int, help="of generations (default: 21, quick: 7)")
     args = flags.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     result = {"machine": machine(args.device)}
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    if args.only != "generation":
+    pairs = args.pairs or (7 if args.quick else 21)
+    if args.only in (None, "kernel"):
         result["kernels"] = kernels(args.device, args.quick, args.seconds)
         kernel_targets(result["kernels"])
-    if args.only != "kernel":
+    if args.only in (None, "generation"):
         print("\ngeneration")
-        pairs = args.pairs or (7 if args.quick else 21)
         result["generation"] = generation(args.device, 32, pairs, 24, False)
         result["generation"] += generation(args.device, 32, pairs, 64 if args.device == "cuda" else 24, True)
         if args.device == "cuda":
             result["generation"] += generation(args.device, 1000, max(3, pairs // 3), 24, False, profiles=1000)
+    for name, measure in (("reading", reading), ("batches", batches)):
+        if args.only in (None, name):
+            print(f"\n{name}")
+            result[name] = measure(args.device, pairs)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -17,14 +17,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import re
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from identify import (POLES, TRAITS, Answers, Flags, Neurons, Rows, UserError, answer, answer_text, answered_inputs, ask, chat, check_trait, ending,
-                      find_mlps, identify, load_model, model_arguments, neuron_path, op, patched, positive, say, script,
-                      token_ids, write_atomically)
+from identify import (POLES, TRAITS, Answers, Endpoint, Flags, Neurons, NoReply, Rows, UserError, answer, answer_text, answered_inputs, ask,
+                      chat, check_trait, ending, find_mlps, fingerprint, identify, load_model, model_arguments, neuron_path, op, patched,
+                      positive, say, script, token_ids, write_atomically)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -211,6 +213,18 @@ def restricted(profile: Profile, layers: tuple[int, int] | None) -> Profile:
     inside = (profile.layer >= layers[0]) & (profile.layer <= layers[1])
     return Profile(profile.layer[inside], profile.index[inside], profile.value[inside], profile.name,
                    {layer: vector for layer, vector in profile.residual.items() if layers[0] <= layer <= layers[1]})
+
+
+def suppressed(profile: Profile, how: str) -> Profile:
+    """The profile with its suppressed neurons (cap 0) as NPTI has them ("cap"), removed ("zero"), or left as they are ("none")."""
+    if how == "cap":
+        return profile
+    value, capped = profile.value.clone(), profile.value[:, 0] == 0
+    value[capped, 0] = math.inf
+    if how == "zero":
+        value[capped, 1] = 0
+        capped[:] = False
+    return Profile(profile.layer[~capped], profile.index[~capped], value[~capped], profile.name, profile.residual)
 
 
 def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None, most: int = 64):
@@ -476,9 +490,10 @@ class NeuronFolder:
     """A folder of neuron files, each read or made when it is first asked for, and the profiles that they make. folder: of
     identify.py, or npti:DIR of the released ones. min_delta, min_neurons: see Neurons.select; options: of identify()."""
 
-    def __init__(self, model, tokenizer, folder: str, min_delta: float = 0.1, min_neurons: int | None = None, **options):
+    def __init__(self, model, tokenizer, folder: str, min_delta: float = 0.1, min_neurons: int | None = None, suppress: str = "cap",
+                 **options):
         self.model, self.tokenizer, self.folder, self.options = model, tokenizer, folder, options
-        self.limits = min_delta, min_neurons
+        self.limits, self.suppress = (min_delta, min_neurons), suppress
         self.released = folder.removeprefix("npti:") if folder.startswith("npti:") else None
         self.files, self.directions = {}, {}
 
@@ -521,10 +536,290 @@ class NeuronFolder:
             made = dpn_le([(self.neurons(trait), alpha) for trait, alpha in strengths], character.method == "dpn-le-weighted", name=name)
         else:
             made = composed([(self.neurons(trait), alpha) for trait, alpha in strengths], *self.limits, name)
-        inside = restricted(made, character.layers)
+        inside = suppressed(restricted(made, character.layers), self.suppress)
         if (len(made) or made.residual) and not (len(inside) or inside.residual):
             raise UserError(f"{name}: layers {list(character.layers)} hold nothing of what would be edited")
         return inside
+
+
+# ------------------------------------------------------------------------------------------------- a plain checkpoint
+
+BAKED = ("llama", "mistral", "qwen2")  # what can be written as a Llama checkpoint, whose MLPs can have biases
+SUPPRESS = ("cap", "zero", "none")
+GATE_BIAS = 2.0  # of an added neuron: exact in every dtype; its activation is divided out of the down column
+PROBES = ("What do you like to do with your friends?", "Tell me about a book.", "How do you cook rice?", "Describe your day.")
+
+
+class Baking:
+    """A profile folded into the weights: a Llama checkpoint with mlp_bias that plain transformers, and any engine, runs.
+
+    A raised neuron i becomes one more neuron, with a gate row of 0, gate bias b, up row U_i and down column D_i * shift / act(b):
+    it adds shift * (U_i x) D_i, exactly what the edit adds. A removed neuron's weights are 0, and its place is used first. What is
+    added to products or to the residual stream (DPN-LE, activation addition) is constant, and goes into the bias of down. All layers
+    have one width, a multiple of 256. rank: keep the best rank-R part only of the sum of a layer's raises, a linear map."""
+
+    def __init__(self, model, profile: Profile, rank: int | None = None):
+        import torch
+
+        self.model, self.profile, self.rank, self.mlps = model, profile, rank, find_mlps(model)
+        cap = profile.value[:, 0]
+        if not bool(torch.isinf(cap).all()):
+            raise UserError(f"--save: a cap of {float(cap[~torch.isinf(cap)][0]):g} can't be folded into weights: --suppress zero or none")
+        if self.mlps[0].up is None or self.mlps[0].up is self.mlps[0].gate or model.config.model_type not in BAKED:
+            raise UserError(f"--save: {model.config.model_type} can't be baked: expected one of {', '.join(BAKED)}")
+        window = getattr(model.config, "sliding_window", None)
+        if window and (model.config.model_type == "mistral" or getattr(model.config, "use_sliding_window", False)):
+            raise UserError(f"--save: {model.config.model_type} with a sliding window of {window}: a Llama checkpoint has none")
+        added = []
+        for layer in range(len(self.mlps)):
+            value = profile.value[profile.layer == layer]
+            raised, free = int((value[:, 2] != 0).sum()), int((value[:, 1] == 0).sum())
+            added.append(min(raised, rank or raised) - free)
+        width = self.mlps[0].width
+        self.width = width if max(added) <= 0 else -(-(width + max(added)) // 256) * 256
+
+    def layer(self, number: int) -> dict:
+        """The tensors of a layer's MLP, by their names in it."""
+        import torch
+
+        mlp, mine = self.mlps[number], self.profile.layer == number
+        index, value = self.profile.index[mine].to(mlp.gate.weight.device), self.profile.value[mine].to(mlp.gate.weight.device)
+        dtype, kind = mlp.gate.weight.dtype, {"device": mlp.gate.weight.device, "dtype": torch.float32}
+        width, hidden = mlp.gate.weight.shape
+        wide = {"gate": torch.zeros((self.width, hidden), **kind), "up": torch.zeros((self.width, hidden), **kind),
+                "down": torch.zeros((self.width, hidden), **kind)}  # down transposed
+        bias = {"gate": torch.zeros(self.width, **kind), "up": torch.zeros(self.width, **kind), "down": torch.zeros(hidden, **kind)}
+        for name, part in (("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)):
+            weight = part.weight.detach().float()
+            wide[name][:width] = weight.T if name == "down" else weight
+            if part.bias is not None:
+                bias[name][:len(part.bias)] = part.bias.detach().float()
+        up, down, up_bias = (tensor[index].clone() for tensor in (wide["up"], wide["down"], bias["up"]))
+        scale, shift, constant = value[:, 1], value[:, 2], value[:, 3]
+        bias["down"] += constant @ down
+        if number in self.profile.residual:
+            bias["down"] += self.profile.residual[number].to(**kind)
+        wide["down"][index] *= scale[:, None]  # 0 where removed
+        free = index[scale == 0]
+        for tensor in (*wide.values(), bias["gate"], bias["up"]):
+            tensor[free] = 0
+        raised = shift != 0
+        up, down, up_bias = up[raised], down[raised] * shift[raised, None], up_bias[raised]
+        if self.rank and self.rank < len(up):
+            if bool(up_bias.any()):
+                raise UserError("--rank: this model's up projection has a bias, which a map of lower rank can't carry")
+            q, r = torch.linalg.qr(down.T)  # down.T @ up is (hidden, hidden) of rank len(up) at most
+            u, s, v = torch.linalg.svd(r @ up, full_matrices=False)
+            up, down, up_bias = v[:self.rank], (q @ u[:, :self.rank] * s[:self.rank]).T, up_bias[:self.rank]
+        places = torch.cat([free, torch.arange(width, self.width, device=free.device)])[:len(up)]
+        # the activation as the model will compute it, in its own dtype: so its rounding is divided out too
+        act = mlp.act_module(torch.tensor([GATE_BIAS], device=kind["device"], dtype=dtype)).float()
+        wide["up"][places], wide["down"][places], bias["gate"][places], bias["up"][places] = up, down / act, GATE_BIAS, up_bias
+        wide["down"] = wide["down"].T
+        return {f"{name}_proj.{what}": tensor.to(dtype).contiguous().cpu()
+                for what, tensors in (("weight", wide), ("bias", bias)) for name, tensor in tensors.items()}
+
+    def config(self) -> dict:
+        """config.json, of a LlamaForCausalLM."""
+        import transformers
+
+        old = self.model.config.to_dict()
+        kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+                "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
+                "tie_word_embeddings", "rope_parameters", "rope_theta", "rope_scaling", "attention_bias")
+        values = {name: old[name] for name in kept if old.get(name) is not None}
+        if old["model_type"] == "qwen2":
+            values["attention_bias"] = True
+        new = transformers.LlamaConfig(**{**values, "intermediate_size": self.width, "mlp_bias": True, "architectures": ["LlamaForCausalLM"],
+                                          "dtype": str(self.mlps[0].gate.weight.dtype).split(".")[-1]}).to_dict()
+        theta = (new.get("rope_parameters") or {}).get("rope_theta")
+        return {**new, **({"rope_theta": theta} if theta else {})}  # where older readers look for it
+
+    def tensors(self):
+        """Yield (name, size in bytes, a function that makes the tensor) of the whole checkpoint."""
+        width, hidden = self.width, self.mlps[0].gate.weight.shape[1]
+        cache = {}
+
+        def of_layer(number, name):
+            if number not in cache:
+                cache.clear()  # one layer at a time
+                cache[number] = self.layer(number)
+            return cache[number][name]
+
+        shapes = {f"{part}_proj.{what}": number for what in ("weight", "bias") for part in ("gate", "up", "down")
+                  for number in [width * hidden if what == "weight" else hidden if part == "down" else width]}
+        for name, tensor in self.model.state_dict().items():
+            if ".mlp." in name:
+                if name.endswith("gate_proj.weight"):
+                    stem, number = name.removesuffix("gate_proj.weight"), int(re.search(r"layers\.(\d+)\.", name)[1])
+                    for part, size in shapes.items():
+                        yield stem + part, size * tensor.element_size(), (lambda number=number, part=part: of_layer(number, part))
+            elif not (name == "lm_head.weight" and self.model.config.tie_word_embeddings):
+                yield name, tensor.numel() * tensor.element_size(), (lambda tensor=tensor: tensor.detach().cpu().contiguous())
+                if self.model.config.model_type == "qwen2" and name.endswith("v_proj.bias"):  # Llama's flag is for all four
+                    yield (name.replace("v_proj", "o_proj"), hidden * tensor.element_size(),
+                           lambda tensor=tensor: tensor.new_zeros(hidden).cpu())
+
+    def save(self, folder: Path, shard: int = 5 * 10**9) -> None:
+        """model.safetensors, or its shards and their index, and config.json."""
+        from safetensors.torch import save_file
+
+        shards, total = [[]], 0
+        for name, size, make in self.tensors():
+            if shards[-1] and sum(one[1] for one in shards[-1]) + size > shard:
+                shards.append([])
+            shards[-1].append((name, size, make))
+            total += size
+        names = {}
+        for k, some in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{k:05}-of-{len(shards):05}.safetensors"
+            save_file({name: make() for name, _, make in some}, folder / file, metadata={"format": "pt"})
+            names |= {name: file for name, _, _ in some}
+        if len(shards) > 1:
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=1))
+        (folder / "config.json").write_text(json.dumps(self.config(), indent=1) + "\n")
+
+    def cost(self) -> str:
+        """What it adds to the model."""
+        old = sum(parameter.numel() for parameter in self.model.parameters())
+        width, hidden = self.mlps[0].width, self.mlps[0].gate.weight.shape[1]
+        depth, embedded = len(self.mlps), self.model.get_input_embeddings().weight.numel()
+        weights = depth * 3 * (self.width - width) * hidden
+        work = old if self.model.config.tie_word_embeddings else old - embedded  # weights that a token is multiplied with
+        return (f"d_ff {width} -> {self.width}: {(weights + depth * (2 * self.width + hidden)) / old:+.2%} parameters, "
+                f"{weights / work:+.2%} FLOPs a token")
+
+
+def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> None:
+    """Write --save DIR: a whole directory or none."""
+    import shutil
+
+    target = Path(args.save)
+    if target.exists() and not (target / "verify.json").exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--save {target}: there is something else already")
+    profile = folder.profile(character)
+    baking = Baking(model, profile, args.rank)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        baking.save(temporary)
+        tokenizer.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        source = Path(getattr(model, "name_or_path", "") or ".")
+        for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
+            for path in source.glob(pattern) if source.is_dir() else ():
+                shutil.copy(path, temporary)
+        with steer(model, profile, where="all"):
+            live = [(text, *probe(model, tokenizer, text)) for text in PROBES]
+        expected = [{"prompt": ids, "question": text, "text": tokenizer.decode(new), "plain": tokenizer.decode(probe(model, tokenizer, text)[1])}
+                    for text, ids, new in live]
+        made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(), "suppress": args.suppress,
+                "rank": args.rank, "dtype": str(model.dtype).split(".")[-1], "cost": baking.cost(),
+                "neurons": {trait: neurons.meta.get("key", "released files") for trait, neurons in folder.files.items()}}
+        (temporary / "verify.json").write_text(json.dumps({**made, "expected": expected}, indent=1, ensure_ascii=False) + "\n")
+        (temporary / "README.md").write_text(card(made))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    say(f"{target}: {character.describe()}, edits on every token (--where all), suppressed neurons: {args.suppress}; {baking.cost()}")
+    if args.verify:
+        verify(model, tokenizer, profile, target)
+
+
+def probe(model, tokenizer, question: str, tokens: int = 12) -> tuple[list[int], list[int]]:
+    """(the ids of a question's prompt, the first greedy tokens of its answer)."""
+    import torch
+
+    ids = token_ids(tokenizer, chat(tokenizer, ask(question)))
+    prompt = torch.tensor([ids], device=model.device)
+    with torch.no_grad():
+        new = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
+                             repetition_penalty=1.0, pad_token_id=tokenizer.pad_token_id)[0, len(ids):].tolist()
+    return ids, new
+
+
+def card(made: dict) -> str:
+    """The model card."""
+    neurons = ", ".join(f"{trait} {key}" for trait, key in made["neurons"].items())
+    return f"""---
+base_model: {json.dumps(made["base"])}
+---
+
+# {made["base"]}, {made["character"]}
+
+A personality (NPTI, ICLR 2025, arXiv 2410.12327) folded into the weights: neurons that fire for a pole of a Big Five trait are raised
+by biased neurons that were added to the MLPs; those of the other pole: {made["suppress"]}. A plain Llama checkpoint with `mlp_bias`.
+
+| | |
+|---|---|
+| base model | {made["base"]}, {made["base fingerprint"]} |
+| neuron files | {neurons} |
+| strengths | {made["character"]} |
+| cost | {made["cost"]} |
+
+Some engines drop the biases of MLPs without a word; then the base model answers, not this one. `verify.json` holds a few prompts, as
+token ids, with the first greedy tokens that should follow, and those of the base model; `python induce.py --save DIR --verify-server URL`
+compares them with what a server says.
+"""
+
+
+def verify(model, tokenizer, profile: Profile, folder: Path) -> None:
+    """Compare the checkpoint, in plain transformers, with the live edit; raise if they differ by more than rounding."""
+    import torch
+    import transformers
+
+    baked = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    worst = effect = divergence = 0.0
+    ties, questions = [], [*PROBES, *QUESTIONS]
+    for question in questions:
+        ids = torch.tensor([token_ids(tokenizer, chat(tokenizer, ask(question)))], device=model.device)
+        with torch.no_grad():
+            with steer(model, profile, where="all"):
+                live = model(input_ids=ids).logits[0].float()
+                mine = probe(model, tokenizer, question, 24)[1]
+            plain, ours = model(input_ids=ids).logits[0].float(), baked(input_ids=ids).logits[0].float()
+        worst, effect = max(worst, float((live - ours).abs().max())), max(effect, float((live - plain).abs().max()))
+        divergence = max(divergence, float((live.softmax(-1) * (live.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).max()))
+        theirs = probe(baked, tokenizer, question, 24)[1]
+        at = next((k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b), None)
+        if at is not None:
+            with torch.no_grad(), steer(model, profile, where="all"):
+                best = model(input_ids=torch.cat([ids, torch.tensor([mine[:at]], device=ids.device, dtype=ids.dtype)], 1)).logits[0, -1].float()
+            ties.append(float(best.topk(2).values.diff().abs()))
+    bound = 1e-3 if model.dtype == torch.float32 else 0.1 * max(1.0, effect)
+    print(f"baked against live, {len(questions)} prompts, {str(model.dtype).split('.')[-1]}: logits differ by {worst:.2g} at most (bound {bound:.2g}; "
+          f"the edit moves them by {effect:.2g}), KL {divergence:.2g} at most; greedy answers differ in {len(ties)}"
+          + (f", where the best two logits are {max(ties):.2g} apart at most" if ties else ""))
+    if worst > bound:
+        raise UserError(f"{folder}: baked and live differ by {worst:.2g}, more than {bound:.2g}")
+
+
+def verify_server(folder: str, url: str, served: str | None) -> None:
+    """Ask a server what it makes of a baked checkpoint: its first tokens against verify.json's."""
+    try:
+        expected = json.loads((Path(folder) / "verify.json").read_text())["expected"]
+        expected = [(one["prompt"], one["question"], one["text"], one["plain"]) for one in expected]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--save {folder} holds no verify.json of a baked model: {error}") from error
+    endpoint = Endpoint(url, served)
+    right = plain = 0
+    for prompt, question, text, unbaked in expected:
+        try:
+            said = endpoint.completion(prompt, max_tokens=12, temperature=0)[0]
+        except NoReply as error:
+            raise UserError(f"{url}: {error}") from error
+        same = lambda a, b: " ".join(a.split())[:24] == " ".join(b.split())[:24]  # noqa: E731
+        right, plain = right + same(said, text), plain + (same(said, unbaked) and not same(said, text))
+        print(f"{question}\n  expected: {text!r}\n  served:   {said!r}")
+    if right < len(expected):
+        why = "it speaks as the base model does: this engine drops the biases of MLPs" if plain else "rounding, or another model"
+        raise UserError(f"{url}: {right} of {len(expected)} answers begin as they should; {why}")
+    print(f"{url}: all {len(expected)} answers begin as they should")
+
+
+# ------------------------------------------------------------------------------------------------- the command line
 
 
 def list_neurons(folder: str) -> None:
@@ -726,8 +1021,17 @@ def parser() -> Flags:
     flags.add_argument("--min-delta", type=float, default=0.1, metavar="D", help="default: %(default)s")
     flags.add_argument("--min-neurons", type=positive, metavar="N",
                        help="at least so many neurons a pole (default: 0.436 %% of all, NPTI's 2,000 of Llama-3-8B's)")
-    flags.add_argument("--where", choices=("generated", "all"), default="generated",
-                       help="edit the answer's tokens, as NPTI does, or the prompt's as well (default: %(default)s)")
+    flags.add_argument("--where", choices=("generated", "all"),
+                       help="edit the answer's tokens, as NPTI does, or the prompt's as well (default: generated; --save: all)")
+    flags.add_argument("--suppress", choices=SUPPRESS,
+                       help="what becomes of the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or nothing (default: cap; "
+                            "--save: zero)")
+    flags.add_argument("--save", metavar="DIR", help="write the personality into a plain Llama checkpoint, for any engine")
+    flags.add_argument("--rank", type=positive, metavar="R", help="of --save: the best rank-R part only of what a layer's raised neurons do")
+    flags.add_argument("--verify", action="store_true", help="of --save: compare with the live edit, in plain transformers")
+    flags.add_argument("--verify-server", metavar="URL", help="with --save DIR: compare what a server of that checkpoint says; "
+                                                             "nothing is written")
+    flags.add_argument("--served-model", metavar="NAME", help="its name there (default: the first that it lists)")
     flags.add_argument("--temperature", type=float, metavar="X", help="sample (default: greedy)")
     flags.add_argument("--top-p", type=float, metavar="X")
     model_arguments(flags)
@@ -738,6 +1042,21 @@ def main() -> None:
     args = parser().parse_args()
     if args.list:
         return list_neurons(args.neurons.removeprefix("npti:"))
+    if args.verify_server:
+        if not args.save:
+            raise UserError("--verify-server URL needs --save DIR, where the baked checkpoint is")
+        return verify_server(args.save, args.verify_server, args.served_model)
+    for flag, given in (("--where generated", args.where == "generated"), ("--keep", args.keep < 1), ("--suppress cap", args.suppress == "cap"),
+                        ("--questions", args.questions), ("--chat", args.chat)):
+        if args.save and given:
+            why = {"--questions": "it holds one character", "--chat": "it is for later"}.get(
+                flag, "a checkpoint can't tell prompt from answer, can't draw neurons, and can't cap an activation")
+            raise UserError(f"--save can't be had with {flag}: {why}")
+    for flag in ("rank", "verify"):
+        if getattr(args, flag) and not args.save:
+            raise UserError(f"--{flag} goes with --save DIR")
+    args.where = args.where or ("all" if args.save else "generated")
+    args.suppress = args.suppress or ("zero" if args.save else "cap")
     traits, alphas = [check_trait(trait) for trait in args.trait or []], args.alpha or []
     if args.profile and (traits or alphas):
         raise UserError("--profile FILE says what --trait and --alpha would say: expected one or the other")
@@ -764,16 +1083,18 @@ def main() -> None:
         if own and without:
             raise UserError(f"--questions {args.questions}: no profile stands beside {without[0]!r}: --trait and --alpha, or "
                             "--profile, say what such a question is answered in")
-    if args.chat and not character.strengths:
-        raise UserError("--chat: expected --trait T --alpha A, or --profile FILE")
+    if (args.chat or args.save) and not character.strengths:
+        raise UserError("--chat and --save: expected --trait T --alpha A, or --profile FILE")
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     import torch
 
     torch.manual_seed(args.seed)
     if character.method in OWN_SCALE:
         say(f"{character.method}: the scale of alpha is its own: {OWN_SCALE[character.method]}")
-    options = {name: getattr(args, name) for name in ("where", "batch_size", "seed")}
-    folder = NeuronFolder(model, tokenizer, args.neurons, args.min_delta, args.min_neurons, **options)
+    options = {name: getattr(args, name) for name in ("batch_size", "seed")} | ({} if args.save else {"where": args.where})
+    folder = NeuronFolder(model, tokenizer, args.neurons, args.min_delta, args.min_neurons, args.suppress, **options)
+    if args.save:
+        return bake(model, tokenizer, folder, character, args)
     work = converse if args.chat else answer_file if args.questions else side_by_side
     work(model, tokenizer, folder, character, args)
 

@@ -1,0 +1,237 @@
+"""Personalities folded into plain checkpoints: exactly the live edit, in transformers alone."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import identify
+import induce
+from conftest import Server, main_of, prompts, run, shared_flags, tiny
+from identify import UserError
+from induce import Baking, Profile, steer, suppressed
+
+FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {"tie_word_embeddings": True}}
+
+
+def edits(seed=0, raised=9, removed=5, biased=4, residual=False, width=48, depth=2):
+    """Some neurons of each kind, none twice."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, indices, values = [], [], []
+    for layer in range(depth):
+        index = torch.randperm(width, generator=generator)[:raised + removed + biased + layer]  # layers of unlike numbers
+        value = torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(len(index), 1)
+        value[:raised, 2] = torch.rand(raised, generator=generator) + 0.2
+        value[raised:raised + removed, 1] = 0
+        value[raised + removed:, 3] = torch.rand(biased + layer, generator=generator)
+        layers.append(torch.full((len(index),), layer)), indices.append(index), values.append(value)
+    vectors = {1: torch.randn(32, generator=generator)} if residual else {}
+    return Profile(torch.cat(layers), torch.cat(indices), torch.cat(values), "some", vectors)
+
+
+def both(model, baked, profile):
+    batch = prompts()
+    with torch.no_grad():
+        with steer(model, profile, where="all"):
+            live = model(**batch).logits
+        plain, ours = model(**batch).logits, baked(**batch).logits
+    real = batch["attention_mask"].bool()
+    return live[real], ours[real], plain[real]
+
+
+def saved(model, profile, folder, **options):
+    folder.mkdir()
+    baking = Baking(model, profile, options.pop("rank", None))
+    baking.save(folder, **options)
+    return baking, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("residual", (False, True))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_baked_is_live(family, residual, tmp_path):
+    model = tiny(family, **FAMILIES[family])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    profile = edits(residual=residual)
+    baking, baked = saved(model, profile, tmp_path / "baked")
+    live, ours, plain = both(model, baked, profile)
+    assert (live - plain).abs().max() > 1 and (live - ours).abs().max() < 1e-3
+    assert type(baked).__name__ == "LlamaForCausalLM" and baking.width == baked.config.intermediate_size == 256
+    config = json.loads((tmp_path / "baked" / "config.json").read_text())
+    assert config["mlp_bias"] is True and config["architectures"] == ["LlamaForCausalLM"]
+    assert config["attention_bias"] is (family == "qwen2")
+
+
+def test_a_model_with_biases_in_its_mlp(tmp_path):
+    model = tiny("llama", mlp_bias=True, attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    live, ours, plain = both(model, saved(model, edits(), tmp_path / "baked")[1], edits())
+    assert (live - plain).abs().max() > 1 and (live - ours).abs().max() < 1e-3
+
+
+def test_removed_neurons_make_room(tmp_path):
+    profile = edits(raised=5, removed=8)
+    baking, baked = saved(tiny(), profile, tmp_path / "baked")
+    assert baking.width == 48 == baked.config.intermediate_size, "no neuron had to be added"
+    live, ours, _ = both(tiny(), baked, profile)
+    assert (live - ours).abs().max() < 1e-3
+    assert "+0.00% FLOPs" in baking.cost()
+
+
+@pytest.mark.parametrize("rank", (1, 3, 9, 40))
+def test_rank_keeps_the_best_part(rank, tmp_path):
+    """The added neurons' map is as near to the sum of the raises as any of that rank (Eckart and Young)."""
+    model, profile = tiny(), edits(removed=0, biased=0)
+    profile = Profile(profile.layer[:9], profile.index[:9], profile.value[:9], "one layer")
+    baking, baked = saved(model, profile, tmp_path / "baked", rank=rank)
+    mlp = model.model.layers[0].mlp
+    index, shift = profile.index, profile.value[:, 2]
+    whole = (mlp.down_proj.weight[:, index] * shift) @ mlp.up_proj.weight[index]
+    new = baked.model.layers[0].mlp
+    act = torch.nn.functional.silu(new.gate_proj.bias[48:])
+    low = (new.down_proj.weight[:, 48:] * act) @ new.up_proj.weight[48:]
+    singular = torch.linalg.svdvals(whole)
+    assert torch.allclose((whole - low).norm(), singular[rank:].norm(), atol=1e-4)
+    assert int((new.gate_proj.bias != 0).sum()) == min(rank, 9)
+
+
+def test_shards_hold_the_same(tmp_path):
+    model, profile = tiny("qwen2", tie_word_embeddings=False), edits()
+    saved(model, profile, tmp_path / "one")
+    saved(model, profile, tmp_path / "many", shard=40_000)
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(files) > 3 and set(index["weight_map"].values()) == {path.name for path in files}
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    parts = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert parts.keys() == whole.keys() == index["weight_map"].keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in whole.values())
+
+
+def test_bfloat16_rounds_once(tmp_path):
+    """The activation of an added neuron is divided out as the model computes it, rounding included."""
+    model, profile = tiny().to(torch.bfloat16), edits(biased=0)
+    folder = tmp_path / "baked"
+    folder.mkdir()
+    Baking(model, profile).save(folder)
+    baked = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    live, ours, plain = both(model, baked, profile)
+    assert (live - ours).float().abs().max() < 0.05 * (live - plain).float().abs().max()
+
+
+@pytest.mark.parametrize("family, options, pattern", (
+    ("gemma2", {}, "gemma2 can't be baked: expected one of llama, mistral, qwen2"),
+    ("phi3", {}, "phi3 can't be baked"),
+    ("mistral", {"sliding_window": 8}, "mistral with a sliding window of 8"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "qwen2 with a sliding window of 8")))
+def test_what_cannot_be_baked(family, options, pattern):
+    with pytest.raises(UserError, match=pattern):
+        Baking(tiny(family, **options), edits())
+
+
+def test_a_cap_cannot_be_baked():
+    profile = edits()
+    profile.value[3, 0] = 0
+    with pytest.raises(UserError, match="a cap of 0 can't be folded"):
+        Baking(tiny(), profile)
+
+
+def test_suppression():
+    value = torch.tensor([[0.0, 1, 0, 0], [math.inf, 1, 0.5, 0]])
+    profile = Profile(torch.tensor([0, 1]), torch.tensor([2, 3]), value, "p")
+    assert suppressed(profile, "cap") is profile
+    zero, none = suppressed(profile, "zero"), suppressed(profile, "none")
+    assert zero.value.tolist() == [[math.inf, 0, 0, 0], [math.inf, 1, 0.5, 0]] and none.layer.tolist() == [1]
+    assert profile.value[0, 0] == 0, "the profile itself stays as it was"
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def neurons(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("neurons")
+    for trait in ("extraversion", "neuroticism"):
+        run(small, out, trait)()
+    return out
+
+
+def command(small, neurons, *more):
+    return (*shared_flags(small), "--neurons", neurons, "--min-neurons", "12", *more)
+
+
+def baked_by(small, neurons, monkeypatch, folder, *more):
+    main_of(induce, monkeypatch, *command(small, neurons, "--trait", "extraversion", "--alpha", "2", "--save", folder, *more))
+
+
+@pytest.mark.parametrize("more", ((), ("--method", "dpn-le"), ("--method", "activation"), ("--suppress", "none"), ("--rank", "64")))
+def test_saved_and_verified(small, neurons, monkeypatch, tmp_path, capsys, more):
+    if more[-1:] == ("dpn-le",):
+        monkeypatch.setattr(induce.dpn_le, "__defaults__", (False, 0.0, ""))
+    baked_by(small, neurons, monkeypatch, tmp_path / "baked", "--verify", *more)
+    said = capsys.readouterr()
+    assert "baked against live" in said.out and "--where all" in said.err and "FLOPs a token" in said.err
+    names = {path.name for path in (tmp_path / "baked").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md",
+            "verify.json"} <= names
+    assert not [path for path in tmp_path.iterdir() if path.name != "baked"], "nothing else is left"
+    card = (tmp_path / "baked" / "README.md").read_text()
+    assert identify.fingerprint(small.model) in card and "extraversion +2" in card
+    baked_by(small, neurons, monkeypatch, tmp_path / "baked", *more)  # its own kind may be written over
+
+
+def test_verify_fails_where_it_should(small, neurons, monkeypatch, tmp_path):
+    original = Baking.layer
+    monkeypatch.setattr(Baking, "layer", lambda self, number: {name: tensor * (1.01 if name == "down_proj.weight" else 1)
+                                                               for name, tensor in original(self, number).items()})
+    with pytest.raises(UserError, match="baked and live differ by"):
+        baked_by(small, neurons, monkeypatch, tmp_path / "baked", "--verify")
+
+
+@pytest.mark.parametrize("flags, pattern", (
+    (("--where", "generated"), "can't be had with --where generated"), (("--keep", "0.9"), "can't be had with --keep"),
+    (("--suppress", "cap"), "can't be had with --suppress cap"), (("--chat",), "can't be had with --chat"),
+    (("--questions", "q.txt"), "holds one character")))
+def test_what_baking_cannot_express(small, neurons, monkeypatch, tmp_path, flags, pattern):
+    with pytest.raises(UserError, match=pattern):
+        baked_by(small, neurons, monkeypatch, tmp_path / "baked", *flags)
+
+
+def test_something_else_is_not_overwritten(small, neurons, monkeypatch, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else"):
+        baked_by(small, neurons, monkeypatch, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_baked_directory_is_a_model(small, neurons, monkeypatch, tmp_path):
+    """identify, induce and evaluate take it as --model; and its neurons are not those of the base model's file."""
+    baked_by(small, neurons, monkeypatch, tmp_path / "baked")
+    model, tokenizer = identify.load_model(str(tmp_path / "baked"), "cpu", "float32")
+    assert len(identify.find_mlps(model)) == 2 and tokenizer.chat_template == small.tokenizer.chat_template
+    with pytest.raises(UserError, match="was made with"):
+        identify.Neurons.load(neurons / "extraversion.safetensors", model)
+
+
+def test_a_server_is_checked(small, neurons, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("openai")
+    baked_by(small, neurons, monkeypatch, tmp_path / "baked")
+    expected = {str(one["prompt"]): one for one in json.loads((tmp_path / "baked" / "verify.json").read_text())["expected"]}
+    check = lambda server: main_of(induce, monkeypatch, "--save", tmp_path / "baked", "--verify-server", server.url)  # noqa: E731
+    with Server(lambda n, body: expected[str(body["prompt"])]["text"]) as server:
+        check(server)
+    assert "all 4 answers begin as they should" in capsys.readouterr().out
+    with Server(lambda n, body: expected[str(body["prompt"])]["plain"]) as server, pytest.raises(UserError, match="drops the biases"):
+        check(server)
+    with Server(lambda n, body: (400, "")) as server, pytest.raises(UserError, match="BadRequest"):
+        check(server)
+    with pytest.raises(UserError, match="holds no verify.json"):
+        main_of(induce, monkeypatch, "--save", tmp_path, "--verify-server", "http://127.0.0.1:9")

@@ -28,7 +28,7 @@ from collections import defaultdict, namedtuple
 from pathlib import Path
 
 from identify import (FACET_NAMES, FACETS, POLES, ROOT, TRAITS, Bench, Endpoint, Flags, NoReply, UserError, answer, ask, chat, check_trait,
-                      digest, fingerprint, json_lines, load_bench, load_model, model_arguments, padded, positive, say, script, text_ids,
+                      digest, fingerprint, json_lines, load_bench, load_model, model_arguments, padded, positive, said, say, script, text_ids,
                       token_ids, write_atomically)
 from induce import REPETITION_PENALTY, Character, NeuronFolder, Profile, npti_edits, steer
 
@@ -297,7 +297,7 @@ class Personalities:
                 with steer(self.model, profiles, [number.get(condition_of(cell), 0) for cell in batch]):
                     answers = answer(self.model, self.tokenizer, [ask(cell["question"], cell["persona"]) for cell in batch],
                                      args.max_new_tokens, repetition_penalty=REPETITION_PENALTY)
-                lines.add([{**cell, "answer": text, "ids": ids} for cell, (text, ids) in zip(batch, answers)])
+                lines.add([{**cell, "answer": text, "ids": said(self.tokenizer, ids)} for cell, (text, ids) in zip(batch, answers)])
                 bar.update(len(batch))
         return [lines.done[cell["key"]] for cell in cells]
 
@@ -506,7 +506,7 @@ class EndpointJudge:
         digit = re.compile(r"[1-5]\.?")  # the whole reply: a digit in a quotation of the answer is none
         messages = [{"role": "system", "content": rubric(trait)}, {"role": "user", "content": material(*pair)}]
         try:
-            reply = self.endpoint.chat(messages, digit.fullmatch, temperature=0, max_tokens=8)
+            reply = self.endpoint.chat(messages, digit.fullmatch, temperature=0, max_tokens=8)[0]
         except NoReply as error:
             return f"failed: {error}"
         return float(reply[0]) if digit.fullmatch(reply) else "unparsable"
@@ -993,8 +993,9 @@ def tables_of(rows: list[dict], details: dict):
                                     ("correlation", "error", "spill_over")]
         yield ("Characters", "Random characters of three traits each, requested against measured: correlation of alpha and measured over the "
                "characters (mean of the traits'); mean error against what each trait does alone; spill-over, the mean distance from the "
-               "unedited model along the traits that were not asked for. Intervals: bootstrap over characters. *composed* is induce.py's "
-               "rule, *added* NPTI's edits added up, *described* a prompt.",
+               "unedited model along the traits that were not asked for. Both distances hold the noise of the means, of all ways alike: "
+               "compare the ways. Intervals: bootstrap over characters, for these questions. *composed* is induce.py's rule, *added* "
+               "NPTI's edits added up, *described* a prompt.",
                ["judge", "way", "n", "correlation", "mean error", "spill-over", "perplexity"],
                [[one["judge"], one["method"], one["n"], *cells(one, one["judge"]), optional(one, "perplexity", ".1f")]
                 for one in details["characters"]])
@@ -1355,6 +1356,8 @@ def checked_arguments():
         with hugging_face_evaluate():
             lm_eval_of()
     args.items = read_inventory(args.inventory)
+    if args.characters and "questionnaire" in args.judge and {item[1] for item in args.items} != set(TRAITS):
+        raise UserError(f"--characters: --inventory {args.inventory} does not ask about all five traits")
     return args
 
 

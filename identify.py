@@ -512,6 +512,15 @@ def ending(tokenizer, prompt: int) -> dict:
     return {"stopping_criteria": [Asks()]}
 
 
+def said(tokenizer, ids: list[int]) -> list[int]:
+    """The ids of an answer without those by which a base model began to ask itself the next question."""
+    if not tokenizer.chat_template:
+        text = answer_text(tokenizer, ids)
+        while len(ids) > 1 and len(tokenizer.decode(ids[:-1], skip_special_tokens=True).strip()) >= len(text):
+            ids = ids[:-1]
+    return ids
+
+
 def answer_text(tokenizer, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return (text if tokenizer.chat_template else text.partition(NEXT_QUESTION)[0]).strip()
@@ -548,39 +557,65 @@ def end_tokens(model) -> list[int]:
 
 
 class NoReply(Exception):
-    """Why a server gave no usable reply."""
+    """Why a server gave no usable reply. lasting: it will never take this request."""
+
+    def __init__(self, why: str, lasting: bool = False):
+        super().__init__(why)
+        self.lasting = lasting
 
 
 class Endpoint:
     """A model behind any OpenAI-compatible server. The key is OPENAI_API_KEY's, never a flag's, and is not written anywhere."""
 
-    TIMEOUT, TRIES = 60, 3  # seconds; of a reply that is not what was asked for
+    TIMEOUT, TRIES, PAUSE = 600, 6, 0.5  # seconds; after 429, 5xx and time-outs, at intervals that double from PAUSE
+    MALFORMED = 3  # tries for a reply that is not what was asked for
 
     def __init__(self, url: str, model: str | None = None, in_flight: int = 16):
+        import threading
+
         try:
-            from openai import OpenAI, OpenAIError
+            import openai
         except ImportError as error:
             raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
-        self.key = os.environ.get("OPENAI_API_KEY") or "none"
-        # the client itself tries again after 429, 5xx and time-outs, at growing intervals
-        self.client = OpenAI(base_url=url, api_key=self.key, max_retries=5, timeout=self.TIMEOUT)
-        self.url, self.in_flight, self.OpenAIError = url, in_flight, OpenAIError
+        self.key = os.environ.get("OPENAI_API_KEY") or ""
+        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=0, timeout=openai.Timeout(self.TIMEOUT, connect=10))
+        self.url, self.in_flight, self.openai, self.stopped, self.limit = url, in_flight, openai, threading.Event(), "max_tokens"
         try:
-            self.model = model or next(iter(self.client.models.list())).id
-        except (OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{url} lists no model ({self.told(error)}): --served-model says which one") from error
+            listed = next(iter(self.client.models.list())).id
+        except openai.APIConnectionError as error:
+            raise UserError(f"{url}: nothing answers there ({self.told(error)})") from error
+        except (openai.OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:
+            self.refuse(error)
+            if not model:
+                raise UserError(f"{url} lists no model ({self.told(error)}): --served-model NAME") from error
+        self.model = model or listed
 
     def told(self, error) -> str:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".replace(self.key, "***")
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return text.replace(self.key, "***") if self.key else text
 
-    def chat(self, messages: list[dict], fine=bool, **options) -> str:
-        """What it answers, asked for again where it is not fine(text); raises NoReply."""
+    def refuse(self, error) -> None:
+        """Raise for what no later request will change."""
+        if getattr(error, "status_code", None) in (401, 403):
+            raise UserError(f"{self.url} refuses the key in OPENAI_API_KEY: {self.told(error)}") from None
+        if getattr(error, "status_code", None) == 404 and hasattr(self, "model"):
+            raise UserError(f"{self.url} has no model {self.model}: {self.told(error)}") from None
+
+    def chat(self, messages: list[dict], fine=bool, max_tokens: int = 512, **options) -> tuple[str, bool]:
+        """(what it answers, whether it came to its end), asked for again where it is not fine(text); raises NoReply."""
         def request(again):
             warmer = {"temperature": 0.7} if again else {}  # at 0 it would say the same
-            reply = self.client.chat.completions.create(model=self.model, messages=messages, **{**options, **warmer})
-            return (reply.choices[0].message.content or "").strip()
+            choice = self.client.chat.completions.create(model=self.model, messages=messages, **{**options, **warmer, self.limit: max_tokens}
+                                                         ).choices[0]
+            return (choice.message.content or "").strip(), choice.finish_reason != "length"
 
-        return self.tried(request, fine)
+        try:
+            return self.tried(request, fine)
+        except NoReply as error:
+            if "max_completion_tokens" not in str(error) or self.limit == "max_completion_tokens":
+                raise
+            self.limit = "max_completion_tokens"  # the name that newer models of OpenAI want
+            return self.tried(request, fine)
 
     def completion(self, ids: list[int], **options) -> tuple[str, bool]:
         """(text, whether it came to its end) that follows the token ids of a prompt; raises NoReply."""
@@ -588,45 +623,60 @@ class Endpoint:
             choice = self.client.completions.create(model=self.model, prompt=ids, **options).choices[0]
             return choice.text + "", choice.finish_reason == "stop"
 
-        return self.tried(request, bool)
+        return self.tried(request, lambda text: True)
 
     def tried(self, request, fine):
-        for left in reversed(range(self.TRIES)):
+        failed = malformed = 0
+        while True:
             try:
-                result = request(left < self.TRIES - 1)
-            except self.OpenAIError as error:
-                raise NoReply(self.told(error)) from None
-            except (AttributeError, IndexError, TypeError, ValueError) as error:  # malformed
-                if not left:
-                    raise NoReply(self.told(error)) from None
-            else:
-                if fine(result) or not left:
+                result = request(malformed > 0)
+                if fine(result[0]):
                     return result
+                malformed += 1
+                if malformed == self.MALFORMED:
+                    return result
+            except self.openai.OpenAIError as error:
+                self.refuse(error)
+                status = getattr(error, "status_code", 500)
+                if status < 500 and status not in (408, 409, 429):
+                    raise NoReply(self.told(error), lasting=True) from None
+                failed += 1
+                if failed == self.TRIES or self.stopped.wait(self.PAUSE * 2 ** (failed - 1)):
+                    raise NoReply(self.told(error)) from None
+            except (AttributeError, IndexError, TypeError, ValueError) as error:
+                malformed += 1
+                if malformed == self.MALFORMED:
+                    raise NoReply(self.told(error)) from None
 
-    def run(self, requests, work, store) -> list[NoReply]:
-        """store(key, work(what)) for each (key, what), in_flight of them at once; returns the failures. What is under way when
-        this is interrupted is still stored, since it is paid for."""
+    def run(self, requests: list[tuple], work, store) -> list[tuple]:
+        """store(key, work(what)) for each (key, what), in_flight of them at once; returns (key, NoReply) of the failures. What is
+        under way when this is interrupted is still stored, since it is paid for."""
         from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
         def job(key, what):
             try:
                 store(key, work(what))
             except NoReply as error:
-                return error
+                return key, error
 
         failures, stored, waiting = [], 0, set()
         with ThreadPoolExecutor(self.in_flight) as pool:
             try:
-                for number, (key, what) in enumerate(requests):
+                for number, (key, what) in enumerate(requests, 1):
                     waiting.add(pool.submit(job, key, what))
-                    if len(waiting) >= 2 * self.in_flight or number + 1 == len(requests):
-                        done, waiting = wait(waiting, return_when=FIRST_COMPLETED if number + 1 < len(requests) else "ALL_COMPLETED")
-                        found = [error for error in (future.result() for future in done) if error]
+                    if len(waiting) >= 2 * self.in_flight or number == len(requests):
+                        done, waiting = wait(waiting, return_when=FIRST_COMPLETED if number < len(requests) else "ALL_COMPLETED")
+                        found = [failure for failure in (future.result() for future in done) if failure]
                         failures, stored = failures + found, stored + len(done) - len(found)
                     if len(failures) > self.in_flight and not stored:  # nobody is there
                         break
+            except BaseException:
+                self.stopped.set()  # nothing is tried again
+                say("\nwaiting for the requests that are under way, which are paid for ...")
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
+                self.stopped.clear()
         return failures
 
 
@@ -637,9 +687,9 @@ class Replies:
         import sqlite3
         import threading
 
-        self.path, self.lock = path, threading.Lock()
+        self.path, self.lock, self.Error = path, threading.Lock(), sqlite3.Error
         try:
-            self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=60)  # other ranks write to it too
             self.db.execute("PRAGMA journal_mode=WAL")
             self.db.execute("PRAGMA synchronous=NORMAL")
             self.db.execute("CREATE TABLE IF NOT EXISTS reply (request TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID")
@@ -647,22 +697,29 @@ class Replies:
             raise UserError(f"{path}: not a file of replies: {error}") from error
 
     def get(self, key: str) -> str | None:
-        row = self.db.execute("SELECT text FROM reply WHERE request = ?", (key,)).fetchone()
+        with self.lock:
+            row = self.db.execute("SELECT text FROM reply WHERE request = ?", (key,)).fetchone()
         return row and row[0]
 
     def store(self, key: str, text: str) -> None:
-        with self.lock:
-            self.db.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, text))
+        try:
+            with self.lock:
+                self.db.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, text))
+        except self.Error as error:
+            raise UserError(f"{self.path}: {error}") from error
 
-    def fill(self, requests: list[tuple], run) -> None:
-        """Have what is missing of (key, what) answered; run(requests, store) returns its failures, which are tried again."""
-        for _ in range(3):
-            missing = [(key, what) for key, what in requests if self.get(key) is None]
-            failures = run(missing, self.store) if missing else []
-            if not failures:
-                return
-        raise UserError(f"{len(failures)} of {len(missing)} requests failed ({failures[0]}); what came is kept, and the same command "
-                        "goes on from there")
+    def fill(self, requests: list[tuple], run, refused: str | None = None) -> None:
+        """Have what is missing of (key, what) answered; run(requests, store) returns (key, NoReply) of its failures. refused: what to
+        store for a request that the server will never take; without it, such a request is an error."""
+        missing = {key: what for key, what in requests if self.get(key) is None}
+        failures = run(list(missing.items()), self.store) if missing else []
+        for key, failure in failures:
+            if failure.lasting and refused is not None:
+                self.store(key, refused)
+        lost = [key for key in missing if self.get(key) is None]
+        if lost:
+            raise UserError(f"{len(lost)} of {len(missing)} requests failed ({failures[0][1]}); what came is kept, and the same command "
+                            "goes on from there")
 
 
 class RemoteWriter:
@@ -672,7 +729,7 @@ class RemoteWriter:
         self.endpoint, self.name = endpoint, endpoint.model
 
     def run(self, requests, store) -> list:
-        return self.endpoint.run(requests, lambda messages: self.endpoint.chat(messages, max_tokens=512), store)
+        return self.endpoint.run(requests, lambda messages: uncut(*self.endpoint.chat(messages)), store)
 
 
 class LocalWriter:
@@ -689,9 +746,17 @@ class LocalWriter:
             batch = requests[start:start + self.args.batch_size]
             torch.manual_seed(int(digest(self.args.seed, batch[0][0]), 16) % 2**31)
             answers = answer(self.model, self.tokenizer, [messages for _, messages in batch], 256, do_sample=True, temperature=0.8, top_p=0.95)
-            for (key, _), (text, _) in zip(batch, answers):
-                store(key, text)
+            for (key, _), (text, ids) in zip(batch, answers):
+                store(key, uncut(text, ids[-1] in end_tokens(self.model)))
         return []
+
+
+FAULTY = "\0"  # begins a line of a reply that can't be used, with the reason
+
+
+def uncut(text: str, ended: bool) -> str:
+    """A reply whose last line is not taken for a whole one where the writer was cut off."""
+    return text if ended else text.rpartition("\n")[0] + f"\n{FAULTY}cut off"
 
 
 # --------------------------------------------------------------------------------------------------- building a bench
@@ -724,8 +789,10 @@ Excitement-Seeking, Cheerfulness, Trust, Morality, Altruism, Cooperation, Modest
 Immoderation, Vulnerability""".replace("\n", " ").split(",")]  # in the order of FACETS, as the IPIP has them
 TRAIT_WORDS = {"openness": r"openness|open-minded", "conscientiousness": r"conscientious\w*", "extraversion": r"(extra|extro|intro)ver\w+",
                "agreeableness": r"(dis)?agreeable\w*", "neuroticism": r"neurotic\w*|emotional(ly)? (un)?stab\w+"}
-OPTIONS_OR_SCALE = re.compile(r"(?mi)^\s*\(?[a-e1-5][.):] .*\n\s*\(?[a-e1-5][.):] |\(a\).*\(b\)|\bA[).] .+ B[).] |\bon a scale\b|\bfrom (1|one) to (5|7|10|five|seven|ten)"
-                              r"\b|\bstrongly (dis)?agree\b|\bagree or disagree\b|\bhow (much|strongly) do you agree\b|\b(in)?accurate(ly)? does\b")
+OPTIONS_OR_SCALE = re.compile(  # of an item's form: to disagree strongly with an uncle is no scale
+    r"(?mi)^\s*\(?[a-e1-5][.):] .*\n\s*\(?[a-e1-5][.):] |\(a\).*\(b\)|\bA[).] .+ B[).] |\bon a scale (of|from)\b"
+    r"|\bfrom (1|one) to (5|7|10|five|seven|ten)\b|\bagree or (strongly )?disagree\?\s*$|\bstrongly agree\b.*\bstrongly disagree\b"
+    r"|\b(how (much|strongly)|to what extent) do you (strongly )?(dis)?agree\b|\bhow (in)?accurate(ly)? does\b")
 CLOSED = re.compile(r"(?i)^(and |but |so |then |, )*(do|does|did|is|are|am|was|were|can|could|will|would|should|shall|may|might|must|have|has|had)(n't)? ")
 
 
@@ -738,8 +805,10 @@ def fault(kind: str, text: str, trait: str, facet: int | None) -> str | None:
     if py3langid.classify(text)[0] != "en":
         return "not English"
     if kind == "persona":
-        if not re.match(r"You('re|r)? ", text):
+        if not re.match(r"You('\w+|r)?,? ", text):
             return "not addressed to you"
+        if text[-1] not in ".!":
+            return "not a whole sentence"
         low, high = 8, 80
     else:
         if OPTIONS_OR_SCALE.search(text):
@@ -758,15 +827,17 @@ def fault(kind: str, text: str, trait: str, facet: int | None) -> str | None:
 
 class Duplicates:
     """Texts that are like one that is there already: Jaccard similarity of their 5-character shingles of at least NEAR. MinHash
-    (datasketch) in bands finds the candidates; the bands are in SQLite, so that memory does not grow with the texts."""
+    (datasketch) in bands finds the candidates; db: a temporary SQLite database, which holds them."""
 
     NEAR, BANDS, ROWS = 0.8, 20, 6  # at 0.8, a pair shares a band in 99.8 of 100 cases
 
     def __init__(self, db):
-        self.db = db
-        db.execute("CREATE TEMP TABLE band (hash INTEGER, text INTEGER)")
-        db.execute("CREATE INDEX temp.band_hash ON band (hash)")
-        db.execute("CREATE TEMP TABLE text (number INTEGER PRIMARY KEY, kind TEXT, text TEXT)")
+        from datasketch import MinHash
+
+        self.db, self.empty = db, MinHash(self.BANDS * self.ROWS, seed=1)
+        db.execute("CREATE TABLE band (hash INTEGER, text INTEGER)")
+        db.execute("CREATE INDEX band_hash ON band (hash)")
+        db.execute("CREATE TABLE text (number INTEGER PRIMARY KEY, kind TEXT, text TEXT)")
 
     @staticmethod
     def shingles(text: str) -> set[bytes]:
@@ -775,10 +846,7 @@ class Duplicates:
 
     def find(self, kind: str, text: str) -> str | None:
         """The kind of a text like this one; where there is none, this one is remembered."""
-        from datasketch import MinHash
-
-        mine = self.shingles(text)
-        sketch = MinHash(self.BANDS * self.ROWS, seed=1)
+        mine, sketch = self.shingles(text), self.empty.copy()
         sketch.update_batch(sorted(mine))
         rows = sketch.hashvalues.astype("uint64").reshape(self.BANDS, self.ROWS)
         bands = [int(hashlib.sha256(bytes([k]) + row.tobytes()).hexdigest()[:15], 16) for k, row in enumerate(rows)]
@@ -792,14 +860,15 @@ class Duplicates:
         self.db.executemany("INSERT INTO band VALUES (?, ?)", [(band, number) for band in bands])
         return None
 
-    def clear(self) -> None:
-        self.db.execute("DELETE FROM band")
-        self.db.execute("DELETE FROM text")
+    def forget(self, kind: str) -> None:
+        self.db.execute("DELETE FROM band WHERE text IN (SELECT number FROM text WHERE kind = ?)", (kind,))
+        self.db.execute("DELETE FROM text WHERE kind = ?", (kind,))
 
 
 def lines_in(reply: str) -> list[str]:
     """The lines of a reply, without numbers, bullets and quotation marks."""
-    lines = [re.sub(r"^\s*(?:\d+\s*[.):]|[-*•])\s*", "", line).strip().strip('"“”*').strip() for line in reply.splitlines()]
+    reply = reply.replace("\u2019", "'")
+    lines = [re.sub(r"^\s*(?:\d+\s*[.):]|[-*•])\s*", "", line).strip().strip('"“”*').strip() for line in reply.split("\n")]
     return [line for line in lines if line]
 
 
@@ -808,16 +877,25 @@ class Builder:
     80 personas a pole (fewer of both where size is less). What a run does follows from the replies alone, so one that was killed,
     and asks only for what it lacks, ends with the same bench."""
 
+    AT_ONCE = 256  # requests that are sent before their lines are looked at
     HOPELESS = 100  # lines of a cell of which less than one could be used
 
     def __init__(self, folder: str, size: int, writer, seed: int):
+        import fcntl
+        import sqlite3
+
         self.folder, self.size, self.writer, self.seed = Path(folder), size, writer, seed
         if (self.folder / "search").exists() and not (self.folder / "replies.sqlite").exists():
             raise UserError(f"--build-bench {folder}: another bench is there, which this would overwrite")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--build-bench {folder}: another run is building it") from None
         self.replies = Replies(self.folder / "replies.sqlite")
-        self.db = self.replies.db
-        self.db.execute("CREATE TEMP TABLE made (kind TEXT, trait TEXT, facet INTEGER, pole TEXT, topic TEXT, id TEXT, text TEXT)")
+        self.db = sqlite3.connect("")  # a temporary file, so that memory does not grow with the texts
+        self.db.execute("CREATE TABLE made (kind TEXT, trait TEXT, facet INTEGER, pole TEXT, topic TEXT, id TEXT, text TEXT)")
         self.duplicates, self.report = Duplicates(self.db), {}
         self.facets = [line.split("|") for line in FACETS.strip().split("\n")]
         self.topics = [topic.strip() for topic in TOPICS.replace("\n", " ").split(",")]
@@ -847,7 +925,7 @@ class Builder:
     def cell_quotas(self, kind: str, trait: str) -> dict:
         """{(facet, pole): how many}."""
         if kind == "persona":
-            return {(None, pole): min(PERSONAS, self.size) for pole in POLES}
+            return {(None, pole): max(4, min(PERSONAS, self.size)) for pole in POLES}
         number = self.size if kind == "search" else min(TEST_QUESTIONS, self.size)
         mine = [k for k, line in enumerate(self.facets) if line[0] == trait[0].upper()]
         cells = [(facet, pole) for facet in mine for pole in POLES]
@@ -868,11 +946,13 @@ class Builder:
                 asked += [(cell, *request) for request in itertools.islice(stream, int(number))]
             if not asked:
                 break
-            self.replies.fill([(key, messages) for _, key, _, messages in asked], self.writer.run)
-            for cell, key, topic, _ in asked:
+            for number, (cell, key, topic, messages) in enumerate(asked):
+                if number % self.AT_ONCE == 0:
+                    some = asked[number:number + self.AT_ONCE]
+                    self.replies.fill([(key, messages) for _, key, _, messages in some], self.writer.run, f"{FAULTY}refused by the server")
                 for text in lines_in(self.replies.get(key)):
                     seen[cell] += 1
-                    why = "not needed" if kept[cell] == quotas[cell] else fault(kind, text, trait, cell[0])
+                    why = (text[1:] if text[0] == FAULTY else "not needed" if kept[cell] == quotas[cell] else fault(kind, text, trait, cell[0]))
                     if why is None and (like := self.duplicates.find(kind, text)):
                         why = "near-duplicate" if like == kind else f"leak: near-duplicate of a {like} text"
                     counts = self.report.setdefault(kind, {})
@@ -893,12 +973,14 @@ class Builder:
 
         goal = sum(sum(self.cell_quotas(kind, trait).values()) for trait in TRAITS for kind in LINES)
         with tqdm(total=goal, unit="text", smoothing=0.1) as bar:
-            for trait in TRAITS:
-                bar.set_description(trait)
-                for kind in LINES:  # test before search: of a pair that is alike, the search question goes
+            for kind in LINES:  # the tests of all traits before any search: of a pair that is alike, the search question goes
+                for trait in TRAITS:
+                    bar.set_description(f"{kind}, {trait}")
                     self.build_trait(kind, trait, bar)
-                self.duplicates.clear()
+                    if kind == "search":  # traits are searched by themselves
+                        self.duplicates.forget(kind)
         self.write()
+        (self.folder / ".lock").unlink(missing_ok=True)
 
     def rows(self, kind: str, trait: str, pole: str | None = None):
         """Yield (id, facet, pole, topic, text) by id, which is to say in no order."""
@@ -1653,12 +1735,12 @@ def read_batches(model, tokenizer, items: list[Item], statistics: Statistics, ar
 class Engine:
     """A server that writes the answers (vLLM, SGLang, llama.cpp, ...), asked with the ids of the same prompts."""
 
-    def __init__(self, endpoint: Endpoint, tokenizer, path: Path, args):
-        self.endpoint, self.tokenizer, self.args, self.replies = endpoint, tokenizer, args, Replies(path)
+    def __init__(self, endpoint: Endpoint, tokenizer, folder: Path, args):
+        self.endpoint, self.tokenizer, self.args, self.replies = endpoint, tokenizer, args, Replies(folder / "engine.replies.sqlite")
 
     def answer(self, items: list[Item]) -> None:
         prompts = [token_ids(self.tokenizer, chat(self.tokenizer, ask(item.question, item.persona))) for item in items]
-        keys = [digest(ids) for ids in prompts]
+        keys = [digest(self.endpoint.model, ids, self.args.max_new_tokens) for ids in prompts]
         # both names of the repetition penalty: vLLM's and SGLang's, and llama.cpp's
         options = {"max_tokens": self.args.max_new_tokens, "temperature": 0, "extra_body": {"repetition_penalty": 1.1, "repeat_penalty": 1.1}}
         if not self.tokenizer.chat_template:
@@ -1712,14 +1794,20 @@ class World:
 
             for tensor in statistics.state().values():
                 here = tensor.cpu()
-                torch.distributed.reduce(here, 0)
+                self.together(torch.distributed.reduce, here, 0)
                 tensor.copy_(here)
 
     def wait(self) -> None:
         if self.size > 1:
             import torch.distributed
 
-            torch.distributed.barrier()
+            self.together(torch.distributed.barrier)
+
+    def together(self, work, *arguments) -> None:
+        try:
+            work(*arguments)
+        except RuntimeError as error:  # gloo notices before torchrun does
+            raise UserError(f"rank {self.rank}: another rank has ended. What was finished is kept: the same command goes on") from error
 
 
 class Run:
@@ -1750,7 +1838,7 @@ class Run:
         self.items, self.first, self.end = items, place.start, place.stop
         # named by what is run, so that a run with other options leaves these alone
         self.part, self.saved = self.file_of(world.rank, "answers.part"), self.file_of(world.rank, "state.safetensors")
-        self.engine = Engine(endpoint, tokenizer, self.file_of(world.rank, "replies.sqlite"), args) if endpoint else None
+        self.engine = Engine(endpoint, tokenizer, folder, args) if endpoint else None
         self.statistics = Statistics.of(model, len(POLES))
         self.start()
 
@@ -1857,12 +1945,12 @@ class Run:
                 neurons.save(self.path)
         self.world.wait()
         if not self.world.rank:
-            parts = [self.file_of(rank, "answers.part") for rank in range(self.world.size)]
-            if all(part.exists() for part in parts):  # after the neuron file: a run that is killed between the two comes by here again
+            # after the neuron file: a run that was killed between the two comes by here again; one of fewer processes can have left less
+            parts = [part for rank in range(self.world.size) if (part := self.file_of(rank, "answers.part")).exists()]
+            if sum(block.count(b"\n") for part in parts for block in blocks(part)) == len(self.items):
                 write_atomically(self.answers, itertools.chain.from_iterable(map(blocks, parts)))
-            for rank in range(self.world.size):
-                for what in ("answers.part", "state.safetensors", *("replies.sqlite" + end for end in ("", "-wal", "-shm"))):
-                    self.file_of(rank, what).unlink(missing_ok=True)
+            for left in self.path.parent.glob(f".*{self.key}*"):
+                left.unlink(missing_ok=True)
         self.world.wait()
         return neurons or Neurons.load(self.path)
 
@@ -1955,11 +2043,12 @@ def parser() -> Flags:
     flags.add_argument("--engine", metavar="URL", help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) write "
                                                        "the answers; key: $OPENAI_API_KEY")
     flags.add_argument("--build-bench", metavar="DIR", help="have a model write a bench, and stop there")
-    flags.add_argument("--size", type=positive, default=360, metavar="N",
-                       help="of --build-bench: search questions a trait (default: %(default)s; PersonalityBench: 36000)")
+    flags.add_argument("--size", type=positive, metavar="N",
+                       help="of --build-bench: search questions a trait (default: 360; PersonalityBench: 36000)")
     flags.add_argument("--writer", metavar="MODEL_OR_URL", default=os.environ.get("OPENAI_BASE_URL"),
                        help="of --build-bench: as --model takes it, or an OpenAI-compatible server (default: $OPENAI_BASE_URL, else --model)")
-    flags.add_argument("--served-model", metavar="NAME", help="what --engine or --writer URL calls the model (default: the first it lists)")
+    flags.add_argument("--served-model", metavar="NAME", default=os.environ.get("OPENAI_MODEL"),
+                       help="what --engine or --writer URL calls the model (default: $OPENAI_MODEL, else the first that it lists)")
     flags.add_argument("--in-flight", type=positive, default=16, metavar="N", help="requests to a server at once (default: %(default)s)")
     flags.add_argument("--out", default="neurons", metavar="DIR", help="default: %(default)s")
     flags.add_argument("--where", choices=("generated", "all"), default="generated",
@@ -1972,12 +2061,15 @@ def build_bench(args) -> None:
     missing = [name for name in ("datasketch", "py3langid") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"--build-bench needs {' and '.join(missing)}: pip install -e '.[bench]'")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--build-bench: one process is enough (--in-flight N), torchrun would pay for each request several times")
+    size = args.size or 360
     if args.writer and re.match(r"https?://", args.writer):
         writer = RemoteWriter(Endpoint(args.writer, args.served_model, args.in_flight))
     else:
         writer = LocalWriter(args.writer or args.model, args)
-    say(f"{writer.name} writes {args.size} search questions a trait")
-    Builder(args.build_bench, args.size, writer, args.seed)()
+    say(f"{writer.name} writes {size} search questions a trait")
+    Builder(args.build_bench, size, writer, args.seed)()
     print(args.build_bench)
 
 
@@ -1986,18 +2078,22 @@ def main() -> None:
     if args.build_bench:
         return build_bench(args)
     traits = [check_trait(trait) for trait in args.trait]
+    if args.size:
+        raise UserError("--size N goes with --build-bench DIR; --limit N is the number of questions that are asked")
     if args.answers and args.engine:
         raise UserError("--answers FILE has answers, --engine URL writes them: expected one or the other")
-    bench = load_bench(args.bench)
     if args.answers:
         next(json_lines(Path(args.answers)), None)  # unreadable: say so before the model is loaded
     endpoint = Endpoint(args.engine, args.served_model, args.in_flight) if args.engine else None
+    bench = load_bench(args.bench)
     world = World.join()
     if world.size > 1 and args.device is None and "LOCAL_RANK" in os.environ:
         import torch
 
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
     model, tokenizer = load_model(args.model, args.device, args.dtype)
+    if endpoint and not world.rank:
+        say(f"{endpoint.model} at {args.engine} answers, {model.source} reads: nothing vouches for their being the same model")
     for trait in traits:
         neurons = Run(model, tokenizer, bench, trait, args, world, endpoint)()
         if not world.rank:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from identify import (POLES, TRAITS, Answers, Endpoint, Flags, Neurons, NoReply, Rows, UserError, answer, answer_text, answered_inputs, ask,
+from identify import (NEXT_QUESTION, POLES, TRAITS, Answers, Endpoint, Flags, Neurons, NoReply, Rows, UserError, answer, answer_text, answered_inputs, ask,
                       chat, check_trait, ending, find_mlps, fingerprint, identify, load_model, model_arguments, neuron_path, op, patched,
                       positive, say, script, token_ids, write_atomically)
 
@@ -933,13 +933,30 @@ def answer_file(model, tokenizer, folder: NeuronFolder, character: Character, ar
         write_atomically(Path(args.out), "".join(lines).encode())
 
 
+def streamer_of(tokenizer):
+    """Prints an answer as it comes; of a base model's, not the beginning of the question that it would ask itself next."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        held = ""
+
+        def on_finalized_text(self, text, stream_end=False):
+            self.held = (self.held + text).partition(NEXT_QUESTION)[0]
+            could = (NEXT_QUESTION[:k] for k in range(len(NEXT_QUESTION), 0, -1))
+            keep = 0 if stream_end else next((len(start) for start in could if self.held.endswith(start)), 0)
+            super().on_finalized_text(self.held[:len(self.held) - keep], stream_end)
+            self.held = self.held[len(self.held) - keep:]
+
+    return (TextStreamer if tokenizer.chat_template else Streamer)(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
 CHAT_HELP = "/trait NAME [ALPHA], /alpha NUMBER (of the last trait), /reset (forget the conversation), /quit"
 
 
 def converse(model, tokenizer, folder: NeuronFolder, character: Character, args) -> None:
     """A conversation in the terminal, streamed token by token; the personality can be changed between turns."""
     import torch
-    from transformers import DynamicCache, TextStreamer
+    from transformers import DynamicCache
 
     turns, cached, cache, latest = [], [], DynamicCache(config=model.config), list(character.strengths)[-1]
     capacity = 2 * len(TRAITS) * len(find_mlps(model)) * find_mlps(model)[0].width // 10
@@ -987,7 +1004,7 @@ def converse(model, tokenizer, folder: NeuronFolder, character: Character, args)
             except (ValueError, RuntimeError, NotImplementedError):  # a sliding window can't be cropped
                 cache = DynamicCache(config=model.config)
             prompt = torch.tensor([ids], device=model.device)
-            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer = streamer_of(tokenizer)
             try:
                 with torch.no_grad():
                     output = model.generate(

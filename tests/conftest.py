@@ -213,9 +213,8 @@ class Server:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The client's own pauses between two tries are not waited for."""
+    """Nobody waits long for a server."""
     pytest.importorskip("openai")
-    from openai import _base_client
-
-    monkeypatch.setattr(_base_client.BaseClient, "_calculate_retry_timeout", lambda *args, **options: 0.01)
+    monkeypatch.setattr(identify.Endpoint, "PAUSE", 0.001)
+    monkeypatch.setattr(identify.Endpoint, "TIMEOUT", 2)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")

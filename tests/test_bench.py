@@ -19,7 +19,7 @@ import identify
 from conftest import ROOT, Server, contents, lines_of, main_of, prompt_of, run, save_bench, shared_flags
 from identify import POLES, TRAITS, Neurons, UserError, fault, load_bench
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytest.importorskip("datasketch"), pytest.importorskip("py3langid")
 THINGS = ("train", "letter", "garden", "dog", "song", "stone", "ladder", "cake", "window", "boat", "coat", "bridge", "lamp", "river", "clock")
 DEEDS = ("carried", "painted", "forgot", "found", "borrowed", "dropped", "sold", "washed", "hid", "repaired", "lost", "built", "copied", "weighed")
 
@@ -39,18 +39,6 @@ def written(body, per_reply=5):
     return "Here are five questions:\n" + "\n".join(f"{k + 1}. Yesterday your friend {some(k)}. What do you say to the others?" for k in range(per_reply))
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """The client's own pauses between two tries are not waited for."""
-    for name in ("openai", "datasketch", "py3langid"):
-        pytest.importorskip(name)
-    from openai import _base_client
-
-    monkeypatch.setattr(_base_client.BaseClient, "_calculate_retry_timeout", lambda *args, **options: 0.01)
-    monkeypatch.setattr(identify.Endpoint, "TIMEOUT", 2)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
-
-
 def built(monkeypatch, folder, url, size=24, *more):
     main_of(identify, monkeypatch, "--build-bench", folder, "--size", size, "--writer", url, "--in-flight", "4", *more)
 
@@ -64,7 +52,6 @@ def files_of(folder):
 
 @pytest.mark.parametrize("trait", TRAITS)
 def test_built_in_bench_passes_the_filters(trait):
-    pytest.importorskip("py3langid"), pytest.importorskip("datasketch")
     bench, duplicates = identify.built_in_bench(), identify.Duplicates(sqlite3.connect(":memory:"))
     for kind in ("test", "search"):
         assert {fault(kind, text, trait, None) for text in getattr(bench, kind)[trait]} == {None}
@@ -80,6 +67,10 @@ def test_built_in_bench_passes_the_filters(trait):
     ("Would you open the door to your neighbour late in the evening?", "closed (yes or no)"),
     ("Would you rather open the door or pretend to be asleep?", None),
     ("Do you open the door to your neighbour, and why?", None),
+    ("Don\u2019t you have other plans for such an evening?", "closed (yes or no)"),
+    ("At a family dinner, your uncle says things with which you strongly disagree. How do you respond?", None),
+    ("You and your partner agree or disagree about many things. How do you settle them?", None),
+    ("I enjoy an evening with many people. Agree or disagree?", "options or a scale"),
     ("On a scale from one to ten, how glad are you when your neighbour knocks?", "options or a scale"),
     ("To what extent do you strongly agree that neighbours should knock?", "options or a scale"),
     ("Your neighbour knocks. What do you do? (a) open (b) hide?", "options or a scale"),
@@ -91,19 +82,18 @@ def test_built_in_bench_passes_the_filters(trait):
     ("Dein Nachbar klopft spät am Abend an die Tür. Was sagst du zu ihm?", "not English"),
 ))
 def test_questions_are_filtered(text, reason):
-    pytest.importorskip("py3langid")
+    text, = identify.lines_in(text)
     assert fault("search", text, "extraversion", identify.FACET_NAMES.index("Excitement-Seeking")) == reason
 
 
-@pytest.mark.parametrize("text, reason", (("You love crowds. You are never at home.", None), ("She loves crowds. She is never at home.", "not addressed to you"),
+@pytest.mark.parametrize("text, reason", (("You love crowds. You are never at home.", None), ("You\u2019ve always loved crowds. You stay out late.", None),
+                                          ("You love crowds and you are never at ho", "not a whole sentence"), ("She loves crowds. She is never at home.", "not addressed to you"),
                                           ("You love crowds.", "too short or too long")))
 def test_personas_are_filtered(text, reason):
-    pytest.importorskip("py3langid")
-    assert fault("persona", text, "extraversion", None) == reason
+    assert fault("persona", *identify.lines_in(text), "extraversion", None) == reason
 
 
 def test_near_duplicates():
-    pytest.importorskip("datasketch")
     find = identify.Duplicates(sqlite3.connect(":memory:")).find
     assert find("test", "Your neighbour knocks late in the evening. What do you tell him?") is None
     assert find("search", "Your neighbour knocks late in the evening; what do you tell him?!") == "test"
@@ -191,8 +181,73 @@ def test_a_writer_that_stumbles_makes_the_same_bench(monkeypatch, tmp_path):
 def test_a_dead_writer_says_so(monkeypatch, tmp_path):
     with Server(lambda n, body: (500, "")) as server, pytest.raises(UserError, match="requests failed .*InternalServerError.* same command"):
         built(monkeypatch, tmp_path, server.url)
-    with pytest.raises(UserError, match="lists no model .*APIConnectionError"):
+    with pytest.raises(UserError, match="nothing answers there .*APIConnectionError"):
         built(monkeypatch, tmp_path, "http://127.0.0.1:9/v1")
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_server_refuses_is_counted(monkeypatch, tmp_path):
+    """A content filter's 400, and replies that were cut off: no reason not to finish, and not asked for again."""
+    refused = collections.Counter()
+
+    def filtered(n, body):
+        asked = body["messages"][1]["content"]
+        if "garden" in asked:
+            refused[asked] += 1
+            return (400, "")
+        text = written(body)
+        return [text[:-9], "length"] if len(asked) % 5 == 0 else text
+
+    with Server(filtered) as server:
+        built(monkeypatch, tmp_path, server.url)
+        before, number = files_of(tmp_path), len(server.seen)
+        built(monkeypatch, tmp_path, server.url)
+        assert len(server.seen) == number and files_of(tmp_path) == before
+    card = before["README.md"].decode()
+    assert "refused by the server" in card and "cut off" in card and set(refused.values()) == {1}
+    assert all(len(load_bench(str(tmp_path)).search[trait]) == 24 for trait in TRAITS)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("status, pattern", ((401, "refuses the key in OPENAI_API_KEY"), (404, "has no model big")))
+def test_errors_that_last_end_it_at_once(monkeypatch, tmp_path, status, pattern):
+    with Server(lambda n, body: (status, "")) as server:
+        with pytest.raises(UserError, match=pattern):
+            built(monkeypatch, tmp_path, server.url, 24, "--served-model", "big")
+        assert len(server.seen) <= 16
+
+
+@pytest.mark.usefixtures("quick")
+def test_interrupted_while_a_server_stumbles(monkeypatch, tmp_path):
+    """Ctrl-C does not wait for tries that are still to come."""
+    monkeypatch.setattr(identify.Endpoint, "PAUSE", 60)
+
+    def stumbling(n, body):
+        if n == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return (503, "") if n > 4 else written(body)
+
+    start = time.time()
+    with Server(stumbling) as server, pytest.raises(KeyboardInterrupt):
+        built(monkeypatch, tmp_path, server.url)
+    assert time.time() - start < 20
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_run_builds_a_bench_at_a_time(monkeypatch, tmp_path):
+    first = identify.Builder(str(tmp_path), 24, None, 0)
+    with Server(lambda n, body: written(body)) as server, pytest.raises(UserError, match="another run is building it"):
+        built(monkeypatch, tmp_path, server.url)
+    first.lock.close()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun would pay"):
+        built(monkeypatch, tmp_path, "http://127.0.0.1:9")
+
+
+def test_a_request_that_comes_twice_is_made_once(tmp_path):
+    replies, made = identify.Replies(tmp_path / "replies.sqlite"), []
+    replies.fill([("a", 1), ("b", 2), ("a", 1)], lambda requests, store: made.extend(requests) or [store(key, "x") for key, _ in requests] and [])
+    assert made == [("a", 1), ("b", 2)]
 
 
 @pytest.mark.usefixtures("quick")
@@ -245,13 +300,13 @@ def test_another_bench_is_not_overwritten(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("quick")
 def test_a_local_model_writes(small, monkeypatch, tmp_path, capsys):
-    """Its random words are no questions: all of them are counted, none is kept, and it comes to an end."""
+    """Its random words never end, so all that it writes is cut off: that is counted, nothing is kept, and it comes to an end."""
     monkeypatch.setattr(identify, "TOPICS", "topic 0, topic 1")
     monkeypatch.setattr(identify, "TEST_TOPICS", 1)
     monkeypatch.setattr(identify, "CIRCUMSTANCES", ("alone",))
     main_of(identify, monkeypatch, *shared_flags(small), "--build-bench", tmp_path, "--size", "2", "--writer", small.model_dir)
     card = (tmp_path / "README.md").read_text()
-    assert "not a question" in card and "topics are used up" in capsys.readouterr().err
+    assert "cut off" in card and "topics are used up" in capsys.readouterr().err
 
 
 def test_the_list_of_topics_is_sound():
@@ -335,6 +390,7 @@ def test_an_engine_writes_the_answers(small, monkeypatch, tmp_path):
     assert [(one["pole"], one["question"], one["persona"]) for one in mine] == [(one["pole"], one["question"], one["persona"]) for one in own]
     same = [a["answer"] == b["answer"] for a, b in zip(mine, own)]
     assert all(same), "greedy, so the engine wrote what generate() writes"
+    assert {path.name for path in (tmp_path / "engine").iterdir()} >= {"engine.replies.sqlite"}
     assert not [path for path in (tmp_path / "engine").iterdir() if path.name.startswith(".")]
     # its statistics are those of the file of answers
     again = run(small, tmp_path / "again", answers=str(tmp_path / "engine" / "extraversion.answers.jsonl"))()
@@ -359,8 +415,35 @@ def test_an_engine_that_dies_is_not_asked_twice(small, monkeypatch, tmp_path):
         with pytest.raises(UserError, match="requests failed .*BadRequest"):
             main_of(identify, monkeypatch, *command, "--engine", server.url)
         alive[0] = False
-        main_of(identify, monkeypatch, *command, "--engine", server.url)
+        main_of(identify, monkeypatch, *command, "--engine", server.url, "--dtype", "float32", "--limit", "12")
+        main_of(identify, monkeypatch, *command, "--engine", server.url, "--limit", "6")  # other options, the same requests
     assert set(answered.values()) == {1} and len(answered) == 24
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_of_a_base_model(monkeypatch, tmp_path):
+    from conftest import save_model
+    from types import SimpleNamespace
+
+    place = SimpleNamespace(bench_dir=save_bench(tmp_path / "bench"), model_dir=save_model(tmp_path / "model", template=None))
+    with Server(lambda n, body: "w20 w21 w22" if body["stop"] == [identify.NEXT_QUESTION] else (400, "")) as server:
+        main_of(identify, monkeypatch, *shared_flags(place), "--trait", "extraversion", "--bench", place.bench_dir, "--max-new-tokens", "6",
+                "--engine", server.url, "--out", tmp_path / "out")
+    assert all(line["answer"] == "w20 w21 w22" for line in lines_of(tmp_path / "out" / "extraversion.answers.jsonl"))
+
+
+def test_leftovers_of_fewer_processes_replace_nothing(small, tmp_path):
+    """Killed alone, finished by two, started again alone: the answers of two stay."""
+    first = run(small, tmp_path)
+    first.batch()
+    first.save()
+    run(small, tmp_path / "whole")()
+    for path in (tmp_path / "whole").iterdir():  # as two processes would leave them
+        path.rename(tmp_path / path.name)
+    before = contents(tmp_path)
+    run(small, tmp_path)()
+    assert contents(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"extraversion.safetensors", "extraversion.answers.jsonl", "whole"}
 
 
 def test_reading_holds_places_not_texts(small, made):
@@ -394,10 +477,10 @@ def test_like_lengths_are_read_together(small, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ torchrun
 
 
-def torchrun(small, out, *more, **environment):
+def torchrun(small, out, *more, traits=("extraversion",)):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "identify.py", *map(str, shared_flags(small)),
-               "--trait", "extraversion", "--bench", str(small.bench_dir), "--max-new-tokens", "6", "--batch-size", "4", "--out", str(out), *map(str, more)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdout=subprocess.PIPE,
+               "--trait", *traits, "--bench", str(small.bench_dir), "--max-new-tokens", "6", "--batch-size", "4", "--out", str(out), *map(str, more)]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True)
 
 
@@ -423,21 +506,22 @@ def test_shares_are_whole_steps():
 
 
 def test_a_rank_that_dies_takes_the_run_down(small, made, tmp_path):
-    """One of two is killed in the middle: the other stops and says so; the next start goes on, to the same end."""
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text((made / "extraversion.answers.jsonl").read_text() * 200)
+    """One of two is killed in the middle of the second trait: the other stops and says so; the next start goes on, to the same end."""
+    answers, some = tmp_path / "answers.jsonl", (made / "extraversion.answers.jsonl").read_text()
+    answers.write_text(some.replace('"extraversion"', '"openness"') + some * 200)
     out = tmp_path / "two"
-    process = torchrun(small, out, "--answers", answers)
+    traits = ("openness", "extraversion")
+    process = torchrun(small, out, "--answers", answers, traits=traits)
     deadline = time.time() + 200
-    while time.time() < deadline and not [part for part in out.glob(".*.1of2.answers.part") if part.stat().st_size]:
+    while time.time() < deadline and not [part for part in out.glob(".extraversion.*.1of2.answers.part") if part.stat().st_size]:
         time.sleep(0.1)
     ranks = subprocess.run(["pgrep", "-f", f"identify.py.*{out}"], capture_output=True, text=True).stdout.split()
     victim = next(pid for pid in ranks if pid != str(process.pid) and "RANK=1" in open(f"/proc/{pid}/environ").read().split("\0"))
     os.kill(int(victim), signal.SIGKILL)
     said = process.communicate(timeout=300)[0]
     assert process.returncode != 0 and "another rank has ended" in said and "same command goes on" in said, said
-    assert not (out / "extraversion.safetensors").exists()
-    process = torchrun(small, out, "--answers", answers)
+    assert "Traceback" not in said.partition("another rank has ended")[0] and not (out / "extraversion.safetensors").exists()
+    process = torchrun(small, out, "--answers", answers, traits=traits)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     one, two = run(small, tmp_path / "one", answers=str(answers))(), Neurons.load(out / "extraversion.safetensors", small.model)

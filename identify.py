@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1643,14 +1643,30 @@ class Item:
     ids: list = field(default_factory=list)
 
 
-def items_of(bench: Bench, trait: str, limit: int, seed: int) -> list[Item]:
-    """Each search question under a random persona of the high and of the low pole, both next to each other."""
-    items = []
-    for question in bench.search[trait][:limit]:
-        pick = random.Random(f"{seed}/{trait}/{question}")
-        for pole in POLES:
-            items.append(Item(pole, pick.choice(bench.personas_for("search", trait, pole)), question))
-    return items
+class Asked:
+    """A trait's search questions, each under a random persona of the high and of the low pole, both next to each other. A sequence of
+    Items that are made when they are wanted."""
+
+    def __init__(self, bench: Bench, trait: str, limit: int, seed: int):
+        self.questions, self.begin = bench.search[trait][:limit], f"{seed}/{trait}/"
+        self.personas = [bench.personas_for("search", trait, pole) for pole in POLES]
+        content = hashlib.sha256(b"[[")
+        for k in range(len(self)):
+            item = self.item(k)
+            content.update((", " if k else "").encode() + json.dumps([item.pole, item.persona, item.question, []]).encode())
+        content.update(b"]]")
+        self.content = content.hexdigest()[:16]
+
+    def __len__(self):
+        return 2 * len(self.questions)
+
+    def __getitem__(self, where: slice) -> list[Item]:
+        return [self.item(k) for k in range(*where.indices(len(self)))]
+
+    def item(self, k: int) -> Item:
+        pick = random.Random(self.begin + self.questions[k // 2])
+        both = [pick.choice(personas) for personas in self.personas]
+        return Item(POLES[k % 2], both[k % 2], self.questions[k // 2])
 
 
 class Answers:
@@ -1819,7 +1835,7 @@ class Run:
 
     def __init__(self, model, tokenizer, bench: Bench, trait: str, args, world: World = World(), endpoint: Endpoint | None = None):
         self.model, self.tokenizer, self.trait, self.args, self.world = model, tokenizer, trait, args, world
-        items = Answers(args.answers, trait, tokenizer) if args.answers else items_of(bench, trait, args.limit, args.seed)
+        items = Answers(args.answers, trait, tokenizer) if args.answers else Asked(bench, trait, args.limit, args.seed)
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = neuron_path(folder, trait)
@@ -1828,7 +1844,7 @@ class Run:
             "format": FORMAT, "model": model.source, "revision": getattr(model.config, "_commit_hash", None) or "",
             "fingerprint": fingerprint(model), "trait": trait, "where": args.where, "template": digest(tokenizer.chat_template),
             "bench": args.answers or bench.name, "questions": len(items) // 2,
-            "bench_fingerprint": items.content if args.answers else digest([[item.pole, item.persona, item.question, []] for item in items]),
+            "bench_fingerprint": items.content,
             "max_new_tokens": args.max_new_tokens, "repetition_penalty": 1.1,
             "batch_size": args.batch_size, "dtype": str(model.dtype).split(".")[-1], "device": model.device.type,
             "seed": args.seed, **({"engine": endpoint.model} if endpoint else {})}
@@ -1891,7 +1907,6 @@ class Run:
         end = self.schedule[number + 1][0] if number + 1 < len(self.schedule) else self.end
         size = self.schedule[number][1]
         items = self.items[self.done:min(self.done + self.step(size), end)]
-        items = [replace(item) for item in items]  # so that their answers are not held longer than this
         if self.engine:
             self.engine.answer(items)
         work = read_batches if self.reads else generate_batch

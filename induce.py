@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from identify import (NEXT_QUESTION, POLES, TRAITS, Answers, Endpoint, Flags, Neurons, NoReply, Rows, UserError, answer, answer_text, answered_inputs, ask,
-                      chat, check_trait, ending, find_mlps, fingerprint, identify, load_model, model_arguments, neuron_path, op, patched,
-                      positive, say, script, token_ids, write_atomically)
+from identify import (NEXT_QUESTION, POLES, TRAITS, Answers, Endpoint, Flags, Neurons, NoReply, Rows, UserError, answer, answer_text,
+                      answered_inputs, ask, built_in_bench, chat, check_trait, ending, find_mlps, fingerprint, identify, load_model,
+                      model_arguments, neuron_path, op, patched, positive, say, script, token_ids, write_atomically)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -772,7 +772,7 @@ def verify(model, tokenizer, profile: Profile, folder: Path) -> None:
 
     baked = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     worst = effect = divergence = 0.0
-    ties, questions = [], [*PROBES, *QUESTIONS]
+    ties, questions = [], [*PROBES, *built_in_bench().test[TRAITS[0]][:16]]
     for question in questions:
         ids = torch.tensor([token_ids(tokenizer, chat(tokenizer, ask(question)))], device=model.device)
         with torch.no_grad():

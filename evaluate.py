@@ -258,7 +258,8 @@ class Personalities:
 
     def profile(self, one: Condition) -> Profile:
         if one.method == "added":
-            return Profile.of([edits for trait, alpha in zip(TRAITS, one.alpha) for edits in npti_edits(self.folder.neurons(trait), alpha)])
+            return Profile.of([edits for trait, alpha in zip(TRAITS, one.alpha)
+                               for edits in npti_edits(self.folder.neurons(trait), alpha)])
         if one.method == "composed":
             return self.folder.profile(Character(dict(zip(TRAITS, one.alpha))))
         return self.folder.profile(Character({one.trait: one.alpha if one.pole == "high" else -one.alpha}, one.method))

@@ -578,7 +578,8 @@ class Endpoint:
         except ImportError as error:
             raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
         self.key = os.environ.get("OPENAI_API_KEY") or ""
-        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=0, timeout=openai.Timeout(self.TIMEOUT, connect=10))
+        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=0,
+                                    timeout=openai.Timeout(self.TIMEOUT, connect=10))
         self.url, self.in_flight, self.openai, self.stopped, self.limit = url, in_flight, openai, threading.Event(), "max_tokens"
         try:
             listed = next(iter(self.client.models.list())).id
@@ -605,8 +606,8 @@ class Endpoint:
         """(what it answers, whether it came to its end), asked for again where it is not fine(text); raises NoReply."""
         def request(again):
             warmer = {"temperature": 0.7} if again else {}  # at 0 it would say the same
-            choice = self.client.chat.completions.create(model=self.model, messages=messages, **{**options, **warmer, self.limit: max_tokens}
-                                                         ).choices[0]
+            more = {**options, **warmer, self.limit: max_tokens}
+            choice = self.client.chat.completions.create(model=self.model, messages=messages, **more).choices[0]
             return (choice.message.content or "").strip(), choice.finish_reason != "length"
 
         try:
@@ -745,7 +746,8 @@ class LocalWriter:
         for start in range(0, len(requests), self.args.batch_size):
             batch = requests[start:start + self.args.batch_size]
             torch.manual_seed(int(digest(self.args.seed, batch[0][0]), 16) % 2**31)
-            answers = answer(self.model, self.tokenizer, [messages for _, messages in batch], 256, do_sample=True, temperature=0.8, top_p=0.95)
+            answers = answer(self.model, self.tokenizer, [messages for _, messages in batch], 256, do_sample=True, temperature=0.8,
+                             top_p=0.95)
             for (key, _), (text, ids) in zip(batch, answers):
                 store(key, uncut(text, ids[-1] in end_tokens(self.model)))
         return []
@@ -793,7 +795,8 @@ OPTIONS_OR_SCALE = re.compile(  # of an item's form: to disagree strongly with a
     r"(?mi)^\s*\(?[a-e1-5][.):] .*\n\s*\(?[a-e1-5][.):] |\(a\).*\(b\)|\bA[).] .+ B[).] |\bon a scale (of|from)\b"
     r"|\bfrom (1|one) to (5|7|10|five|seven|ten)\b|\bagree or (strongly )?disagree\?\s*$|\bstrongly agree\b.*\bstrongly disagree\b"
     r"|\b(how (much|strongly)|to what extent) do you (strongly )?(dis)?agree\b|\bhow (in)?accurate(ly)? does\b")
-CLOSED = re.compile(r"(?i)^(and |but |so |then |, )*(do|does|did|is|are|am|was|were|can|could|will|would|should|shall|may|might|must|have|has|had)(n't)? ")
+CLOSED = re.compile(r"(?i)^(and |but |so |then |, )*(do|does|did|is|are|am|was|were|can|could|will|would|should|shall|may|might|must|have|"
+                    r"has|had)(n't)? ")
 
 
 def fault(kind: str, text: str, trait: str, facet: int | None) -> str | None:
@@ -946,13 +949,14 @@ class Builder:
                 asked += [(cell, *request) for request in itertools.islice(stream, int(number))]
             if not asked:
                 break
-            for number, (cell, key, topic, messages) in enumerate(asked):
+            for number, (cell, key, topic, _) in enumerate(asked):
                 if number % self.AT_ONCE == 0:
-                    some = asked[number:number + self.AT_ONCE]
-                    self.replies.fill([(key, messages) for _, key, _, messages in some], self.writer.run, f"{FAULTY}refused by the server")
+                    some = [(key, messages) for _, key, _, messages in asked[number:number + self.AT_ONCE]]
+                    self.replies.fill(some, self.writer.run, refused=f"{FAULTY}refused by the server")
                 for text in lines_in(self.replies.get(key)):
                     seen[cell] += 1
-                    why = (text[1:] if text[0] == FAULTY else "not needed" if kept[cell] == quotas[cell] else fault(kind, text, trait, cell[0]))
+                    why = (text[1:] if text[0] == FAULTY else "not needed" if kept[cell] == quotas[cell] else
+                           fault(kind, text, trait, cell[0]))
                     if why is None and (like := self.duplicates.find(kind, text)):
                         why = "near-duplicate" if like == kind else f"leak: near-duplicate of a {like} text"
                     counts = self.report.setdefault(kind, {})
@@ -984,20 +988,22 @@ class Builder:
 
     def rows(self, kind: str, trait: str, pole: str | None = None):
         """Yield (id, facet, pole, topic, text) by id, which is to say in no order."""
-        return self.db.execute("SELECT id, facet, pole, topic, text FROM made WHERE kind = ? AND trait = ? AND pole IN (?, ?) ORDER BY id",
-                               (kind, trait, *((pole, pole) if pole else POLES)))
+        return self.db.execute("SELECT id, facet, pole, topic, text FROM made WHERE kind = ? AND trait = ? AND pole IN (?, ?) "
+                               "ORDER BY id", (kind, trait, *((pole, pole) if pole else POLES)))
 
     def write(self) -> None:
         for kind in ("search", "test"):
             (self.folder / kind).mkdir(exist_ok=True)
             for trait in TRAITS:
                 write_atomically(self.folder / kind / f"{trait.capitalize()}.json", (json.dumps(
-                    {"question": text, "facet": FACET_NAMES[facet], "pole": pole, "topic": topic, "id": name}, ensure_ascii=False).encode() + b"\n"
+                    {"question": text, "facet": FACET_NAMES[facet], "pole": pole, "topic": topic, "id": name},
+                    ensure_ascii=False).encode() + b"\n"
                     for name, facet, pole, topic, text in self.rows(kind, trait)))
         columns = {trait.capitalize() + end: [row[-1] for row in self.rows("persona", trait, pole)]
                    for trait in TRAITS for pole, end in zip(POLES, ("", "_reversed"))}
         lines = [{key: texts[k] for key, texts in columns.items() if k < len(texts)} for k in range(max(map(len, columns.values())))]
-        write_atomically(self.folder / "description.json", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(self.folder / "description.json", text.encode())
         write_atomically(self.folder / "README.md", self.card().encode())
 
     def card(self) -> str:
@@ -1758,7 +1764,8 @@ class Engine:
         prompts = [token_ids(self.tokenizer, chat(self.tokenizer, ask(item.question, item.persona))) for item in items]
         keys = [digest(self.endpoint.model, ids, self.args.max_new_tokens) for ids in prompts]
         # both names of the repetition penalty: vLLM's and SGLang's, and llama.cpp's
-        options = {"max_tokens": self.args.max_new_tokens, "temperature": 0, "extra_body": {"repetition_penalty": 1.1, "repeat_penalty": 1.1}}
+        options = {"max_tokens": self.args.max_new_tokens, "temperature": 0,
+                   "extra_body": {"repetition_penalty": 1.1, "repeat_penalty": 1.1}}
         if not self.tokenizer.chat_template:
             options["stop"] = [NEXT_QUESTION]
         self.replies.fill(list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(
@@ -1960,7 +1967,8 @@ class Run:
                 neurons.save(self.path)
         self.world.wait()
         if not self.world.rank:
-            # after the neuron file: a run that was killed between the two comes by here again; one of fewer processes can have left less
+            # after the neuron file: a run that was killed between the two comes by here again. One of fewer processes can have left
+            # a part, which is not all
             parts = [part for rank in range(self.world.size) if (part := self.file_of(rank, "answers.part")).exists()]
             if sum(block.count(b"\n") for part in parts for block in blocks(part)) == len(self.items):
                 write_atomically(self.answers, itertools.chain.from_iterable(map(blocks, parts)))
@@ -1978,7 +1986,8 @@ class Run:
             say(f"going on with {self.trait} after {self.done - self.first} of {total} answers")
         last, pause = time.time(), 20.0
         title = self.trait if self.world.size == 1 else f"{self.trait}, 1 of {self.world.size}"
-        with tqdm(total=total, initial=self.done - self.first, desc=title, unit="answer", smoothing=0.1, disable=self.world.rank > 0) as bar:
+        with tqdm(total=total, initial=self.done - self.first, desc=title, unit="answer", smoothing=0.1,
+                  disable=self.world.rank > 0) as bar:
             while self.done < self.end:
                 try:
                     self.batch()
@@ -2050,13 +2059,13 @@ def positive(text: str) -> int:
 def parser() -> Flags:
     flags = Flags(__doc__)
     flags.add_argument("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
-    flags.add_argument("--bench", metavar="DIR", help="questions and personas in PersonalityBench's layout: a folder, or a dataset of the hub (default: "
-                                                 "built in)")
+    flags.add_argument("--bench", metavar="DIR",
+                       help="questions and personas in PersonalityBench's layout: a folder, or a dataset of the hub (default: built in)")
     flags.add_argument("--limit", type=positive, default=128, metavar="N", help="search questions a trait (default: %(default)s)")
     flags.add_argument("--answers", metavar="FILE", help="read answers (JSON lines: trait, pole, persona, question, answer) "
                                                          "instead of generating them")
-    flags.add_argument("--engine", metavar="URL", help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) write "
-                                                       "the answers; key: $OPENAI_API_KEY")
+    flags.add_argument("--engine", metavar="URL", help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) "
+                                                       "write the answers; key: $OPENAI_API_KEY")
     flags.add_argument("--build-bench", metavar="DIR", help="have a model write a bench, and stop there")
     flags.add_argument("--size", type=positive, metavar="N",
                        help="of --build-bench: search questions a trait (default: 360; PersonalityBench: 36000)")

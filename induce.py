@@ -630,8 +630,9 @@ class Baking:
         values = {name: old[name] for name in kept if old.get(name) is not None}
         if old["model_type"] == "qwen2":
             values["attention_bias"] = True
-        new = transformers.LlamaConfig(**{**values, "intermediate_size": self.width, "mlp_bias": True, "architectures": ["LlamaForCausalLM"],
-                                          "dtype": str(self.mlps[0].gate.weight.dtype).split(".")[-1]}).to_dict()
+        values |= {"intermediate_size": self.width, "mlp_bias": True, "architectures": ["LlamaForCausalLM"],
+                   "dtype": str(self.mlps[0].gate.weight.dtype).split(".")[-1]}
+        new = transformers.LlamaConfig(**values).to_dict()
         theta = (new.get("rope_parameters") or {}).get("rope_theta")
         return {**new, **({"rope_theta": theta} if theta else {})}  # where older readers look for it
 
@@ -676,7 +677,8 @@ class Baking:
             save_file({name: make() for name, _, make in some}, folder / file, metadata={"format": "pt"})
             names |= {name: file for name, _, _ in some}
         if len(shards) > 1:
-            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=1))
+            index = {"metadata": {"total_size": total}, "weight_map": names}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         (folder / "config.json").write_text(json.dumps(self.config(), indent=1) + "\n")
 
     def cost(self) -> str:
@@ -711,8 +713,8 @@ def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> 
                 shutil.copy(path, temporary)
         with steer(model, profile, where="all"):
             live = [(text, *probe(model, tokenizer, text)) for text in PROBES]
-        expected = [{"prompt": ids, "question": text, "text": tokenizer.decode(new), "plain": tokenizer.decode(probe(model, tokenizer, text)[1])}
-                    for text, ids, new in live]
+        expected = [{"prompt": ids, "question": text, "text": tokenizer.decode(new),
+                     "plain": tokenizer.decode(probe(model, tokenizer, text)[1])} for text, ids, new in live]
         made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(), "suppress": args.suppress,
                 "rank": args.rank, "dtype": str(model.dtype).split(".")[-1], "cost": baking.cost(),
                 "neurons": {trait: neurons.meta.get("key", "released files") for trait, neurons in folder.files.items()}}
@@ -786,11 +788,12 @@ def verify(model, tokenizer, profile: Profile, folder: Path) -> None:
         at = next((k for k, (a, b) in enumerate(zip(mine, theirs)) if a != b), None)
         if at is not None:
             with torch.no_grad(), steer(model, profile, where="all"):
-                best = model(input_ids=torch.cat([ids, torch.tensor([mine[:at]], device=ids.device, dtype=ids.dtype)], 1)).logits[0, -1].float()
+                so_far = torch.cat([ids, torch.tensor([mine[:at]], device=ids.device, dtype=ids.dtype)], 1)
+                best = model(input_ids=so_far).logits[0, -1].float()
             ties.append(float(best.topk(2).values.diff().abs()))
     bound = 1e-3 if model.dtype == torch.float32 else 0.1 * max(1.0, effect)
-    print(f"baked against live, {len(questions)} prompts, {str(model.dtype).split('.')[-1]}: logits differ by {worst:.2g} at most (bound {bound:.2g}; "
-          f"the edit moves them by {effect:.2g}), KL {divergence:.2g} at most; greedy answers differ in {len(ties)}"
+    print(f"baked against live, {len(questions)} prompts, {str(model.dtype).split('.')[-1]}: logits differ by {worst:.2g} at most "
+          f"(bound {bound:.2g}; the edit moves them by {effect:.2g}), KL {divergence:.2g} at most; greedy answers differ in {len(ties)}"
           + (f", where the best two logits are {max(ties):.2g} apart at most" if ties else ""))
     if worst > bound:
         raise UserError(f"{folder}: baked and live differ by {worst:.2g}, more than {bound:.2g}")
@@ -1063,8 +1066,8 @@ def main() -> None:
         if not args.save:
             raise UserError("--verify-server URL needs --save DIR, where the baked checkpoint is")
         return verify_server(args.save, args.verify_server, args.served_model)
-    for flag, given in (("--where generated", args.where == "generated"), ("--keep", args.keep < 1), ("--suppress cap", args.suppress == "cap"),
-                        ("--questions", args.questions), ("--chat", args.chat)):
+    for flag, given in (("--where generated", args.where == "generated"), ("--keep", args.keep < 1),
+                        ("--suppress cap", args.suppress == "cap"), ("--questions", args.questions), ("--chat", args.chat)):
         if args.save and given:
             why = {"--questions": "it holds one character", "--chat": "it is for later"}.get(
                 flag, "a checkpoint can't tell prompt from answer, can't draw neurons, and can't cap an activation")

@@ -671,9 +671,10 @@ class Endpoint:
                         failures, stored = failures + found, stored + len(done) - len(found)
                     if len(failures) > self.in_flight and not stored:  # nobody is there
                         break
-            except BaseException:
+            except BaseException as error:
                 self.stopped.set()  # nothing is tried again
-                say("\nwaiting for the requests that are under way, which are paid for ...")
+                if isinstance(error, KeyboardInterrupt):
+                    say("\nwaiting for the requests that are under way, which are paid for ...")
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -1013,7 +1014,6 @@ class Builder:
         number = lambda *key: counted.get(key, 0)  # noqa: E731
         rows = [[trait, name, *(number(kind, trait, k, pole) for kind in ("search", "test") for pole in POLES)]
                 for k, name in enumerate(FACET_NAMES) for trait in [TRAITS[k // 6]]]
-        rows += [[trait, "personas", *(number("persona", trait, None, pole) for pole in POLES), "", ""] for trait in TRAITS]
         reasons = list(dict.fromkeys(["kept", *(why for counts in self.report.values() for why in counts)]))
         table = lambda titles, cells: ["| " + " | ".join(map(str, line)) + " |" for line in  # noqa: E731
                                        (titles, ["---"] * len(titles), *cells)] + [""]
@@ -1026,8 +1026,9 @@ class Builder:
             "--build-bench. A machine wrote these texts: read some before you rely on them. Test questions are about other topics than "
             "search questions.", "",
             *table(["trait", "facet", "search, high", "search, low", "test, high", "test, low"], rows),
-            "## Filters", "", "Every line that the writer wrote is counted here, under the first reason to drop it. (A personas' row "
-            "above holds their numbers, high and low.)", "",
+            *table(["trait", *(f"personas, {pole}" for pole in POLES)],
+                   [[trait, *(number("persona", trait, None, pole) for pole in POLES)] for trait in TRAITS]),
+            "## Filters", "", "Every line that the writer wrote is counted here, under the first reason to drop it.", "",
             *table(["kind", *reasons], [[kind, *(counts.get(why, 0) for why in reasons)] for kind, counts in self.report.items()]),
             "`datasets.load_dataset(\"json\", data_files=\"search/*.json\")` reads the questions; `identify.py --bench` takes the folder.", ""])
 

@@ -675,6 +675,7 @@ class Baking:
         for k, some in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{k:05}-of-{len(shards):05}.safetensors"
             save_file({name: make() for name, _, make in some}, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # for a server, which may be another user; safetensors makes it private
             names |= {name: file for name, _, _ in some}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": names}

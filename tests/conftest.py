@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import random
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,6 +23,7 @@ import identify  # noqa: E402
 import induce  # noqa: E402
 from identify import TRAITS, load_bench, load_model  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background: the tests of Ctrl-C would wait
 torch.set_num_threads(1)  # these models are so small that a second thread costs more than it gives
 
 

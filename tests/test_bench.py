@@ -39,14 +39,6 @@ def written(body, per_reply=5):
     return "Here are five questions:\n" + "\n".join(f"{k + 1}. Yesterday your friend {some(k)}. What do you say to the others?" for k in range(per_reply))
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C is heard, also where these tests run in the background of a shell, which has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def built(monkeypatch, folder, url, size=24, *more):
     main_of(identify, monkeypatch, "--build-bench", folder, "--size", size, "--writer", url, "--in-flight", "4", *more)
 
@@ -155,7 +147,7 @@ def test_a_bench_is_built(monkeypatch, tmp_path, capsys):
     assert "sk-secret" not in everything and b"sk-secret" not in (tmp_path / "replies.sqlite").read_bytes()
 
 
-@pytest.mark.usefixtures("quick", "interruptible")
+@pytest.mark.usefixtures("quick")
 def test_a_writer_that_stumbles_makes_the_same_bench(monkeypatch, tmp_path):
     """429, 500, stalls, no JSON, empty replies, and a Ctrl-C: nothing is lost, nothing is paid for twice."""
     with Server(lambda n, body: written(body)) as server:
@@ -225,7 +217,7 @@ def test_errors_that_last_end_it_at_once(monkeypatch, tmp_path, status, pattern)
         assert len(server.seen) <= 16
 
 
-@pytest.mark.usefixtures("quick", "interruptible")
+@pytest.mark.usefixtures("quick")
 def test_interrupted_while_a_server_stumbles(monkeypatch, tmp_path):
     """Ctrl-C does not wait for tries that are still to come."""
     monkeypatch.setattr(identify.Endpoint, "PAUSE", 60)

@@ -27,9 +27,9 @@ import unicodedata
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
-from identify import (FACET_NAMES, FACETS, POLES, ROOT, TRAITS, Bench, Endpoint, Flags, NoReply, UserError, answer, ask, chat, check_trait,
-                      digest, fingerprint, json_lines, load_bench, load_model, model_arguments, padded, positive, said, say, script, text_ids,
-                      token_ids, write_atomically)
+from identify import (FACET_NAMES, POLES, ROOT, TRAITS, Bench, Endpoint, Flags, NoReply, UserError, answer, ask, chat, check_trait, digest,
+                      facet_rows, fingerprint, json_lines, load_bench, load_model, markdown, model_arguments, padded, positive, said, say,
+                      script, text_ids, token_ids, write_atomically)
 from induce import REPETITION_PENALTY, Character, NeuronFolder, Profile, npti_edits, steer
 
 METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
@@ -431,8 +431,7 @@ def judge_by_contrast(people: Personalities, answers: list[dict], lines: Lines, 
 
 
 def facets_of(trait: str, pole: str) -> str:
-    rows = [line.split("|") for line in lines_of(FACETS)]
-    return "; ".join(row[1 + POLES.index(pole)] for row in rows if row[0] == trait[0].upper())
+    return "; ".join(row[1 + POLES.index(pole)] for row in facet_rows(trait))
 
 
 def rubric(trait: str | None, turned: bool = False) -> str:
@@ -948,12 +947,6 @@ def around(row: dict, judge: str) -> str:
 
 def optional(row: dict, name: str, form: str) -> str:
     return "" if row.get(name) is None else format(row[name], form)
-
-
-def markdown(titles, rows) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    lines = [titles, ["---"] * len(titles), *cells]
-    return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
 def tables_of(rows: list[dict], details: dict):
@@ -1517,7 +1510,8 @@ def main() -> None:
     begin, bench = time.time(), load_bench(args.bench)
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     made_with = {"model": f"{model.source} {fingerprint(model)}", "template": digest(tokenizer.chat_template),
-                 "judging": digest(NEUTRAL, QUIZ, OPTIONS, JUDGE_PERSONAS, rubric(None), rubric(TRAITS[0])), "bench": digest(*(bench.fingerprint(trait) for trait in TRAITS)),
+                 "judging": digest(NEUTRAL, QUIZ, OPTIONS, JUDGE_PERSONAS, rubric(None), rubric(TRAITS[0])),
+                 "bench": digest(*(bench.fingerprint(trait) for trait in TRAITS)),
                  "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     judge = llm_judge(args, model, tokenizer) if "llm" in args.judge else None
     if isinstance(judge, LocalJudge):

@@ -28,7 +28,6 @@ import warnings
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 POLES = ("high", "low")
@@ -76,6 +75,13 @@ def write_atomically(path: Path, data) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def markdown(titles, rows) -> list[str]:
+    """The lines of a table."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [titles, ["---"] * len(titles), *cells]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
 def digest(*parts) -> str:
@@ -252,13 +258,18 @@ class Bench:
         return [text for i, text in enumerate(self.personas[trait][pole]) if (i % 4 == 3) == (use == "judge")]
 
 
+def facet_rows(trait: str) -> list[list[str]]:
+    """The six facets of a trait: its letter, what people high and low in it do, and the two things to ask."""
+    rows = [line.split("|") for line in FACETS.strip().split("\n")]
+    return [row for row in rows if row[0] == trait[0].upper()]
+
+
 def built_in_bench() -> Bench:
     """288 questions a trait (216 to search, 72 to test, in other situations) and 20 personas a pole."""
     bench = Bench("built-in", {}, {}, {})
     situations = SITUATIONS.strip().split("\n")
-    facets = [line.split("|") for line in FACETS.strip().split("\n")]
     for trait in TRAITS:
-        mine = [facet for facet in facets if facet[0] == trait[0].upper()]
+        mine = facet_rows(trait)
         asks = [facet[3 + k] for k in (0, 1) for facet in mine]
 
         def questions(of, trait=trait, asks=asks):
@@ -321,11 +332,10 @@ def load_bench(name: str | None) -> Bench:
     described = list(json_lines(root / "description.json"))
     bench = Bench(str(name), {}, {}, {})
     for trait in TRAITS:
-        title = trait.capitalize()
-        bench.search[trait] = questions(root / "search" / f"{title}.json")
-        bench.test[trait] = questions(root / "test" / f"{title}.json")
+        bench.search[trait] = questions(root / "search" / f"{trait.capitalize()}.json")
+        bench.test[trait] = questions(root / "test" / f"{trait.capitalize()}.json")
         bench.personas[trait] = {}
-        for pole, key in zip(POLES, (title, f"{title}_reversed")):
+        for pole, key in published(trait).items():
             texts = [line[key] for _, line in described if isinstance(line.get(key), str)]
             if len(texts) < 4:
                 raise UserError(f"{root / 'description.json'}: expected at least 4 lines with the key {key}, got {len(texts)}")
@@ -333,6 +343,11 @@ def load_bench(name: str | None) -> Bench:
     if skipped:
         say(f"{name}: {skipped} items with options or a scale were skipped: they are no open questions")
     return bench
+
+
+def published(trait: str) -> dict:
+    """What the published files call the poles of a trait, by pole."""
+    return dict(zip(POLES, (trait.capitalize(), f"{trait.capitalize()}_reversed")))
 
 
 def hub_dataset(name: str) -> Path:
@@ -535,8 +550,8 @@ def answer(model, tokenizer, conversations: list[list[dict]], max_new_tokens: in
     ids, mask = padded(prompts, tokenizer.pad_token_id, model.device)
     with torch.no_grad():
         output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                pad_token_id=tokenizer.pad_token_id, **{"do_sample": False, **ending(tokenizer, ids.shape[1]),
-                                   **options})
+                                pad_token_id=tokenizer.pad_token_id,
+                                **{"do_sample": False, **ending(tokenizer, ids.shape[1]), **options})
     ends = set(end_tokens(model))
     answers = []
     for row in output[:, ids.shape[1]:].tolist():
@@ -652,7 +667,7 @@ class Endpoint:
     def run(self, requests: list[tuple], work, store) -> list[tuple]:
         """store(key, work(what)) for each (key, what), in_flight of them at once; returns (key, NoReply) of the failures. What is
         under way when this is interrupted is still stored, since it is paid for."""
-        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+        from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor, wait
 
         def job(key, what):
             try:
@@ -666,7 +681,7 @@ class Endpoint:
                 for number, (key, what) in enumerate(requests, 1):
                     waiting.add(pool.submit(job, key, what))
                     if len(waiting) >= 2 * self.in_flight or number == len(requests):
-                        done, waiting = wait(waiting, return_when=FIRST_COMPLETED if number < len(requests) else "ALL_COMPLETED")
+                        done, waiting = wait(waiting, return_when=FIRST_COMPLETED if number < len(requests) else ALL_COMPLETED)
                         found = [failure for failure in (future.result() for future in done) if failure]
                         failures, stored = failures + found, stored + len(done) - len(found)
                     if len(failures) > self.in_flight and not stored:  # nobody is there
@@ -901,7 +916,6 @@ class Builder:
         self.db = sqlite3.connect("")  # a temporary file, so that memory does not grow with the texts
         self.db.execute("CREATE TABLE made (kind TEXT, trait TEXT, facet INTEGER, pole TEXT, topic TEXT, id TEXT, text TEXT)")
         self.duplicates, self.report = Duplicates(self.db), {}
-        self.facets = [line.split("|") for line in FACETS.strip().split("\n")]
         self.topics = [topic.strip() for topic in TOPICS.replace("\n", " ").split(",")]
 
     def requests(self, kind: str, trait: str, facet: int | None, pole: str):
@@ -911,13 +925,13 @@ class Builder:
         pick = random.Random(f"{self.seed}/{kind}/{trait}/{facet}/{pole}")
         for topic, circumstances in pick.sample(pairs := [(a, b) for a in topics for b in CIRCUMSTANCES], len(pairs)):
             if kind == "persona":
-                some = pick.sample([line for line in self.facets if line[0] == trait[0].upper()], 3)
+                some = pick.sample(facet_rows(trait), 3)
                 system = "You describe people, for a study of how people differ."
                 text = (f"Write {number} descriptions, one a line, of different people who {'; '.join(line[1 + k] for line in some)}. Let "
                         f"{topic} have a part in their lives. Each is two sentences, addressed to the person: it begins with \"You\". Write "
                         "the descriptions only.")
             else:
-                line = self.facets[facet]
+                line = facet_rows(trait)[facet % 6]
                 system = "You write questions for a study of how people differ. Each puts the reader into a situation and asks openly about it."
                 text = (f"Situation: {topic}, {circumstances}. Write {number} different questions, one a line, that ask what the reader would "
                         f"do, think or feel there, and that somebody who would {line[1 + k]} answers unlike others. Tell the situation in each, "
@@ -931,8 +945,8 @@ class Builder:
         if kind == "persona":
             return {(None, pole): max(4, min(PERSONAS, self.size)) for pole in POLES}
         number = self.size if kind == "search" else min(TEST_QUESTIONS, self.size)
-        mine = [k for k, line in enumerate(self.facets) if line[0] == trait[0].upper()]
-        cells = [(facet, pole) for facet in mine for pole in POLES]
+        first = 6 * TRAITS.index(trait)
+        cells = [(facet, pole) for facet in range(first, first + 6) for pole in POLES]
         return {cell: number // len(cells) + (k < number % len(cells)) for k, cell in enumerate(cells)}
 
     def build_trait(self, kind: str, trait: str, bar) -> None:
@@ -1000,8 +1014,8 @@ class Builder:
                     {"question": text, "facet": FACET_NAMES[facet], "pole": pole, "topic": topic, "id": name},
                     ensure_ascii=False).encode() + b"\n"
                     for name, facet, pole, topic, text in self.rows(kind, trait)))
-        columns = {trait.capitalize() + end: [row[-1] for row in self.rows("persona", trait, pole)]
-                   for trait in TRAITS for pole, end in zip(POLES, ("", "_reversed"))}
+        columns = {key: [row[-1] for row in self.rows("persona", trait, pole)]
+                   for trait in TRAITS for pole, key in published(trait).items()}
         lines = [{key: texts[k] for key, texts in columns.items() if k < len(texts)} for k in range(max(map(len, columns.values())))]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(self.folder / "description.json", text.encode())
@@ -1015,8 +1029,6 @@ class Builder:
         rows = [[trait, name, *(number(kind, trait, k, pole) for kind in ("search", "test") for pole in POLES)]
                 for k, name in enumerate(FACET_NAMES) for trait in [TRAITS[k // 6]]]
         reasons = list(dict.fromkeys(["kept", *(why for counts in self.report.values() for why in counts)]))
-        table = lambda titles, cells: ["| " + " | ".join(map(str, line)) + " |" for line in  # noqa: E731
-                                       (titles, ["---"] * len(titles), *cells)] + [""]
         return "\n".join([
             "---", "language: en", "configs:", "- config_name: search", "  data_files: search/*.json", "- config_name: test",
             "  data_files: test/*.json", "- config_name: personas", "  data_files: description.json", "---", "",
@@ -1025,11 +1037,11 @@ class Builder:
             f"2025). Written by {self.writer.name}, seed {self.seed}, asked for {self.size} search questions a trait, with identify.py "
             "--build-bench. A machine wrote these texts: read some before you rely on them. Test questions are about other topics than "
             "search questions.", "",
-            *table(["trait", "facet", "search, high", "search, low", "test, high", "test, low"], rows),
-            *table(["trait", *(f"personas, {pole}" for pole in POLES)],
-                   [[trait, *(number("persona", trait, None, pole) for pole in POLES)] for trait in TRAITS]),
+            *markdown(["trait", "facet", "search, high", "search, low", "test, high", "test, low"], rows),
+            *markdown(["trait", *(f"personas, {pole}" for pole in POLES)],
+                      [[trait, *(number("persona", trait, None, pole) for pole in POLES)] for trait in TRAITS]),
             "## Filters", "", "Every line that the writer wrote is counted here, under the first reason to drop it.", "",
-            *table(["kind", *reasons], [[kind, *(counts.get(why, 0) for why in reasons)] for kind, counts in self.report.items()]),
+            *markdown(["kind", *reasons], [[kind, *(counts.get(why, 0) for why in reasons)] for kind, counts in self.report.items()]),
             "`datasets.load_dataset(\"json\", data_files=\"search/*.json\")` reads the questions; `identify.py --bench` takes the folder.", ""])
 
 
@@ -1742,15 +1754,15 @@ def answered_inputs(tokenizer, items: list[Item], where: str, device):
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}, counted
 
 
-def read_batches(model, tokenizer, items: list[Item], statistics: Statistics, args) -> None:
+def read_batches(model, tokenizer, items: list[Item], statistics: Statistics, where: str, size: int) -> None:
     """Forward passes over answers that are there, observing the same positions as generate_batch; like lengths together, so
     that little is padding."""
     import torch
 
     items = sorted(items, key=lambda item: len(item.persona) + len(item.question) + 4 * len(item.ids))  # by characters, about
-    for start in range(0, len(items), args.batch_size):
-        batch = items[start:start + args.batch_size]
-        inputs, counted = answered_inputs(tokenizer, batch, args.where, model.device)
+    for start in range(0, len(items), size):
+        batch = items[start:start + size]
+        inputs, counted = answered_inputs(tokenizer, batch, where, model.device)
         with torch.no_grad(), observe(model, statistics, [POLES.index(item.pole) for item in batch], counted):
             model.get_decoder()(**inputs, use_cache=False)
 
@@ -1789,6 +1801,9 @@ class World:
     rank: int = 0
     size: int = 1
 
+    def ended(self) -> str:
+        return f"rank {self.rank}: another rank has ended. What was finished is kept: the same command goes on"
+
     @classmethod
     def join(cls) -> "World":
         world = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
@@ -1798,7 +1813,7 @@ class World:
             import torch.distributed
 
             def stop(*_):
-                say(f"rank {world.rank}: stopped, since another rank has ended. What was finished is kept: the same command goes on")
+                say(world.ended())
                 os._exit(143)
 
             signal.signal(signal.SIGTERM, stop)
@@ -1831,7 +1846,7 @@ class World:
         try:
             work(*arguments)
         except RuntimeError as error:  # gloo notices before torchrun does
-            raise UserError(f"rank {self.rank}: another rank has ended. What was finished is kept: the same command goes on") from error
+            raise UserError(self.ended()) from error
 
 
 class Run:
@@ -1917,8 +1932,10 @@ class Run:
         items = self.items[self.done:min(self.done + self.step(size), end)]
         if self.engine:
             self.engine.answer(items)
-        work = read_batches if self.reads else generate_batch
-        work(self.model, self.tokenizer, items, self.statistics, SimpleNamespace(**{**vars(self.args), "batch_size": size}))
+        if self.reads:
+            read_batches(self.model, self.tokenizer, items, self.statistics, self.args.where, size)
+        else:
+            generate_batch(self.model, self.tokenizer, items, self.statistics, self.args)
         layer = self.statistics.broken_layer()
         if layer is not None:
             raise UserError(f"layer {layer} gave NaN or infinite activations in the answers {self.done + 1} to "

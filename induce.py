@@ -26,7 +26,7 @@ from pathlib import Path
 
 from identify import (NEXT_QUESTION, POLES, TRAITS, Answers, Endpoint, Flags, Neurons, NoReply, Rows, UserError, answer, answer_text,
                       answered_inputs, ask, built_in_bench, chat, check_trait, ending, find_mlps, fingerprint, identify, load_model,
-                      model_arguments, neuron_path, op, patched, positive, say, script, token_ids, write_atomically)
+                      model_arguments, neuron_path, op, patched, positive, published, say, script, token_ids, write_atomically)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -40,6 +40,13 @@ OWN_SCALE = {"dpn-le": "alpha times the mean difference of a neuron's product", 
              "residual stream", "dpn-le-weighted": "alpha times 0.75 to 1 of the mean difference of a neuron's product"}
 
 # --------------------------------------------------------------------------------------------------------- profiles
+
+
+def no_edits(number: int):
+    """float32 (number, 4): cap, scale, shift and bias that change nothing."""
+    import torch
+
+    return torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(number, 1)
 
 
 @dataclass
@@ -64,7 +71,7 @@ class Profile:
             return cls(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0, 4), name)
         layer, index, cap, shift = (torch.cat(parts) for parts in zip(*edits))
         keys, at = torch.unique(torch.stack([layer, index], 1), dim=0, return_inverse=True)
-        value = torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(len(keys), 1)
+        value = no_edits(len(keys))
         value[:, 0] = value[:, 0].scatter_reduce(0, at, cap.float(), "amin")
         # summed in float64 and in sorted order, so that the order of the sets does not show in the last bit
         order = torch.argsort(shift, stable=True)
@@ -133,7 +140,7 @@ def composed(parts: list[tuple], min_delta: float = 0.1, min_neurons: int | None
             strengths[k] = (wanted[k] + strengths[k] - gram[k] @ strengths / own).clamp(0, 2 * wanted[k])
     total = (strengths[:, None] * units).sum(0).view(parts[0][0].shape)
     layer, index = (total != 0).nonzero(as_tuple=True)
-    value = torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(len(layer), 1)
+    value = no_edits(len(layer))
     value[:, 0] = torch.where(total[layer, index] < 0, 0.0, math.inf)
     value[:, 2] = total[layer, index].clamp(min=0).float()
     return Profile(layer, index, value, name)
@@ -166,7 +173,7 @@ def dpn_le(parts: list[tuple], weighted: bool = False, min_effect: float = 0.1, 
             weight[chosen] = 0.75 + 0.25 * rank / (len(rank) - 1)
         total = total + alpha * torch.where(chosen, difference * weight, 0.0)
     layer, index = (total != 0).nonzero(as_tuple=True) if parts else (torch.empty(0, dtype=torch.long),) * 2
-    value = torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(len(layer), 1)
+    value = no_edits(len(layer))
     if len(layer):
         value[:, 3] = total[layer, index].float()
     return Profile(layer, index, value, name)
@@ -181,8 +188,8 @@ class Released:
 
         mlps = find_mlps(model)
         self.shape, self.meta, self.poles = (len(mlps), mlps[0].width), {"trait": trait}, {}
-        for pole, end in zip(POLES, ("", "_reversed")):
-            path = Path(folder) / f"{trait.capitalize()}{end}_dict.json"
+        for pole, key in published(trait).items():
+            path = Path(folder) / f"{key}_dict.json"
             try:
                 rows = [row for rows in json.loads(path.read_bytes()).values() for row in rows]
                 table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)

@@ -223,6 +223,23 @@ def bound(ratios, seed=0) -> tuple[float, float]:
     return float(values.median()), float(draws.quantile(0.975))
 
 
+def paired(ways: dict, pairs: int, warm: int = 1) -> dict:
+    """Seconds of each way, in turn; each is called `warm` times before."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = {name: [] for name in ways}
+    for call in ways.values():
+        for _ in range(warm):
+            call()
+    for k in range(pairs):
+        for name in list(ways)[k % len(ways):] + list(ways)[:k % len(ways)]:
+            wait()
+            start = time.perf_counter()
+            ways[name]()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
 def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
     """Whole generate() calls with the same number of tokens, plain and otherwise, in turn."""
     if device == "cuda":
@@ -250,14 +267,8 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
 
     def run(model):
         with torch.no_grad():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                            do_sample=False, **options)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
 
     def steered(number):
         made = [random_profile(60, depth, width, seed) for seed in range(number)]
@@ -266,18 +277,13 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
     ways = {"plain": contextlib.nullcontext, "steered": steered(1), "observed": lambda model: identify.observe(model, statistics)}
     if profiles:
         ways = {"1 profile": steered(1), f"{profiles} profiles": steered(profiles)}
-    times = {name: [] for name in ways}
     with contextlib.ExitStack() as patched:
         # Leaving a patch drops the compiled call, so each way has a model of its own, on the same weights, patched throughout
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         models = {name: copy.deepcopy(model, dict(shared)) for name in ways}
         for name, way in ways.items():
             patched.enter_context(way(models[name]))
-            for _ in range(3 if compiled else 1):
-                run(models[name])
-        for k in range(pairs):
-            for name in list(ways)[k % len(ways):] + list(ways)[:k % len(ways)]:
-                times[name].append(run(models[name]))
+        times = paired({name: lambda one=one: run(one) for name, one in models.items()}, pairs, warm=3 if compiled else 1)
     results = []
     base = next(iter(ways))
     for name in list(ways)[1:]:
@@ -290,21 +296,6 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
               f"{median:.4f} (95 % bound {upper:.4f}), {results[-1]['tokens_per_s']:.0f} against "
               f"{results[-1]['base_tokens_per_s']:.0f} tokens/s", flush=True)
     return results
-
-
-def paired(ways: dict, pairs: int) -> dict:
-    """Seconds of each way, in turn."""
-    times = {name: [] for name in ways}
-    for call in ways.values():
-        call()
-    for k in range(pairs):
-        for name in list(ways)[k % len(ways):] + list(ways)[:k % len(ways)]:
-            start = time.perf_counter()
-            ways[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def ratio(title: str, first: str, second: str, times: dict, amount: int, unit: str) -> dict:

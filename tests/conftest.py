@@ -133,6 +133,15 @@ def made(small, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def several(small, tmp_path_factory):
+    """A folder with two traits' neuron files of the tiny model."""
+    out = tmp_path_factory.mktemp("several")
+    for trait in ("extraversion", "neuroticism"):
+        run(small, out, trait)()
+    return out
+
+
 def contents(out, trait="extraversion"):
     return {name: (out / name).read_bytes() for name in (f"{trait}.safetensors", f"{trait}.answers.jsonl")}
 

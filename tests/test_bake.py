@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import identify
 import induce
-from conftest import Server, main_of, prompts, run, shared_flags, tiny
+from conftest import Server, main_of, prompts, shared_flags, tiny
 from identify import UserError
 from induce import Baking, Profile, steer, suppressed
 
@@ -156,27 +156,19 @@ def test_suppression():
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-@pytest.fixture(scope="module")
-def neurons(small, tmp_path_factory):
-    out = tmp_path_factory.mktemp("neurons")
-    for trait in ("extraversion", "neuroticism"):
-        run(small, out, trait)()
-    return out
+def command(small, several, *more):
+    return (*shared_flags(small), "--neurons", several, "--min-neurons", "12", *more)
 
 
-def command(small, neurons, *more):
-    return (*shared_flags(small), "--neurons", neurons, "--min-neurons", "12", *more)
-
-
-def baked_by(small, neurons, monkeypatch, folder, *more):
-    main_of(induce, monkeypatch, *command(small, neurons, "--trait", "extraversion", "--alpha", "2", "--save", folder, *more))
+def baked_by(small, several, monkeypatch, folder, *more):
+    main_of(induce, monkeypatch, *command(small, several, "--trait", "extraversion", "--alpha", "2", "--save", folder, *more))
 
 
 @pytest.mark.parametrize("more", ((), ("--method", "dpn-le"), ("--method", "activation"), ("--suppress", "none"), ("--rank", "64")))
-def test_saved_and_verified(small, neurons, monkeypatch, tmp_path, capsys, more):
+def test_saved_and_verified(small, several, monkeypatch, tmp_path, capsys, more):
     if more[-1:] == ("dpn-le",):
         monkeypatch.setattr(induce.dpn_le, "__defaults__", (False, 0.0, ""))
-    baked_by(small, neurons, monkeypatch, tmp_path / "baked", "--verify", *more)
+    baked_by(small, several, monkeypatch, tmp_path / "baked", "--verify", *more)
     said = capsys.readouterr()
     assert "baked against live" in said.out and "--where all" in said.err and "FLOPs a token" in said.err
     names = {path.name for path in (tmp_path / "baked").iterdir()}
@@ -185,45 +177,45 @@ def test_saved_and_verified(small, neurons, monkeypatch, tmp_path, capsys, more)
     assert not [path for path in tmp_path.iterdir() if path.name != "baked"], "nothing else is left"
     card = (tmp_path / "baked" / "README.md").read_text()
     assert identify.fingerprint(small.model) in card and "extraversion +2" in card
-    baked_by(small, neurons, monkeypatch, tmp_path / "baked", *more)  # its own kind may be written over
+    baked_by(small, several, monkeypatch, tmp_path / "baked", *more)  # its own kind may be written over
 
 
-def test_verify_fails_where_it_should(small, neurons, monkeypatch, tmp_path):
+def test_verify_fails_where_it_should(small, several, monkeypatch, tmp_path):
     original = Baking.layer
     monkeypatch.setattr(Baking, "layer", lambda self, number: {name: tensor * (1.01 if name == "down_proj.weight" else 1)
                                                                for name, tensor in original(self, number).items()})
     with pytest.raises(UserError, match="baked and live differ by"):
-        baked_by(small, neurons, monkeypatch, tmp_path / "baked", "--verify")
+        baked_by(small, several, monkeypatch, tmp_path / "baked", "--verify")
 
 
 @pytest.mark.parametrize("flags, pattern", (
     (("--where", "generated"), "can't be had with --where generated"), (("--keep", "0.9"), "can't be had with --keep"),
     (("--suppress", "cap"), "can't be had with --suppress cap"), (("--chat",), "can't be had with --chat"),
     (("--questions", "q.txt"), "holds one character")))
-def test_what_baking_cannot_express(small, neurons, monkeypatch, tmp_path, flags, pattern):
+def test_what_baking_cannot_express(small, several, monkeypatch, tmp_path, flags, pattern):
     with pytest.raises(UserError, match=pattern):
-        baked_by(small, neurons, monkeypatch, tmp_path / "baked", *flags)
+        baked_by(small, several, monkeypatch, tmp_path / "baked", *flags)
 
 
-def test_something_else_is_not_overwritten(small, neurons, monkeypatch, tmp_path):
+def test_something_else_is_not_overwritten(small, several, monkeypatch, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="something else"):
-        baked_by(small, neurons, monkeypatch, tmp_path)
+        baked_by(small, several, monkeypatch, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_a_baked_directory_is_a_model(small, neurons, monkeypatch, tmp_path):
+def test_a_baked_directory_is_a_model(small, several, monkeypatch, tmp_path):
     """identify, induce and evaluate take it as --model; and its neurons are not those of the base model's file."""
-    baked_by(small, neurons, monkeypatch, tmp_path / "baked")
+    baked_by(small, several, monkeypatch, tmp_path / "baked")
     model, tokenizer = identify.load_model(str(tmp_path / "baked"), "cpu", "float32")
     assert len(identify.find_mlps(model)) == 2 and tokenizer.chat_template == small.tokenizer.chat_template
     with pytest.raises(UserError, match="was made with"):
-        identify.Neurons.load(neurons / "extraversion.safetensors", model)
+        identify.Neurons.load(several / "extraversion.safetensors", model)
 
 
-def test_a_server_is_checked(small, neurons, monkeypatch, tmp_path, capsys):
+def test_a_server_is_checked(small, several, monkeypatch, tmp_path, capsys):
     pytest.importorskip("openai")
-    baked_by(small, neurons, monkeypatch, tmp_path / "baked")
+    baked_by(small, several, monkeypatch, tmp_path / "baked")
     expected = {str(one["prompt"]): one for one in json.loads((tmp_path / "baked" / "verify.json").read_text())["expected"]}
     check = lambda server: main_of(induce, monkeypatch, "--save", tmp_path / "baked", "--verify-server", server.url)  # noqa: E731
     with Server(lambda n, body: expected[str(body["prompt"])]["text"]) as server:

@@ -25,15 +25,6 @@ def random_neurons(trait, seed, shape=(DEPTH, WIDTH)):
                    {"trait": trait, "key": f"{trait}{seed}"})
 
 
-@pytest.fixture(scope="module")
-def several(small, tmp_path_factory):
-    """A folder with two traits' neuron files of the tiny model."""
-    out = tmp_path_factory.mktemp("several")
-    for trait in ("extraversion", "neuroticism"):
-        run(small, out, trait)()
-    return out
-
-
 def same(a: Profile, b: Profile) -> bool:
     return all(torch.equal(x, y) for x, y in ((a.layer, b.layer), (a.index, b.index), (a.value, b.value)))
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from identify import (FACET_NAMES, POLES, ROOT, TRAITS, Bench, Endpoint, Flags, NoReply, UserError, answer, ask, chat, check_trait, digest,
                       facet_rows, fingerprint, json_lines, load_bench, load_model, markdown, model_arguments, padded, positive, said, say,
                       script, text_ids, token_ids, write_atomically)
-from induce import REPETITION_PENALTY, Character, NeuronFolder, Profile, npti_edits, steer
+from induce import REPETITION_PENALTY, SUPPRESS, Character, NeuronFolder, Profile, npti_edits, steer
 
 METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
 EDITS = ("npti", "dpn-le", "activation")  # the methods that have a strength
@@ -251,10 +251,12 @@ def condition_of(one: dict) -> Condition:
 class Personalities:
     """The model under every method, trait, pole and strength: a system prompt, a profile, or neither."""
 
-    def __init__(self, model, tokenizer, bench: Bench, args):
-        self.model, self.tokenizer, self.bench, self.args = model, tokenizer, bench, args
+    def __init__(self, model, tokenizer, bench: Bench, args, reader: tuple):
+        """reader: (model, tokenizer) of the contrast judge."""
+        self.model, self.tokenizer, self.bench, self.args, self.reader = model, tokenizer, bench, args, reader
+        self.same_ids = reader[1] is tokenizer or reader[1].get_vocab() == tokenizer.get_vocab()
         options = {name: getattr(args, name) for name in ("bench", "batch_size", "seed")}
-        self.folder = NeuronFolder(model, tokenizer, args.neurons, **options)
+        self.folder = NeuronFolder(model, tokenizer, args.neurons, suppress=args.suppress, **options)
 
     def profile(self, one: Condition) -> Profile:
         if one.method == "added":
@@ -295,7 +297,7 @@ class Personalities:
         with progress(len(cells), len(cells) - len(todo), title) as bar:
             for start in range(0, len(todo), args.batch_size):
                 batch = todo[start:start + args.batch_size]
-                with steer(self.model, profiles, [number.get(condition_of(cell), 0) for cell in batch]):
+                with steer(self.model, profiles, [number.get(condition_of(cell), 0) for cell in batch], args.where):
                     answers = answer(self.model, self.tokenizer, [ask(cell["question"], cell["persona"]) for cell in batch],
                                      args.max_new_tokens, repetition_penalty=REPETITION_PENALTY)
                 lines.add([{**cell, "answer": text, "ids": said(self.tokenizer, ids)} for cell, (text, ids) in zip(batch, answers)])
@@ -413,10 +415,10 @@ def judge_by_contrast(people: Personalities, answers: list[dict], lines: Lines, 
         missing = [trait for trait in wanted if f"{one['key']}/contrast/{trait}" not in lines.done]
         if missing:
             todo[one["question"], tuple(missing)].append(one)
-    model, tokenizer = people.model, people.tokenizer
+    model, tokenizer = people.reader
     with progress(len(answers), len(answers) - sum(map(len, todo.values())), title) as bar:
         for (question, missing), group in todo.items():
-            ids = [one["ids"] or [tokenizer.eos_token_id] for one in group]
+            ids = [(one["ids"] if people.same_ids else text_ids(tokenizer, one["answer"])) or [tokenizer.eos_token_id] for one in group]
             scores, plain = contrast(model, tokenizer, people.bench, list(missing), question, ids, people.args.batch_size)
             made = [{"key": f"{one['key']}/fluency", "perplexity": math.exp(min(-value, 50)),
                      "repetition": repetition(one["ids"]), "tokens": len(one["ids"])} for one, value in zip(group, plain.tolist())]
@@ -1299,7 +1301,8 @@ def parser() -> Flags:
     flags.add_argument("--method", nargs="+", choices=METHODS, help="default: " + " ".join(METHODS[:4]))
     flags.add_argument("--judge", nargs="+", choices=JUDGES, help="default: contrast")
     flags.add_argument("--judge-model", metavar="M",
-                       help="of the judge llm: as --model takes it (default: --model), or the name that --judge-url knows")
+                       help="what judges, contrast and llm, as --model takes it (default: --model): the base model of a baked one, "
+                            "say; with --judge-url the name of the judge llm there")
     flags.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server for the judge llm; key: $OPENAI_API_KEY")
     flags.add_argument("--inventory", metavar="FILE",
                        help="of the judge questionnaire: a table with the columns item, key, facet (default: 60 built-in items)")
@@ -1317,6 +1320,10 @@ def parser() -> Flags:
     flags.add_argument("--answers", metavar="FILE", help="judge these (JSON lines: trait, pole, question, answer), generate none")
     flags.add_argument("--compare", nargs=2, metavar="DIR", help="set two result folders side by side")
     flags.add_argument("--neurons", default="neurons", metavar="DIR", help="default: %(default)s; made where it lacks a trait")
+    flags.add_argument("--where", choices=("generated", "all"), default="generated",
+                       help="edit the answer's tokens, as NPTI does, or the prompt's as well (default: %(default)s)")
+    flags.add_argument("--suppress", choices=SUPPRESS, default="cap",
+                       help="the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or left alone (default: %(default)s)")
     flags.add_argument("--bench", metavar="DIR", help="questions and personas in PersonalityBench's layout (default: built in)")
     flags.add_argument("--limit", type=positive, default=10, metavar="N", help="test questions a trait (default: %(default)s)")
     flags.add_argument("--out", default="results", metavar="DIR", help="default: %(default)s")
@@ -1337,7 +1344,7 @@ def checked_arguments():
     for name in ("alpha", "dose"):
         if not all(0 < alpha < 100 for alpha in getattr(args, name)):
             raise UserError(f"--{name}: expected numbers above 0 (both poles are measured), got {getattr(args, name)}")
-    for flag, wanted in (("judge_url", "llm"), ("judge_model", "llm"), ("inventory", "questionnaire")):
+    for flag, wanted in (("judge_url", "llm"), ("inventory", "questionnaire")):
         if getattr(args, flag) and wanted not in args.judge:
             raise UserError(f"--{flag.replace('_', '-')} is for the judge {wanted}: --judge contrast {wanted}")
     if args.neurons.startswith("npti:"):
@@ -1353,14 +1360,6 @@ def checked_arguments():
     if args.characters and "questionnaire" in args.judge and {item[1] for item in args.items} != set(TRAITS):
         raise UserError(f"--characters: --inventory {args.inventory} does not ask about all five traits")
     return args
-
-
-def llm_judge(args, model, tokenizer):
-    if args.judge_url:
-        return EndpointJudge(args.judge_url, args.judge_model, args.batch_size)
-    if args.judge_model:
-        model, tokenizer = load_model(args.judge_model, args.device, args.dtype)
-    return LocalJudge(model, tokenizer, min(args.batch_size, 32))
 
 
 class Evaluation:
@@ -1492,6 +1491,7 @@ class Evaluation:
             f"{self.people.bench.name} bench, {args.max_new_tokens} tokens an answer, alpha "
             f"{', '.join(f'{alpha:g}' for alpha in args.alpha)}, seed {args.seed}; ")
         head = (f"{model.source}, {str(model.dtype).split('.')[-1]} on {model.device.type}; {made}judges: {', '.join(args.judge)}")
+        head += "".join(f"; {name} {value}" for name, value in self.made_with.items() if name in ("judge", "edits"))
         if self.judge:
             lost = sum(line["score"] is None for line in self.scores.done.values() if line.get("judge") == self.judge.name)
             head += f" ({self.judge.name}; {lost} replies were no rating)"
@@ -1513,10 +1513,19 @@ def main() -> None:
                  "judging": digest(NEUTRAL, QUIZ, OPTIONS, JUDGE_PERSONAS, rubric(None), rubric(TRAITS[0])),
                  "bench": digest(*(bench.fingerprint(trait) for trait in TRAITS)),
                  "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    judge = llm_judge(args, model, tokenizer) if "llm" in args.judge else None
-    if isinstance(judge, LocalJudge):
+    reader = (model, tokenizer)
+    if args.judge_model and not args.judge_url:
+        reader = load_model(args.judge_model, args.device, args.dtype)
+        made_with["judge"] = f"{reader[0].source} {fingerprint(reader[0])}"
+    if (args.where, args.suppress) != ("generated", "cap"):
+        made_with["edits"] = f"--where {args.where} --suppress {args.suppress}"
+    judge = None
+    if "llm" in args.judge and args.judge_url:
+        judge = EndpointJudge(args.judge_url, args.judge_model, args.batch_size)
+    elif "llm" in args.judge:
+        judge = LocalJudge(*reader, min(args.batch_size, 32))
         judge.rate(None, [("Can you rate?", "Yes.")])  # a model that can't says so now, not after an hour
-    run = Evaluation(Personalities(model, tokenizer, bench, args), args, judge, made_with)
+    run = Evaluation(Personalities(model, tokenizer, bench, args, reader), args, judge, made_with)
     if args.dose and set(EDITS) & set(args.method):
         run.doses()
     if args.answers:

@@ -387,7 +387,8 @@ def on_device(device: str | None):
 
 
 def load_model(name: str | None = None, device: str | None = None, dtype: str | None = None):
-    """(model, tokenizer) of a hub id, a local directory or a .gguf path; the model knows its name as model.source.
+    """(model, tokenizer) of a hub id, a local directory, a .gguf path, or (SmolLM2-135M-Instruct, as None) the default model;
+    the model knows its name as model.source.
     dtype: float32, bfloat16 or float16; by default bfloat16 on a GPU, and on a CPU only where that has instructions for
     it (elsewhere it is several times slower than float32)."""
     import torch
@@ -398,7 +399,8 @@ def load_model(name: str | None = None, device: str | None = None, dtype: str | 
     device = on_device(device)
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" or op().fast_bfloat16 else "float32"
-    name = name or default_model()
+    if name is None or (name == DEFAULT_MODEL.split("/")[1] and not Path(name).exists()):
+        name = default_model()
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -2056,11 +2058,14 @@ class Flags(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help)")
 
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # how many write them
+
+
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that all three scripts share."""
     parser.add_argument("--model", help="hub id, directory or .gguf file (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), type=lambda text: DTYPES.get(text, text),
                         help="default: bfloat16 on a GPU, on a CPU what that is fast in")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="rows of a batch (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N",

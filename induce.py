@@ -554,7 +554,8 @@ class NeuronFolder:
 BAKED = ("llama", "mistral", "qwen2")  # what can be written as a Llama checkpoint, whose MLPs can have biases
 SUPPRESS = ("cap", "zero", "none")
 GATE_BIAS = 2.0  # of an added neuron: exact in every dtype; its activation is divided out of the down column
-PROBES = ("What do you like to do with your friends?", "Tell me about a book.", "How do you cook rice?", "Describe your day.")
+PROBES = ("What do you like to do with your friends?", "Tell me about a book.", "How do you cook rice?", "Describe your day.",
+          "What makes you angry?", "How do you spend a rainy Sunday?", "What do you think of your neighbours?", "Plan a trip with me.")
 
 
 class Baking:
@@ -591,24 +592,24 @@ class Baking:
 
         mlp, mine = self.mlps[number], self.profile.layer == number
         index, value = self.profile.index[mine].to(mlp.gate.weight.device), self.profile.value[mine].to(mlp.gate.weight.device)
-        dtype, kind = mlp.gate.weight.dtype, {"device": mlp.gate.weight.device, "dtype": torch.float32}
+        dtype, device = mlp.gate.weight.dtype, mlp.gate.weight.device
         width, hidden = mlp.gate.weight.shape
-        wide = {"gate": torch.zeros((self.width, hidden), **kind), "up": torch.zeros((self.width, hidden), **kind),
-                "down": torch.zeros((self.width, hidden), **kind)}  # down transposed
-        bias = {"gate": torch.zeros(self.width, **kind), "up": torch.zeros(self.width, **kind), "down": torch.zeros(hidden, **kind)}
+        shapes = {"gate": (self.width, hidden), "up": (self.width, hidden), "down": (hidden, self.width)}
+        weight = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+        bias = {name: torch.zeros(shape[0], device=device) for name, shape in shapes.items()}
         for name, part in (("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)):
-            weight = part.weight.detach().float()
-            wide[name][:width] = weight.T if name == "down" else weight
+            old = part.weight.detach()
+            weight[name][:old.shape[0], :old.shape[1]] = old
             if part.bias is not None:
-                bias[name][:len(part.bias)] = part.bias.detach().float()
-        up, down, up_bias = (tensor[index].clone() for tensor in (wide["up"], wide["down"], bias["up"]))
+                bias[name][:len(part.bias)] = part.bias.detach()
+        up, down, up_bias = weight["up"][index].float(), weight["down"][:, index].T.float(), bias["up"][index]  # of the edited neurons
         scale, shift, constant = value[:, 1], value[:, 2], value[:, 3]
         bias["down"] += constant @ down
         if number in self.profile.residual:
-            bias["down"] += self.profile.residual[number].to(**kind)
-        wide["down"][index] *= scale[:, None]  # 0 where removed
+            bias["down"] += self.profile.residual[number].to(device, torch.float32)
+        weight["down"][:, index] *= scale.to(dtype)
         free = index[scale == 0]
-        for tensor in (*wide.values(), bias["gate"], bias["up"]):
+        for tensor in (weight["gate"], weight["up"], bias["gate"], bias["up"]):
             tensor[free] = 0
         raised = shift != 0
         up, down, up_bias = up[raised], down[raised] * shift[raised, None], up_bias[raised]
@@ -618,13 +619,13 @@ class Baking:
             q, r = torch.linalg.qr(down.T)  # down.T @ up is (hidden, hidden) of rank len(up) at most
             u, s, v = torch.linalg.svd(r @ up, full_matrices=False)
             up, down, up_bias = v[:self.rank], (q @ u[:, :self.rank] * s[:self.rank]).T, up_bias[:self.rank]
-        places = torch.cat([free, torch.arange(width, self.width, device=free.device)])[:len(up)]
+        places = torch.cat([free, torch.arange(width, self.width, device=device)])[:len(up)]
         # the activation as the model will compute it, in its own dtype: so its rounding is divided out too
-        act = mlp.act_module(torch.tensor([GATE_BIAS], device=kind["device"], dtype=dtype)).float()
-        wide["up"][places], wide["down"][places], bias["gate"][places], bias["up"][places] = up, down / act, GATE_BIAS, up_bias
-        wide["down"] = wide["down"].T
-        return {f"{name}_proj.{what}": tensor.to(dtype).contiguous().cpu()
-                for what, tensors in (("weight", wide), ("bias", bias)) for name, tensor in tensors.items()}
+        act = mlp.act_module(torch.tensor([GATE_BIAS], device=device, dtype=dtype)).float()
+        weight["up"][places], weight["down"].T[places] = up.to(dtype), (down / act).to(dtype)
+        bias["gate"][places], bias["up"][places] = GATE_BIAS, up_bias
+        return {f"{name}_proj.{what}": tensor.to(dtype).cpu()
+                for what, tensors in (("weight", weight), ("bias", bias)) for name, tensor in tensors.items()}
 
     def config(self) -> dict:
         """config.json, of a LlamaForCausalLM."""
@@ -719,10 +720,7 @@ def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> 
         for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
             for path in source.glob(pattern) if source.is_dir() else ():
                 shutil.copy(path, temporary)
-        with steer(model, profile, where="all"):
-            live = [(text, *probe(model, tokenizer, text)) for text in PROBES]
-        expected = [{"prompt": ids, "question": text, "text": tokenizer.decode(new),
-                     "plain": tokenizer.decode(probe(model, tokenizer, text)[1])} for text, ids, new in live]
+        expected = probes(model, tokenizer, profile)
         made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(), "suppress": args.suppress,
                 "rank": args.rank, "dtype": str(model.dtype).split(".")[-1], "cost": baking.cost(),
                 "neurons": {trait: neurons.meta.get("key", "released files") for trait, neurons in folder.files.items()}}
@@ -750,6 +748,28 @@ def probe(model, tokenizer, question: str, tokens: int = 12) -> tuple[list[int],
     return ids, new
 
 
+def alike(first: str, second: str) -> bool:
+    """Whether two answers begin alike: as far as a word or so beyond which rounding may turn either."""
+    return " ".join(first.split())[:24] == " ".join(second.split())[:24]
+
+
+def probes(model, tokenizer, profile: Profile) -> list[dict]:
+    """What verify.json holds: a few prompts as token ids, how the answers to them begin, and how they do where an engine drops the
+    biases, which leaves only what is removed. Prompts that can't tell these apart are left out."""
+    import torch
+
+    free = profile.value[:, 1] == 0
+    rest = Profile(profile.layer[free], profile.index[free], torch.tensor([[math.inf, 0.0, 0.0, 0.0]]).repeat(int(free.sum()), 1), "removed")
+    made = []
+    for question in PROBES:
+        with steer(model, profile, where="all"):
+            ids, new = probe(model, tokenizer, question)
+        with steer(model, rest, where="all"):
+            without = probe(model, tokenizer, question)[1]
+        made.append({"prompt": ids, "question": question, "text": tokenizer.decode(new), "without biases": tokenizer.decode(without)})
+    return [one for one in made if not alike(one["text"], one["without biases"])]
+
+
 def card(made: dict) -> str:
     """The model card."""
     neurons = ", ".join(f"{trait} {key}" for trait, key in made["neurons"].items())
@@ -769,27 +789,30 @@ by biased neurons that were added to the MLPs; those of the other pole: {made["s
 | strengths | {made["character"]} |
 | cost | {made["cost"]} |
 
-Some engines drop the biases of MLPs without a word; then the base model answers, not this one. `verify.json` holds a few prompts, as
-token ids, with the first greedy tokens that should follow, and those of the base model; `python induce.py --save DIR --verify-server URL`
-compares them with what a server says.
+Some engines drop the biases of MLPs without a word; then something near the base model answers, not this one. `verify.json` holds a
+few prompts, as token ids, with the first greedy tokens that should follow, and those that follow without the biases; `python induce.py
+--save DIR --verify-server URL` compares them with what a server says.
 """
 
 
 def verify(model, tokenizer, profile: Profile, folder: Path) -> None:
-    """Compare the checkpoint, in plain transformers, with the live edit; raise if they differ by more than rounding."""
+    """Compare the checkpoint, in plain transformers, with the live edit; raise if they differ by more than rounding. Both compute in
+    float32, whatever the weights were saved in: bfloat16's own rounding moves logits by a third of what a strong edit does."""
     import torch
     import transformers
+    from tqdm import tqdm
 
-    baked = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    dtype, model = model.dtype, model.float()
+    baked = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
     worst = effect = divergence = 0.0
-    ties, questions = [], [*PROBES, *built_in_bench().test[TRAITS[0]][:16]]
-    for question in questions:
+    ties, questions = [], [*PROBES, *built_in_bench().test[TRAITS[0]][:12]]
+    for question in tqdm(questions, desc="verify", unit="prompt"):
         ids = torch.tensor([token_ids(tokenizer, chat(tokenizer, ask(question)))], device=model.device)
         with torch.no_grad():
             with steer(model, profile, where="all"):
-                live = model(input_ids=ids).logits[0].float()
+                live = model(input_ids=ids).logits[0]
                 mine = probe(model, tokenizer, question, 24)[1]
-            plain, ours = model(input_ids=ids).logits[0].float(), baked(input_ids=ids).logits[0].float()
+            plain, ours = model(input_ids=ids).logits[0], baked(input_ids=ids).logits[0]
         worst, effect = max(worst, float((live - ours).abs().max())), max(effect, float((live - plain).abs().max()))
         divergence = max(divergence, float((live.softmax(-1) * (live.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).max()))
         theirs = probe(baked, tokenizer, question, 24)[1]
@@ -797,13 +820,14 @@ def verify(model, tokenizer, profile: Profile, folder: Path) -> None:
         if at is not None:
             with torch.no_grad(), steer(model, profile, where="all"):
                 so_far = torch.cat([ids, torch.tensor([mine[:at]], device=ids.device, dtype=ids.dtype)], 1)
-                best = model(input_ids=so_far).logits[0, -1].float()
+                best = model(input_ids=so_far).logits[0, -1]
             ties.append(float(best.topk(2).values.diff().abs()))
-    bound = 1e-3 if model.dtype == torch.float32 else 0.1 * max(1.0, effect)
-    print(f"baked against live, {len(questions)} prompts, {str(model.dtype).split('.')[-1]}: logits differ by {worst:.2g} at most "
+    # an added neuron's weights are rounded to the dtype once more: 0.2 % in bfloat16
+    bound = 1e-3 if dtype == torch.float32 else 0.01 * max(1.0, effect)
+    print(f"baked against live, {len(questions)} prompts, {str(dtype).split('.')[-1]} weights: logits differ by {worst:.2g} at most "
           f"(bound {bound:.2g}; the edit moves them by {effect:.2g}), KL {divergence:.2g} at most; greedy answers differ in {len(ties)}"
           + (f", where the best two logits are {max(ties):.2g} apart at most" if ties else ""))
-    if worst > bound:
+    if not worst <= bound:  # NaN is above every bound
         raise UserError(f"{folder}: baked and live differ by {worst:.2g}, more than {bound:.2g}")
 
 
@@ -811,23 +835,26 @@ def verify_server(folder: str, url: str, served: str | None) -> None:
     """Ask a server what it makes of a baked checkpoint: its first tokens against verify.json's."""
     try:
         expected = json.loads((Path(folder) / "verify.json").read_text())["expected"]
-        expected = [(one["prompt"], one["question"], one["text"], one["plain"]) for one in expected]
+        expected = [(one["prompt"], one["question"], one["text"], one["without biases"]) for one in expected]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--save {folder} holds no verify.json of a baked model: {error}") from error
+    if not expected:
+        raise UserError(f"--save {folder}: the biases of this model are too weak to turn any of {len(PROBES)} answers: nothing can tell")
     endpoint = Endpoint(url, served)
-    right = plain = 0
-    for prompt, question, text, unbaked in expected:
+    right = dropped = 0
+    for prompt, question, text, without in expected:
         try:
             said = endpoint.completion(prompt, max_tokens=12, temperature=0)[0]
         except NoReply as error:
             raise UserError(f"{url}: {error}") from error
-        same = lambda a, b: " ".join(a.split())[:24] == " ".join(b.split())[:24]  # noqa: E731
-        right, plain = right + same(said, text), plain + (same(said, unbaked) and not same(said, text))
+        right, dropped = right + alike(said, text), dropped + alike(said, without)
         print(f"{question}\n  expected: {text!r}\n  served:   {said!r}")
-    if right < len(expected):
-        why = "it speaks as the base model does: this engine drops the biases of MLPs" if plain else "rounding, or another model"
-        raise UserError(f"{url}: {right} of {len(expected)} answers begin as they should; {why}")
-    print(f"{url}: all {len(expected)} answers begin as they should")
+    if dropped > right:
+        raise UserError(f"{url}: {dropped} of {len(expected)} answers are those without the biases of the MLPs: this engine drops them")
+    if right <= len(expected) / 2:
+        raise UserError(f"{url}: {right} of {len(expected)} answers begin as they should: this is another model")
+    print(f"{url}: {right} of {len(expected)} answers begin as they should"
+          + ("" if right == len(expected) else "; rounding can turn the others, above all in fewer bits"))
 
 
 # ------------------------------------------------------------------------------------------------- the command line

@@ -356,12 +356,31 @@ def batches(device: str, pairs: int) -> list[dict]:
     return results
 
 
+def baked(device: str, pairs: int, folder: str) -> list[dict]:
+    """Generation of a checkpoint that induce.py --save made of the default model, against that model."""
+    models = {"base": identify.load_model(device=device)[0]}
+    models["baked"] = identify.load_model(folder, device, str(models["base"].dtype).split(".")[-1])[0]
+    results = []
+    for rows, new_tokens in ((32, 24), (1, 24)):
+        ids = torch.randint(10, 1000, (rows, 24), generator=torch.Generator().manual_seed(0)).to(models["base"].device)
+
+        def write(model, ids=ids, new_tokens=new_tokens):
+            with torch.no_grad():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                               min_new_tokens=new_tokens, do_sample=False)
+
+        times = paired({name: lambda one=one: write(one) for name, one in models.items()}, pairs)
+        results.append(ratio(f"{folder}, {models['base'].dtype}, {rows} rows", "baked", "base", times, rows * new_tokens, "tokens"))
+    return results
+
+
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--json", metavar="FILE")
     flags.add_argument("--quick", action="store_true", help="two shapes, and fewer pairs of generations")
     flags.add_argument("--only", choices=("kernel", "generation", "reading", "batches"))
+    flags.add_argument("--baked", metavar="DIR", help="only: the speed of a checkpoint that induce.py --save made of the default model")
     flags.add_argument("--seconds", type=float, default=2.0, help="for each shape (default: %(default)s)")
     flags.add_argument("--pairs", type=int, help="of generations (default: 21, quick: 7)")
     args = flags.parse_args()
@@ -369,6 +388,9 @@ def main() -> None:
     result = {"machine": machine(args.device)}
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     pairs = args.pairs or (7 if args.quick else 21)
+    if args.baked:
+        result["baked"] = baked(args.device, pairs, args.baked)
+        args.only = "baked"
     if args.only in (None, "kernel"):
         result["kernels"] = kernels(args.device, args.quick, args.seconds)
         kernel_targets(result["kernels"])

@@ -27,6 +27,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it i
 torch.set_num_threads(1)  # these models are so small that a second thread costs more than it gives
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run what takes many minutes, too: tests/test_llama_cpp.py")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs on request, with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="runs on request: --slow"))
+
+
 @pytest.fixture(scope="session")
 def op():
     return identify.op()

@@ -2,17 +2,21 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+import evaluate
 import identify
 import induce
-from conftest import Server, main_of, prompts, shared_flags, tiny
+from conftest import ROOT, Server, main_of, prompts, shared_flags, tiny
 from identify import UserError
-from induce import Baking, Profile, steer, suppressed
+from induce import Baking, NeuronFolder, Profile, steer, suppressed
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {"tie_word_embeddings": True}}
 
@@ -116,6 +120,38 @@ def test_shards_hold_the_same(tmp_path):
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in whole.values())
 
 
+def test_no_more_memory_than_a_shard_and_a_layer(tmp_path):
+    """Beyond the model, whose own weights the system maps from disk."""
+    config = transformers.LlamaConfig(vocab_size=128, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=4)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    shard, watch = 24 * 2**20, """
+import re, sys, threading, time
+from pathlib import Path
+sys.path[:0] = [%r, %r]
+import torch, transformers
+from test_bake import edits
+from induce import Baking
+anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+baking, most, folder = Baking(model, edits(width=2048, depth=16)), [0], Path(sys.argv[2])
+def look():
+    while True:
+        most[0] = max(most[0], anonymous())
+        time.sleep(0.002)
+baking.layer(0)  # what is loaded on first use
+before = anonymous()
+threading.Thread(target=look, daemon=True).start()
+baking.save(folder, shard=int(sys.argv[3]))
+print(most[0] - before, 3 * baking.width * 512 * 4, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+""" % (str(ROOT), str(ROOT / "tests"))
+    (tmp_path / "baked").mkdir()
+    command = [sys.executable, "-c", watch, tmp_path / "source", tmp_path / "baked", str(shard)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    more, layer, whole = map(int, result.stdout.split())
+    assert more < shard + layer + 8 * 2**20 < whole / 3
+
+
 def test_bfloat16_rounds_once(tmp_path):
     """The activation of an added neuron is divided out as the model computes it, rounding included."""
     model, profile = tiny().to(torch.bfloat16), edits(biased=0)
@@ -213,15 +249,42 @@ def test_a_baked_directory_is_a_model(small, several, monkeypatch, tmp_path):
         identify.Neurons.load(several / "extraversion.safetensors", model)
 
 
+def test_evaluated_by_the_base_model(small, several, monkeypatch, tmp_path):
+    """In float32 a baked checkpoint writes what the live edit writes, and with one judge for both it scores the same."""
+    baked_by(small, several, monkeypatch, tmp_path / "baked")
+    flags = ("--trait", "extraversion", "--limit", "4", "--max-new-tokens", "5", "--dtype", "fp32", "--device", "cpu", "--alpha", "2")
+    live = ("--model", small.model_dir, "--neurons", several, "--suppress", "zero", "--where", "all", "--method", "unedited", "npti")
+    monkeypatch.setattr(NeuronFolder.__init__, "__defaults__", (0.1, 12, "cap"))  # --min-neurons, as it was baked with
+    main_of(evaluate, monkeypatch, *flags, *live, "--out", tmp_path / "live")
+    baked = ("--model", tmp_path / "baked", "--judge-model", small.model_dir, "--method", "unedited")
+    main_of(evaluate, monkeypatch, *flags, *baked, "--out", tmp_path / "results")
+    rows = {name: {row["method"]: row for row in json.loads((tmp_path / name / "summary.json").read_text()) if row["pole"] != "low"}
+            for name in ("live", "results")}
+    for name in ("mean", "perplexity", "repetition"):
+        assert rows["results"]["unedited"][name] == pytest.approx(rows["live"]["npti"][name], abs=1e-5)
+    assert abs(rows["live"]["npti"]["mean"] - rows["live"]["unedited"]["mean"]) > 1e-3, "the edit did something"
+    assert "judge " in json.loads((tmp_path / "results" / "details.json").read_text())["head"]
+    with pytest.raises(UserError, match="choose another --out"):
+        main_of(evaluate, monkeypatch, *flags, *baked[:2], "--method", "unedited", "--out", tmp_path / "results")
+
+
 def test_a_server_is_checked(small, several, monkeypatch, tmp_path, capsys):
     pytest.importorskip("openai")
     baked_by(small, several, monkeypatch, tmp_path / "baked")
-    expected = {str(one["prompt"]): one for one in json.loads((tmp_path / "baked" / "verify.json").read_text())["expected"]}
+    expected = json.loads((tmp_path / "baked" / "verify.json").read_text())["expected"]
     check = lambda server: main_of(induce, monkeypatch, "--save", tmp_path / "baked", "--verify-server", server.url)  # noqa: E731
-    with Server(lambda n, body: expected[str(body["prompt"])]["text"]) as server:
+    with Server(lambda n, body: expected[n - 1]["text"]) as server:
         check(server)
-    assert "all 4 answers begin as they should" in capsys.readouterr().out
-    with Server(lambda n, body: expected[str(body["prompt"])]["plain"]) as server, pytest.raises(UserError, match="drops the biases"):
+    number, prompts_asked = len(expected), [body["prompt"] for body in server.seen]
+    assert prompts_asked == [one["prompt"] for one in expected], "as token ids"
+    assert number > 3 and f"{number} of {number} answers begin as they should" in capsys.readouterr().out
+    with Server(lambda n, body: "something else" if n == 1 else expected[n - 1]["text"]) as server:
+        check(server)
+    assert f"{number - 1} of {number} answers begin as they should; rounding" in capsys.readouterr().out
+    with (Server(lambda n, body: expected[n - 1]["without biases"]) as server,
+          pytest.raises(UserError, match="without the biases of the MLPs: this engine drops them")):
+        check(server)
+    with Server(lambda n, body: "something else") as server, pytest.raises(UserError, match="0 of . answers begin .* another model"):
         check(server)
     with Server(lambda n, body: (400, "")) as server, pytest.raises(UserError, match="BadRequest"):
         check(server)

@@ -147,7 +147,8 @@ def test_refuses_a_foreign_file(small, made, monkeypatch, tmp_path, name):
 
 @pytest.mark.parametrize("flags, pattern", (
     (("--judge", "llm", "--judge-url", "http://localhost:1"), "--judge-model"),
-    (("--judge-model", "big"), "--judge contrast llm"),
+    (("--judge-url", "http://localhost:1", "--judge-model", "big"), "--judge contrast llm"),
+    (("--judge-model", "missing"), "missing"),
     (("--inventory", "x.csv"), "--judge contrast questionnaire"),
     (("--neurons", "npti:x"), "is for induce.py"),
     (("--dose", "0"), "above 0"),

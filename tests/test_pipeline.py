@@ -753,15 +753,12 @@ def test_missing_neuron_file_is_made_first(small, monkeypatch, tmp_path, capsys)
     assert Neurons.load(tmp_path / "new" / "openness.safetensors", tiny()).meta["trait"] == "openness"
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
-
-
 # ---------------------------------------------------------------------------------------------------- the default model
 
 
 def test_the_default_model(tmp_path):
     """SmolLM2-135M-Instruct, a few short answers: identified, steered both ways, and afterwards as it was."""
-    model, tokenizer = load_model(dtype="float32", device="cpu")
+    model, tokenizer = load_model("SmolLM2-135M-Instruct", dtype="float32", device="cpu")  # as --help calls it
     assert "SmolLM2-135M-Instruct" in model.source and len(identify.find_mlps(model)) == 30
     neurons = identify.identify(model, tokenizer, "extraversion", limit=6, max_new_tokens=12, batch_size=12,
                                 out=str(tmp_path))

@@ -1778,9 +1778,9 @@ class Engine:
     def answer(self, items: list[Item]) -> None:
         prompts = [token_ids(self.tokenizer, chat(self.tokenizer, ask(item.question, item.persona))) for item in items]
         keys = [digest(self.endpoint.model, ids, self.args.max_new_tokens) for ids in prompts]
-        # both names of the repetition penalty: vLLM's and SGLang's, and llama.cpp's
+        # by both names: vLLM's and SGLang's, and llama.cpp's, which looks back 64 tokens only if not told otherwise
         options = {"max_tokens": self.args.max_new_tokens, "temperature": 0,
-                   "extra_body": {"repetition_penalty": 1.1, "repeat_penalty": 1.1}}
+                   "extra_body": {"repetition_penalty": 1.1, "repeat_penalty": 1.1, "repeat_last_n": 8192}}
         if not self.tokenizer.chat_template:
             options["stop"] = [NEXT_QUESTION]
         self.replies.fill(list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(

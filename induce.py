@@ -716,15 +716,13 @@ def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> 
         baking.save(temporary)
         tokenizer.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
-        source = Path(getattr(model, "name_or_path", "") or ".")
-        for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
-            for path in source.glob(pattern) if source.is_dir() else ():
-                shutil.copy(path, temporary)
+        for path in licences(model):
+            shutil.copy(path, temporary)
         expected = probes(model, tokenizer, profile)
         made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(), "suppress": args.suppress,
                 "rank": args.rank, "dtype": str(model.dtype).split(".")[-1], "cost": baking.cost(),
                 "neurons": {trait: neurons.meta.get("key", "released files") for trait, neurons in folder.files.items()}}
-        (temporary / "verify.json").write_text(json.dumps({**made, "expected": expected}, indent=1, ensure_ascii=False) + "\n")
+        (temporary / "verify.json").write_text(json.dumps({**made, "expected": expected}, ensure_ascii=False) + "\n")
         (temporary / "README.md").write_text(card(made))
         if target.exists():
             shutil.rmtree(target)
@@ -734,6 +732,20 @@ def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> 
     say(f"{target}: {character.describe()}, edits on every token (--where all), suppressed neurons: {args.suppress}; {baking.cost()}")
     if args.verify:
         verify(model, tokenizer, profile, target)
+
+
+def licences(model) -> list[Path]:
+    """The licence files of the base model, from its directory or the hub's."""
+    from huggingface_hub import snapshot_download
+
+    patterns, name = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"), getattr(model, "name_or_path", "")
+    source = Path(name or "?")
+    if name and not source.is_dir():
+        try:
+            source = Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None), allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            say(f"{name}: its licence files can't be had, add them yourself: {str(error).strip().splitlines()[0]}")
+    return [path for pattern in patterns for path in sorted(source.glob(pattern))]
 
 
 def probe(model, tokenizer, question: str, tokens: int = 12) -> tuple[list[int], list[int]]:

@@ -14,9 +14,11 @@ import json
 import math
 import os
 import platform
+import random
 import statistics as stats
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from transformers import CompileConfig  # noqa: E402
+from transformers import CompileConfig, StoppingCriteria  # noqa: E402
 
 import identify  # noqa: E402
 from identify import Statistics  # noqa: E402
@@ -240,8 +242,73 @@ def paired(ways: dict, pairs: int, warm: int = 1) -> dict:
     return times
 
 
+class Turns(StoppingCriteria):
+    """Lets several generate() calls, a thread each, take turns token by token, in another order each time, so that what else the
+    machine does slows them all alike. seconds: {name: a list of the times of whole generations, waiting left out}."""
+
+    def __init__(self, names: list[str], tokens: int, seed: int = 0):
+        self.tokens, self.pick, self.names, self.order = tokens, random.Random(seed), names, []
+        self.turn, self.now, self.own = threading.Condition(), None, threading.local()
+        self.seconds, self.error = {name: [0.0] for name in names}, None
+
+    def next(self) -> None:
+        self.order = self.order or self.pick.sample(self.names, len(self.names))
+        self.now = self.order.pop()
+        self.turn.notify_all()
+
+    def wait(self, name: str) -> None:
+        self.turn.wait_for(lambda: self.now == name or self.error)
+        if self.error:
+            raise RuntimeError(f"{name}: another thread failed")
+        self.own.start = time.perf_counter()
+
+    def __call__(self, input_ids, scores, **kwargs):
+        spent = time.perf_counter() - self.own.start
+        with self.turn:
+            self.seconds[self.own.name][-1] += spent
+            self.own.done += 1
+            if self.own.done % self.tokens == 0:
+                self.seconds[self.own.name].append(0.0)
+            self.next()
+            self.wait(self.own.name)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def work(self, name: str, call, times: int) -> None:
+        self.own.name, self.own.done = name, 0
+        try:
+            with self.turn:
+                self.wait(name)
+            for _ in range(times):
+                call(self)
+            with self.turn:  # it holds a turn that it does not need any more
+                self.names = [one for one in self.names if one != name]
+                if self.names:
+                    self.order = [one for one in self.order if one != name]
+                    self.next()
+        except BaseException as error:
+            with self.turn:
+                self.error = self.error or error
+                self.turn.notify_all()
+
+    @classmethod
+    def run(cls, ways: dict, pairs: int, tokens: int, warm: int) -> dict:
+        """Seconds of each way's generations, in pairs."""
+        turns = cls(list(ways), tokens)
+        threads = [threading.Thread(target=turns.work, args=(name, call, pairs + warm)) for name, call in ways.items()]
+        for thread in threads:
+            thread.start()
+        with turns.turn:
+            turns.next()
+        for thread in threads:
+            thread.join()
+        if turns.error:
+            raise turns.error
+        return {name: times[warm:warm + pairs] for name, times in turns.seconds.items()}
+
+
 def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
-    """Whole generate() calls with the same number of tokens, plain and otherwise, in turn."""
+    """Whole generate() calls with the same number of tokens, plain and otherwise: on a CPU in turn token by token, on a GPU, where
+    that would mean to wait for each, one by one."""
     if device == "cuda":
         import transformers
 
@@ -265,10 +332,10 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
         options = {"cache_implementation": "static", "compile_config": CompileConfig()}
         options["compile_config"]._compile_all_devices = True  # generate() leaves a CPU's decoding uncompiled otherwise
 
-    def run(model):
+    def run(model, *criteria):
         with torch.no_grad():
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                           do_sample=False, **options)
+                           do_sample=False, stopping_criteria=list(criteria), **options)
 
     def steered(number):
         made = [random_profile(60, depth, width, seed) for seed in range(number)]
@@ -283,7 +350,8 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
         models = {name: copy.deepcopy(model, dict(shared)) for name in ways}
         for name, way in ways.items():
             patched.enter_context(way(models[name]))
-        times = paired({name: lambda one=one: run(one) for name, one in models.items()}, pairs, warm=3 if compiled else 1)
+        calls, warm = {name: lambda *criteria, one=one: run(one, *criteria) for name, one in models.items()}, 3 if compiled else 1
+        times = paired(calls, pairs, warm) if device == "cuda" else Turns.run(calls, pairs, new_tokens, warm)
     results = []
     base = next(iter(ways))
     for name in list(ways)[1:]:

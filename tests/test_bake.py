@@ -216,6 +216,24 @@ def test_saved_and_verified(small, several, monkeypatch, tmp_path, capsys, more)
     baked_by(small, several, monkeypatch, tmp_path / "baked", *more)  # its own kind may be written over
 
 
+def test_licences_come_along(small, several, monkeypatch, tmp_path, capsys):
+    """From the model's directory, or from the hub; where there is no network, it says so, and bakes."""
+    import huggingface_hub
+
+    (tmp_path / "LICENSE.txt").write_text("do as you like")
+    asked = []
+    model = identify.load_model(str(small.model_dir), "cpu", "float32")[0]
+    model.name_or_path = str(tmp_path)
+    assert [path.name for path in induce.licences(model)] == ["LICENSE.txt"]
+    model.name_or_path = "some/model"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or tmp_path)
+    assert [path.name for path in induce.licences(model)] == ["LICENSE.txt"]
+    assert asked[0][0] == "some/model" and "LICENSE*" in asked[0][1]["allow_patterns"], "no weights are downloaded"
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert induce.licences(model) == [] and "add them yourself" in capsys.readouterr().err
+
+
 def test_verify_fails_where_it_should(small, several, monkeypatch, tmp_path):
     original = Baking.layer
     monkeypatch.setattr(Baking, "layer", lambda self, number: {name: tensor * (1.01 if name == "down_proj.weight" else 1)

@@ -30,7 +30,7 @@ from pathlib import Path
 from identify import (FACET_NAMES, POLES, ROOT, TRAITS, Bench, Endpoint, Flags, NoReply, UserError, answer, ask, chat, check_trait, digest,
                       facet_rows, fingerprint, json_lines, load_bench, load_model, markdown, model_arguments, padded, positive, said, say,
                       script, text_ids, token_ids, write_atomically)
-from induce import REPETITION_PENALTY, SUPPRESS, Character, NeuronFolder, Profile, npti_edits, steer
+from induce import REPETITION_PENALTY, SUPPRESS, Character, NeuronFolder, Profile, npti_edits, steer, suppressed
 
 METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
 EDITS = ("npti", "dpn-le", "activation")  # the methods that have a strength
@@ -254,14 +254,17 @@ class Personalities:
     def __init__(self, model, tokenizer, bench: Bench, args, reader: tuple):
         """reader: (model, tokenizer) of the contrast judge."""
         self.model, self.tokenizer, self.bench, self.args, self.reader = model, tokenizer, bench, args, reader
-        self.same_ids = reader[1] is tokenizer or reader[1].get_vocab() == tokenizer.get_vocab()
+        self.same_ids = all(of(reader[1]) == of(tokenizer) for of in (
+            lambda one: one.chat_template, lambda one: one.eos_token_id, lambda one: one.get_vocab()))
+        # of another judge than the model itself, for its scores: they are made anew where it changes
+        self.judge = digest(fingerprint(reader[0]), reader[1].chat_template) if reader[0] is not model else None
         options = {name: getattr(args, name) for name in ("bench", "batch_size", "seed")}
         self.folder = NeuronFolder(model, tokenizer, args.neurons, suppress=args.suppress, **options)
 
     def profile(self, one: Condition) -> Profile:
         if one.method == "added":
-            return Profile.of([edits for trait, alpha in zip(TRAITS, one.alpha)
-                               for edits in npti_edits(self.folder.neurons(trait), alpha)])
+            return suppressed(Profile.of([edits for trait, alpha in zip(TRAITS, one.alpha)
+                                          for edits in npti_edits(self.folder.neurons(trait), alpha)]), self.args.suppress)
         if one.method == "composed":
             return self.folder.profile(Character(dict(zip(TRAITS, one.alpha))))
         return self.folder.profile(Character({one.trait: one.alpha if one.pole == "high" else -one.alpha}, one.method))
@@ -408,11 +411,14 @@ def repetition(ids: list[int]) -> float:
 
 def judge_by_contrast(people: Personalities, answers: list[dict], lines: Lines, traits, title: str) -> None:
     """Score what is not scored yet, for each answer's own trait and for `traits`; and its fluency: perplexity under the
-    unedited model (no persona), repeated 3-grams, length."""
-    todo = defaultdict(list)
+    judge, unedited and with no persona, repeated 3-grams, length."""
+    def missing_line(key):
+        return key not in lines.done or lines.done[key].get("from") != people.judge
+
+    todo, of_judge = defaultdict(list), {"from": people.judge} if people.judge else {}
     for one in answers:
         wanted = dict.fromkeys([one["trait"], *traits])
-        missing = [trait for trait in wanted if f"{one['key']}/contrast/{trait}" not in lines.done]
+        missing = [trait for trait in wanted if missing_line(f"{one['key']}/contrast/{trait}")]
         if missing:
             todo[one["question"], tuple(missing)].append(one)
     model, tokenizer = people.reader
@@ -421,11 +427,11 @@ def judge_by_contrast(people: Personalities, answers: list[dict], lines: Lines, 
             ids = [(one["ids"] if people.same_ids else text_ids(tokenizer, one["answer"])) or [tokenizer.eos_token_id] for one in group]
             scores, plain = contrast(model, tokenizer, people.bench, list(missing), question, ids, people.args.batch_size)
             made = [{"key": f"{one['key']}/fluency", "perplexity": math.exp(min(-value, 50)),
-                     "repetition": repetition(one["ids"]), "tokens": len(one["ids"])} for one, value in zip(group, plain.tolist())]
+                     "repetition": repetition(one["ids"]), "tokens": len(one["ids"]), **of_judge} for one, value in zip(group, plain.tolist())]
             for trait in missing:
-                made += [{"key": f"{one['key']}/contrast/{trait}", "judge": "contrast", "trait": trait, "score": score}
+                made += [{"key": f"{one['key']}/contrast/{trait}", "judge": "contrast", "trait": trait, "score": score, **of_judge}
                          for one, score in zip(group, scores[trait].tolist())]
-            lines.add([line for line in made if line["key"] not in lines.done])
+            lines.add([line for line in made if missing_line(line["key"])])
             bar.update(len(group))
 
 
@@ -955,7 +961,7 @@ def tables_of(rows: list[dict], details: dict):
     """Yield (title, explanation, column titles, rows) of every table that the results allow: for Markdown and HTML alike."""
     yield ("Scores", "Means over the test questions (of the questionnaire: over its items); higher is more of the trait. The contrast "
            "judge's are in thousandths of a nat a token, the others are 1 to 5. Perplexity (median) is of the answer under the "
-           "unedited model; repetition is the share of repeated 3-grams, which *lowers* perplexity: read the two together.",
+           "unedited model, or --judge-model; repetition is the share of repeated 3-grams, which *lowers* perplexity: read the two together.",
            ["trait", "method", "pole", "judge", "n", "score (95 % interval)", "variance", "perplexity", "repetition"],
            [[row["trait"], named(row), row["pole"] or "", row["judge"], row["n"], around(row, row["judge"]),
              f"{unit_of(row['judge'])[0] ** 2 * row['variance']:.3g}", optional(row, "perplexity", ".1f"),
@@ -972,7 +978,7 @@ def tables_of(rows: list[dict], details: dict):
                  around(one, one["judge"])] for one in details["between"]])
     if details["fluency"]:
         rating = lambda one: "{:.2f} ({:.2f} to {:.2f})".format(one["mean"], *one["ci95"]) if one else ""  # noqa: E731
-        yield ("Fluency", "Perplexity (median) under the unedited model, share of repeated 3-grams, length, and the judge's rating from "
+        yield ("Fluency", "Perplexity (median) under the unedited model, or --judge-model, share of repeated 3-grams, length, and the judge's rating from "
                "1 to 5 (95 % interval).", ["trait", "method", "pole", "n", "perplexity", "repetition", "tokens", "rated fluency"],
                [[one["trait"], named(one), one["pole"] or "", one["n"], f"{one['perplexity']:.1f}", f"{one['repetition']:.1%}",
                  f"{one['tokens']:.0f}", rating(one["rating"])] for one in details["fluency"]])
@@ -1277,9 +1283,10 @@ def compare(first: str, second: str) -> None:
     for folder in (first, second):
         try:
             rows = json.loads((Path(folder) / "summary.json").read_text())
+            print(f"{folder}: {json.loads((Path(folder) / 'details.json').read_text())['head']}\n")
             sides.append({(row["judge"], row["trait"], named(row), row["pole"] or ""): row for row in rows})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--compare: {folder} holds no summary.json of evaluate.py ({type(error).__name__})") from error
+            raise UserError(f"--compare: {folder} holds no summary.json and details.json of evaluate.py ({type(error).__name__})") from error
     lines = []
     for key in dict.fromkeys([*sides[0], *sides[1]]):
         both = [side.get(key) for side in sides]
@@ -1491,10 +1498,13 @@ class Evaluation:
             f"{self.people.bench.name} bench, {args.max_new_tokens} tokens an answer, alpha "
             f"{', '.join(f'{alpha:g}' for alpha in args.alpha)}, seed {args.seed}; ")
         head = (f"{model.source}, {str(model.dtype).split('.')[-1]} on {model.device.type}; {made}judges: {', '.join(args.judge)}")
-        head += "".join(f"; {name} {value}" for name, value in self.made_with.items() if name in ("judge", "edits"))
         if self.judge:
             lost = sum(line["score"] is None for line in self.scores.done.values() if line.get("judge") == self.judge.name)
             head += f" ({self.judge.name}; {lost} replies were no rating)"
+        if self.people.judge:
+            head += f"; judged by {self.people.reader[0].source}"
+        if "edits" in self.made_with:
+            head += f"; edits with {self.made_with['edits']}"
         self.details["head"] = head + "."
         write_reports(self.out, self.rows, self.details, answers, self.people.folder.files)
 
@@ -1516,7 +1526,6 @@ def main() -> None:
     reader = (model, tokenizer)
     if args.judge_model and not args.judge_url:
         reader = load_model(args.judge_model, args.device, args.dtype)
-        made_with["judge"] = f"{reader[0].source} {fingerprint(reader[0])}"
     if (args.where, args.suppress) != ("generated", "cap"):
         made_with["edits"] = f"--where {args.where} --suppress {args.suppress}"
     judge = None

@@ -1777,12 +1777,12 @@ class Engine:
 
     def answer(self, items: list[Item]) -> None:
         prompts = [token_ids(self.tokenizer, chat(self.tokenizer, ask(item.question, item.persona))) for item in items]
-        keys = [digest(self.endpoint.model, ids, self.args.max_new_tokens) for ids in prompts]
         # by both names: vLLM's and SGLang's, and llama.cpp's, which looks back 64 tokens only if not told otherwise
         options = {"max_tokens": self.args.max_new_tokens, "temperature": 0,
                    "extra_body": {"repetition_penalty": 1.1, "repeat_penalty": 1.1, "repeat_last_n": 8192}}
         if not self.tokenizer.chat_template:
             options["stop"] = [NEXT_QUESTION]
+        keys = [digest(self.endpoint.model, ids, options) for ids in prompts]
         self.replies.fill(list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(
             requests, lambda ids: json.dumps(self.endpoint.completion(ids, **options)), store))
         for key, item in zip(keys, items):

@@ -244,46 +244,43 @@ def paired(ways: dict, pairs: int, warm: int = 1) -> dict:
 
 class Turns(StoppingCriteria):
     """Lets several generate() calls, a thread each, take turns token by token, in another order each time, so that what else the
-    machine does slows them all alike. seconds: {name: a list of the times of whole generations, waiting left out}."""
+    machine does slows them all alike. seconds: {name: the time of each token's step}, waiting left out."""
 
-    def __init__(self, names: list[str], tokens: int, seed: int = 0):
-        self.tokens, self.pick, self.names, self.order = tokens, random.Random(seed), names, []
+    def __init__(self, names: list[str], seed: int = 0):
+        self.names, self.pick, self.order = names, random.Random(seed), []
         self.turn, self.now, self.own = threading.Condition(), None, threading.local()
-        self.seconds, self.error = {name: [0.0] for name in names}, None
+        self.seconds, self.error = {name: [] for name in names}, None
 
     def next(self) -> None:
         self.order = self.order or self.pick.sample(self.names, len(self.names))
         self.now = self.order.pop()
         self.turn.notify_all()
 
-    def wait(self, name: str) -> None:
-        self.turn.wait_for(lambda: self.now == name or self.error)
+    def wait(self) -> None:
+        self.turn.wait_for(lambda: self.now == self.own.name or self.error)
         if self.error:
-            raise RuntimeError(f"{name}: another thread failed")
+            raise RuntimeError("another thread failed")
         self.own.start = time.perf_counter()
 
     def __call__(self, input_ids, scores, **kwargs):
         spent = time.perf_counter() - self.own.start
         with self.turn:
-            self.seconds[self.own.name][-1] += spent
-            self.own.done += 1
-            if self.own.done % self.tokens == 0:
-                self.seconds[self.own.name].append(0.0)
+            self.seconds[self.own.name].append(spent)
             self.next()
-            self.wait(self.own.name)
+            self.wait()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def work(self, name: str, call, times: int) -> None:
-        self.own.name, self.own.done = name, 0
+        self.own.name = name
         try:
             with self.turn:
-                self.wait(name)
+                self.wait()
             for _ in range(times):
                 call(self)
-            with self.turn:  # it holds a turn that it does not need any more
-                self.names = [one for one in self.names if one != name]
+            with self.turn:  # it has a turn that it does not need any more
+                self.names.remove(name)
+                self.order = [one for one in self.order if one != name]
                 if self.names:
-                    self.order = [one for one in self.order if one != name]
                     self.next()
         except BaseException as error:
             with self.turn:
@@ -291,10 +288,10 @@ class Turns(StoppingCriteria):
                 self.turn.notify_all()
 
     @classmethod
-    def run(cls, ways: dict, pairs: int, tokens: int, warm: int) -> dict:
-        """Seconds of each way's generations, in pairs."""
-        turns = cls(list(ways), tokens)
-        threads = [threading.Thread(target=turns.work, args=(name, call, pairs + warm)) for name, call in ways.items()]
+    def run(cls, calls: dict, pairs: int, tokens: int, warm: int = 1) -> dict:
+        """Seconds of each token's step of `pairs` generations a way, after `warm` that don't count."""
+        turns = cls(list(calls))
+        threads = [threading.Thread(target=turns.work, args=(name, call, pairs + warm), daemon=True) for name, call in calls.items()]
         for thread in threads:
             thread.start()
         with turns.turn:
@@ -303,12 +300,31 @@ class Turns(StoppingCriteria):
             thread.join()
         if turns.error:
             raise turns.error
-        return {name: times[warm:warm + pairs] for name, times in turns.seconds.items()}
+        return {name: steps[warm * tokens:] for name, steps in turns.seconds.items()}
+
+
+def write(model, ids, new_tokens: int, *criteria, **options) -> None:
+    """One generate() of exactly so many tokens."""
+    with torch.no_grad():
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                       do_sample=False, stopping_criteria=list(criteria), **options)
+
+
+def random_ids(rows: int, length: int, device):
+    return torch.randint(10, 1000, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def timed(models: dict, device: str, ids, pairs: int, new_tokens: int, warm: int = 1, **options) -> tuple[dict, int]:
+    """(seconds of each model's generations, or on a CPU of their tokens, in turn; the tokens in each of these). A GPU would have to
+    be waited for at each token."""
+    calls = {name: lambda *criteria, one=one: write(one, ids, new_tokens, *criteria, **options) for name, one in models.items()}
+    if device == "cuda":
+        return paired(calls, pairs, warm), len(ids) * new_tokens
+    return Turns.run(calls, pairs, new_tokens, warm), len(ids)
 
 
 def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
-    """Whole generate() calls with the same number of tokens, plain and otherwise: on a CPU in turn token by token, on a GPU, where
-    that would mean to wait for each, one by one."""
+    """generate() calls with the same number of tokens, plain and otherwise."""
     if device == "cuda":
         import transformers
 
@@ -325,17 +341,11 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
         source = f"{model.source}, {model.dtype}"
     mlps = identify.find_mlps(model)
     depth, width = len(mlps), mlps[0].width
-    ids = torch.randint(10, 1000, (rows, 24), generator=torch.Generator().manual_seed(0)).to(model.device)
     statistics = Statistics.of(model)
     options = {}
     if compiled:
         options = {"cache_implementation": "static", "compile_config": CompileConfig()}
         options["compile_config"]._compile_all_devices = True  # generate() leaves a CPU's decoding uncompiled otherwise
-
-    def run(model, *criteria):
-        with torch.no_grad():
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                           do_sample=False, stopping_criteria=list(criteria), **options)
 
     def steered(number):
         made = [random_profile(60, depth, width, seed) for seed in range(number)]
@@ -350,16 +360,14 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
         models = {name: copy.deepcopy(model, dict(shared)) for name in ways}
         for name, way in ways.items():
             patched.enter_context(way(models[name]))
-        calls, warm = {name: lambda *criteria, one=one: run(one, *criteria) for name, one in models.items()}, 3 if compiled else 1
-        times = paired(calls, pairs, warm) if device == "cuda" else Turns.run(calls, pairs, new_tokens, warm)
+        times, tokens = timed(models, device, random_ids(rows, 24, model.device), pairs, new_tokens, 3 if compiled else 1, **options)
     results = []
     base = next(iter(ways))
     for name in list(ways)[1:]:
         median, upper = bound([a / b for a, b in zip(times[name], times[base])])
-        results.append({"model": source, "rows": rows, "new_tokens": new_tokens, "compiled": compiled, "name": name, "pairs": pairs,
+        results.append({"model": source, "rows": rows, "new_tokens": new_tokens, "compiled": compiled, "name": name, "pairs": len(times[name]),
                         "base": base, "ratio": median, "upper95": upper,
-                        "tokens_per_s": rows * new_tokens / stats.median(times[name]),
-                        "base_tokens_per_s": rows * new_tokens / stats.median(times[base])})
+                        "tokens_per_s": tokens / stats.median(times[name]), "base_tokens_per_s": tokens / stats.median(times[base])})
         print(f"  {source}, {rows} rows, {'static cache, compiled' if compiled else 'eager'}: {name} / {results[-1]['base']} "
               f"{median:.4f} (95 % bound {upper:.4f}), {results[-1]['tokens_per_s']:.0f} against "
               f"{results[-1]['base_tokens_per_s']:.0f} tokens/s", flush=True)
@@ -378,7 +386,7 @@ def reading(device: str, pairs: int) -> list[dict]:
     """Forward passes over answers that are there, as identify.py --answers does: plain, and observed in two groups."""
     model, _ = identify.load_model(device=device)
     rows, prompt, tokens = 32, 64, 128
-    ids = torch.randint(10, 1000, (rows, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = random_ids(rows, tokens, model.device)
     counted = (torch.arange(tokens, device=model.device) >= prompt).expand(rows, tokens)
     statistics = Statistics.of(model, 2)
 
@@ -401,25 +409,25 @@ def batches(device: str, pairs: int) -> list[dict]:
     mlps = identify.find_mlps(model)
     people, each, new_tokens, size = 16, 4, 24, 64
     made = [random_profile(60, len(mlps), mlps[0].width, seed) for seed in range(1000)]
-    ids = torch.randint(10, 1000, (1000, 24), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = random_ids(1000, 24, model.device)
 
-    def write(part, profiles, rows, new_tokens=new_tokens):
-        with torch.no_grad(), steer(model, profiles, rows):
-            model.generate(input_ids=part, attention_mask=torch.ones_like(part), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    def steered(part, profiles, rows, new_tokens=new_tokens):
+        with steer(model, profiles, rows):
+            write(model, part, new_tokens)
 
     def shared():
         whose = [k // each + 1 for k in range(people * each)]
         for start in range(0, len(whose), size):
-            write(ids[start:start + size], made[:people], whose[start:start + size])
+            steered(ids[start:start + size], made[:people], whose[start:start + size])
 
     def alone():
         for k in range(people):
-            write(ids[k * each:(k + 1) * each], made[k:k + 1], [1] * each)
+            steered(ids[k * each:(k + 1) * each], made[k:k + 1], [1] * each)
 
     results = [ratio(f"{model.source}, {people} personalities of {each} questions", "batches shared", "a batch each",
                      paired({"batches shared": shared, "a batch each": alone}, pairs), people * each * new_tokens, "tokens")]
     results.append(ratio(f"{model.source}, 1,000 rows", "1,000 profiles", "1 profile", paired({
-        "1,000 profiles": lambda: write(ids[:, :4], made, list(range(1, 1001)), 8), "1 profile": lambda: write(ids[:, :4], made[:1], [1] * 1000, 8)},
+        "1,000 profiles": lambda: steered(ids[:, :4], made, list(range(1, 1001)), 8), "1 profile": lambda: steered(ids[:, :4], made[:1], [1] * 1000, 8)},
         max(3, pairs // 3)), 1000 * 8, "tokens"))
     return results
 
@@ -429,16 +437,9 @@ def baked(device: str, pairs: int, folder: str) -> list[dict]:
     models = {"base": identify.load_model(device=device)[0]}
     models["baked"] = identify.load_model(folder, device, str(models["base"].dtype).split(".")[-1])[0]
     results = []
-    for rows, new_tokens in ((32, 24), (1, 24)):
-        ids = torch.randint(10, 1000, (rows, 24), generator=torch.Generator().manual_seed(0)).to(models["base"].device)
-
-        def write(model, ids=ids, new_tokens=new_tokens):
-            with torch.no_grad():
-                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
-                               min_new_tokens=new_tokens, do_sample=False)
-
-        times = paired({name: lambda one=one: write(one) for name, one in models.items()}, pairs)
-        results.append(ratio(f"{folder}, {models['base'].dtype}, {rows} rows", "baked", "base", times, rows * new_tokens, "tokens"))
+    for rows in (32, 1):
+        times, tokens = timed(models, device, random_ids(rows, 24, models["base"].device), pairs, 24)
+        results.append(ratio(f"{folder}, {models['base'].dtype}, {rows} rows", "baked", "base", times, tokens, "tokens"))
     return results
 
 
@@ -447,18 +448,18 @@ def main() -> None:
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--json", metavar="FILE")
     flags.add_argument("--quick", action="store_true", help="two shapes, and fewer pairs of generations")
-    flags.add_argument("--only", choices=("kernel", "generation", "reading", "batches"))
-    flags.add_argument("--baked", metavar="DIR", help="only: the speed of a checkpoint that induce.py --save made of the default model")
+    one = flags.add_mutually_exclusive_group()
+    one.add_argument("--only", choices=("kernel", "generation", "reading", "batches"))
+    one.add_argument("--baked", metavar="DIR", help="only the speed of a checkpoint that induce.py --save made of the default model")
     flags.add_argument("--seconds", type=float, default=2.0, help="for each shape (default: %(default)s)")
-    flags.add_argument("--pairs", type=int, help="of generations (default: 21, quick: 7)")
+    flags.add_argument("--pairs", type=int, help="of generations, of which a CPU pairs each token (default: 21, quick: 7)")
     args = flags.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     result = {"machine": machine(args.device)}
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     pairs = args.pairs or (7 if args.quick else 21)
     if args.baked:
-        result["baked"] = baked(args.device, pairs, args.baked)
-        args.only = "baked"
+        result["baked"], args.only = baked(args.device, pairs, args.baked), "baked"
     if args.only in (None, "kernel"):
         result["kernels"] = kernels(args.device, args.quick, args.seconds)
         kernel_targets(result["kernels"])

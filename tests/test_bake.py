@@ -229,9 +229,10 @@ def test_licences_come_along(small, several, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or tmp_path)
     assert [path.name for path in induce.licences(model)] == ["LICENSE.txt"]
     assert asked[0][0] == "some/model" and "LICENSE*" in asked[0][1]["allow_patterns"], "no weights are downloaded"
-    monkeypatch.undo()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert induce.licences(model) == [] and "add them yourself" in capsys.readouterr().err
+    (tmp_path / "LICENSE.txt").unlink(), (tmp_path / "LICENSES").mkdir()
+    assert induce.licences(model) == [] and "there is none beside it" in capsys.readouterr().err, "as a cache without network says"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: 1 / 0)
+    assert induce.licences(model) == [] and "(division by zero): add it yourself" in capsys.readouterr().err
 
 
 def test_verify_fails_where_it_should(small, several, monkeypatch, tmp_path):
@@ -240,6 +241,36 @@ def test_verify_fails_where_it_should(small, several, monkeypatch, tmp_path):
                                                                for name, tensor in original(self, number).items()})
     with pytest.raises(UserError, match="baked and live differ by"):
         baked_by(small, several, monkeypatch, tmp_path / "baked", "--verify")
+
+
+@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
+def test_verified_in_fewer_bits(small, several, monkeypatch, tmp_path, capsys, dtype):
+    """The weights' rounding is allowed for, more than that is not."""
+    main_of(induce, monkeypatch, *command(small, several, "--trait", "extraversion", "--alpha", "2", "--save", tmp_path / "baked",
+                                          "--verify", "--dtype", dtype))
+    assert f"{identify.DTYPES[dtype]} weights" in capsys.readouterr().out
+    original = Baking.layer
+    for factor in (1.05, math.nan):
+        monkeypatch.setattr(Baking, "layer", lambda self, number, factor=factor: {
+            name: tensor * (factor if name == "down_proj.weight" else 1) for name, tensor in original(self, number).items()})
+        with pytest.raises(UserError, match="baked and live differ by"):
+            baked_by(small, several, monkeypatch, tmp_path / "baked", "--verify", "--dtype", dtype)
+
+
+def test_a_rank_that_leaves_something_out(small, several, monkeypatch, tmp_path, capsys):
+    """--verify tells how much, and does not fail; a server is asked for what was written, not for the live edit."""
+    pytest.importorskip("openai")
+    folder = tmp_path / "baked"
+    baked_by(small, several, monkeypatch, folder, "--rank", "1", "--suppress", "none", "--verify")
+    assert "--rank leaves a part out" in capsys.readouterr().out
+    baked, tokenizer = identify.load_model(str(folder), "cpu", "float32")
+    expected = json.loads((folder / "verify.json").read_text())["expected"]
+    assert expected
+    for one in expected:
+        assert tokenizer.decode(induce.probe(baked, tokenizer, one["question"])[1], skip_special_tokens=True) == one["text"]
+    (folder / "verify.json").write_text(json.dumps({"expected": []}))
+    with pytest.raises(UserError, match="nothing can tell"):
+        main_of(induce, monkeypatch, "--save", folder, "--verify-server", "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("flags, pattern", (

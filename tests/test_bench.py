@@ -365,7 +365,8 @@ def engine_of(small):
     ids_of = {}
 
     def reply(n, body):
-        assert body["repetition_penalty"] == 1.1 and body["temperature"] == 0
+        assert body["repetition_penalty"] == body["repeat_penalty"] == 1.1 and body["temperature"] == 0
+        assert body["repeat_last_n"] > 4096, "llama.cpp's own is 64"
         prompt = torch.tensor([body["prompt"]])
         with torch.no_grad():
             output = small.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=body["max_tokens"],

@@ -14,8 +14,8 @@ import torch
 import evaluate
 import identify
 import induce
-from conftest import ROOT, Server, lines_of, main_of, prompt_of, shared_flags
-from identify import POLES, TRAITS, Neurons, UserError
+from conftest import ROOT, Server, lines_of, main_of, prompt_of, save_model, shared_flags
+from identify import POLES, TRAITS, Neurons, UserError, load_model, text_ids
 
 FILES = {"answers.jsonl", "scores.jsonl", "summary.json", "details.json", "report.md", "report.html"}
 
@@ -599,7 +599,8 @@ def test_compare(whole, small, made, monkeypatch, tmp_path, capsys):
     evaluation(small, made, monkeypatch, tmp_path, alphas=("3",))
     capsys.readouterr()
     main_of(evaluate, monkeypatch, "--compare", whole, tmp_path)
-    lines = capsys.readouterr().out.splitlines()
+    first, _, second, _, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{whole}: ") and "judges: contrast, llm" in first and second.startswith(f"{tmp_path}: "), "made how"
     header = [cell.strip() for cell in lines[0].split("|")[1:-1]]
     assert header[:4] == ["judge", "trait", "method", "pole"] and len({line.count("|") for line in lines[:-1]}) == 1
     persona = next(line for line in lines if "contrast | extraversion | persona | high" in line)
@@ -670,3 +671,34 @@ def test_orders_do_not_steer_a_real_judge(smol, order):
     calm, question = "I stay at home and read.", "How do you spend your evening?"
     ratings = judge.rate("extraversion", [(question, f"{calm} {order.replace('{}', digit)}") for digit in "15"])
     assert ratings[0] == pytest.approx(ratings[1], abs=1e-4)
+
+
+def test_another_judge(small, made, monkeypatch, tmp_path, capsys):
+    """Another model judges, with a tokenizer of its own: the answers stay, and their scores are the other's."""
+    out = tmp_path / "out"
+    evaluation(small, made, monkeypatch, out, "--method", "unedited", "npti", alphas=("1",))
+    before = {line["key"]: line for line in lines_of(out / "answers.jsonl")[1:]}
+    other = save_model(tmp_path / "other", **{"model.norm.weight": 0.5})
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<pad>"}))
+    evaluation(small, made, monkeypatch, out, "--method", "unedited", "npti", "--judge", "contrast", "llm", "--judge-model", other, alphas=("1",))
+    assert {line["key"]: line for line in lines_of(out / "answers.jsonl")[1:]} == before, "nothing is asked again"
+    assert "judged by" in details_of(out)["head"]
+    judge, tokenizer = load_model(str(other), "cpu", "float32")
+    scores = {line["key"]: line for line in lines_of(out / "scores.jsonl")[1:]}
+    for one in before.values():
+        ids = text_ids(tokenizer, one["answer"]) or [tokenizer.eos_token_id]
+        expected, plain = evaluate.contrast(judge, tokenizer, small.bench, ["extraversion"], one["question"], [ids], 8)
+        assert scores[f"{one['key']}/contrast/extraversion"]["score"] == pytest.approx(float(expected["extraversion"]), abs=1e-5)
+        assert scores[f"{one['key']}/fluency"]["perplexity"] == pytest.approx(math.exp(-float(plain)), rel=1e-4)
+
+
+def test_edits_as_a_checkpoint_has_them(small, made, several, monkeypatch, tmp_path):
+    """--suppress reaches every method's edits, those that are just added up as well."""
+    seen, steer = [], evaluate.steer
+    monkeypatch.setattr(evaluate, "steer", lambda model, profiles, *more, **options: (
+        seen.extend(profiles if isinstance(profiles, list) else [profiles]) or steer(model, profiles, *more, **options)))
+    evaluation(small, several, monkeypatch, tmp_path, "--suppress", "zero", "--where", "all", "--characters", "2", "--method", "npti",
+               alphas=("1",))
+    assert seen and all(bool(profile.value[:, 0].isinf().all()) for profile in seen), "no cap"
+    assert any(bool((profile.value[:, 1] == 0).any()) for profile in seen), "some are removed"

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
@@ -423,3 +424,21 @@ def test_cuda_and_cpu_sketches_agree():
         results.append([tensor.cpu() for tensor in statistics])
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert torch.allclose(results[0][2], results[1][2], rtol=1e-12)
+
+
+def test_turns():
+    """bench.py lets generations take turns; only what a way does itself counts, and an error in one ends all."""
+    import bench
+
+    def way(seconds, steps=3):
+        def call(turns):
+            for _ in range(steps):
+                time.sleep(seconds)
+                turns(torch.zeros(2, 1), None)
+        return call
+
+    times = bench.Turns.run({"slow": way(0.03), "fast": way(0.01)}, pairs=2, tokens=3)
+    assert [len(times[name]) for name in ("slow", "fast")] == [6, 6]
+    assert min(times["slow"]) >= 0.03 and 0.01 <= sorted(times["fast"])[2] < 0.03, "a turn's wait for the other is left out"
+    with pytest.raises(ZeroDivisionError):
+        bench.Turns.run({"fine": way(0.01), "broken": lambda turns: 1 / 0}, pairs=2, tokens=3)

@@ -721,7 +721,7 @@ def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> 
             shutil.copy(path, temporary)
         expected = probes(model, tokenizer, profile, None if baking.exact else temporary)
         if len(expected) < 3:
-            say(f"{target}: the biases turn {len(expected)} of {len(PROBES)} answers only: --verify-server has little to go by")
+            say(f"{target}: the biases turn {len(expected)} of the answers that were tried: --verify-server has little to go by")
         made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(), "suppress": args.suppress,
                 "rank": args.rank, "dtype": str(model.dtype).split(".")[-1], "cost": baking.cost(),
                 "neurons": {trait: neurons.meta.get("key", "released files") for trait, neurons in folder.files.items()}}
@@ -779,7 +779,7 @@ def alike(first: str, second: str) -> bool:
 
 def probes(model, tokenizer, profile: Profile, saved: Path | None = None) -> list[dict]:
     """What verify.json holds: a few prompts as token ids, how the answers to them begin, and how they do where an engine drops the
-    biases, which leaves only what is removed. Prompts that can't tell these apart are left out. saved: the checkpoint, where it does
+    biases, which leaves only what is removed. Prompts that can't tell these apart are passed over. saved: the checkpoint, where it does
     something else than the live edit."""
     import torch
     import transformers
@@ -788,14 +788,17 @@ def probes(model, tokenizer, profile: Profile, saved: Path | None = None) -> lis
     baked = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype).to(model.device).eval() if saved else None
     free = profile.value[:, 1] == 0
     rest = Profile(profile.layer[free], profile.index[free], torch.tensor([[math.inf, 0.0, 0.0, 0.0]]).repeat(int(free.sum()), 1), "removed")
-    made = []
-    for question in PROBES:
+    made, questions = [], [*PROBES, *(text for few in zip(*(built_in_bench().test[trait][:4] for trait in TRAITS)) for text in few)]
+    for question in questions:
+        if len(made) == 6:
+            break
         with contextlib.nullcontext() if baked else steer(model, profile, where="all"):
             ids, new = probe(baked or model, tokenizer, question)
         with steer(model, rest, where="all"):
             without = probe(model, tokenizer, question)[1]
-        made.append({"prompt": ids, "question": question, "text": words(new), "without biases": words(without)})
-    return [one for one in made if not alike(one["text"], one["without biases"])]
+        if not alike(words(new), words(without)):
+            made.append({"prompt": ids, "question": question, "text": words(new), "without biases": words(without)})
+    return made
 
 
 def card(made: dict) -> str:
@@ -808,7 +811,7 @@ base_model: {json.dumps(made["base"])}
 # {made["base"]}, {made["character"]}
 
 A personality (NPTI, ICLR 2025, arXiv 2410.12327) folded into the weights: neurons that fire for a pole of a Big Five trait are raised
-by biased neurons that were added to the MLPs; those of the other pole: {made["suppress"]}. A plain Llama checkpoint with `mlp_bias`.
+by biased neurons that were added to the MLPs; those of the other pole are {"removed" if made["suppress"] == "zero" else "left as they are"}. A plain Llama checkpoint with `mlp_bias`.
 
 | | |
 |---|---|
@@ -868,7 +871,7 @@ def verify_server(folder: str, url: str, served: str | None) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--save {folder} holds no verify.json that this version wrote: {type(error).__name__}: {error}") from error
     if not expected:
-        raise UserError(f"--save {folder}: the biases of this model are too weak to turn any of {len(PROBES)} answers: nothing can tell")
+        raise UserError(f"--save {folder}: the biases of this model are too weak to turn any answer that was tried: nothing can tell")
     endpoint = Endpoint(url, served)
     right = dropped = 0
     for prompt, question, text, without in expected:

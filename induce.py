@@ -773,7 +773,7 @@ def probe(model, tokenizer, question: str, tokens: int = 12) -> tuple[list[int],
 
 
 def alike(first: str, second: str) -> bool:
-    """Whether two answers begin alike: as far as a word or so beyond which rounding may turn either."""
+    """Whether two answers begin alike; further on, rounding may turn either."""
     return " ".join(first.split())[:24] == " ".join(second.split())[:24]
 
 
@@ -804,6 +804,7 @@ def probes(model, tokenizer, profile: Profile, saved: Path | None = None) -> lis
 def card(made: dict) -> str:
     """The model card."""
     neurons = ", ".join(f"{trait} {key}" for trait, key in made["neurons"].items())
+    others = "removed" if made["suppress"] == "zero" else "left as they are"
     return f"""---
 base_model: {json.dumps(made["base"])}
 ---
@@ -811,7 +812,7 @@ base_model: {json.dumps(made["base"])}
 # {made["base"]}, {made["character"]}
 
 A personality (NPTI, ICLR 2025, arXiv 2410.12327) folded into the weights: neurons that fire for a pole of a Big Five trait are raised
-by biased neurons that were added to the MLPs; those of the other pole are {"removed" if made["suppress"] == "zero" else "left as they are"}. A plain Llama checkpoint with `mlp_bias`.
+by biased neurons that were added to the MLPs; those of the other pole are {others}. A plain Llama checkpoint with `mlp_bias`.
 
 | | |
 |---|---|

@@ -227,6 +227,10 @@ class Lines:
         if not path.exists() or path.stat().st_size == 0:
             path.write_text(json.dumps(header) + "\n")
 
+    def has(self, key: str, judge: str | None) -> bool:
+        """Whether there is this line, and made by this judge (None: the model itself)."""
+        return key in self.done and self.done[key].get("from") == judge
+
     def add(self, values: list[dict]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
@@ -412,13 +416,10 @@ def repetition(ids: list[int]) -> float:
 def judge_by_contrast(people: Personalities, answers: list[dict], lines: Lines, traits, title: str) -> None:
     """Score what is not scored yet, for each answer's own trait and for `traits`; and its fluency: perplexity under the
     judge, unedited and with no persona, repeated 3-grams, length."""
-    def missing_line(key):
-        return key not in lines.done or lines.done[key].get("from") != people.judge
-
     todo, of_judge = defaultdict(list), {"from": people.judge} if people.judge else {}
     for one in answers:
         wanted = dict.fromkeys([one["trait"], *traits])
-        missing = [trait for trait in wanted if missing_line(f"{one['key']}/contrast/{trait}")]
+        missing = [trait for trait in wanted if not lines.has(f"{one['key']}/contrast/{trait}", people.judge)]
         if missing:
             todo[one["question"], tuple(missing)].append(one)
     model, tokenizer = people.reader
@@ -431,7 +432,7 @@ def judge_by_contrast(people: Personalities, answers: list[dict], lines: Lines, 
             for trait in missing:
                 made += [{"key": f"{one['key']}/contrast/{trait}", "judge": "contrast", "trait": trait, "score": score, **of_judge}
                          for one, score in zip(group, scores[trait].tolist())]
-            lines.add([line for line in made if missing_line(line["key"])])
+            lines.add([line for line in made if not lines.has(line["key"], people.judge)])
             bar.update(len(group))
 
 
@@ -525,7 +526,7 @@ def judge_by_llm(judge, answers: list[dict], lines: Lines, title: str) -> dict:
     guessed: {reason: number}; failed requests are tried again by the next run."""
     failed, rated = defaultdict(int), 0
     key = lambda one, of: f"{one['key']}/{judge.name}/{of or 'fluency'}"  # noqa: E731
-    is_there = lambda one, of: lines.done.get(key(one, of), {}).get("from") == judge.origin  # noqa: E731
+    is_there = lambda one, of: lines.has(key(one, of), judge.origin)  # noqa: E731
     todo = [one for one in answers if not all(is_there(one, of) for of in (one["trait"], None))]
     todo.sort(key=lambda one: one["trait"])
     with progress(len(answers), len(answers) - len(todo), title) as bar:
@@ -961,7 +962,8 @@ def tables_of(rows: list[dict], details: dict):
     """Yield (title, explanation, column titles, rows) of every table that the results allow: for Markdown and HTML alike."""
     yield ("Scores", "Means over the test questions (of the questionnaire: over its items); higher is more of the trait. The contrast "
            "judge's are in thousandths of a nat a token, the others are 1 to 5. Perplexity (median) is of the answer under the "
-           "unedited model, or --judge-model; repetition is the share of repeated 3-grams, which *lowers* perplexity: read the two together.",
+           "unedited model, or --judge-model; repetition is the share of repeated 3-grams, which *lowers* perplexity: read the two "
+           "together.",
            ["trait", "method", "pole", "judge", "n", "score (95 % interval)", "variance", "perplexity", "repetition"],
            [[row["trait"], named(row), row["pole"] or "", row["judge"], row["n"], around(row, row["judge"]),
              f"{unit_of(row['judge'])[0] ** 2 * row['variance']:.3g}", optional(row, "perplexity", ".1f"),

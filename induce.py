@@ -781,13 +781,12 @@ def probes(model, tokenizer, profile: Profile, saved: Path | None = None) -> lis
     """What verify.json holds: a few prompts as token ids, how the answers to them begin, and how they do where an engine drops the
     biases, which leaves only what is removed. Prompts that can't tell these apart are passed over. saved: the checkpoint, where it does
     something else than the live edit."""
-    import torch
     import transformers
 
     words = lambda new: tokenizer.decode(new, skip_special_tokens=True)  # noqa: E731 - as a server sends them
     baked = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype).to(model.device).eval() if saved else None
     free = profile.value[:, 1] == 0
-    rest = Profile(profile.layer[free], profile.index[free], torch.tensor([[math.inf, 0.0, 0.0, 0.0]]).repeat(int(free.sum()), 1), "removed")
+    rest = Profile(profile.layer[free], profile.index[free], profile.value[free], "removed")
     made, questions = [], [*PROBES, *(text for few in zip(*(built_in_bench().test[trait][:4] for trait in TRAITS)) for text in few)]
     for question in questions:
         if len(made) == 6:
@@ -858,7 +857,8 @@ def verify(model, tokenizer, profile: Profile, folder: Path, exact: bool) -> Non
     # an added neuron's weights are rounded to the dtype once more: 0.2 % in bfloat16
     bound = 1e-3 if dtype == torch.float32 else 0.01 * max(1.0, effect)
     print(f"baked against live, {len(questions)} prompts, {str(dtype).split('.')[-1]} weights: logits differ by {worst:.2g} at most "
-          f"({f'bound {bound:.2g}' if exact else '--rank leaves a part out'}; the edit moves them by {effect:.2g}), KL {divergence:.2g} at most; greedy answers differ in {len(ties)}"
+          f"({f'bound {bound:.2g}' if exact else '--rank leaves a part out'}; the edit moves them by {effect:.2g}), "
+          f"KL {divergence:.2g} at most; greedy answers differ in {len(ties)}"
           + (f", where the best two logits are {max(ties):.2g} apart at most" if ties else ""))
     if exact and not worst <= bound:  # NaN is none
         raise UserError(f"{folder}: baked and live differ by {worst:.2g}, more than {bound:.2g}")
@@ -1072,7 +1072,7 @@ def converse(model, tokenizer, folder: NeuronFolder, character: Character, args)
             shared = min(shared, len(ids) - 1)
             try:  # what was said is not computed again
                 cache.crop(shared)
-            except (ValueError, RuntimeError, NotImplementedError):  # a sliding window can't be cropped
+            except (ValueError, RuntimeError):  # a sliding window can't be cropped
                 cache = DynamicCache(config=model.config)
             prompt = torch.tensor([ids], device=model.device)
             streamer = streamer_of(tokenizer)

@@ -1290,11 +1290,11 @@ class Patch:
 
     def arguments(self, index):
         """The op's arguments after act, for a layer of the forward that runs."""
-        edits = observed = (None,) * 4
+        edits, observed = (None,) * 4, (None,) * 5
         if self.steering and self.steering[0].tokens is not None:
             edits = (self.steering[0].tokens, *self.steering[1][index])
         if self.observing and self.observing[0].tokens is not None:
-            observed = (self.observing[0].tokens, *self.observing[1].layers[index])
+            observed = (self.observing[0].tokens, *self.observing[1].buffers[index])
         return (*edits, *observed)
 
     def before_forward(self, module, args, kwargs):
@@ -1472,11 +1472,24 @@ class Statistics:
 
         self.groups = groups
         shapes = ((groups, width), torch.int32), ((groups, width, op().bins), torch.int32), ((groups, 2, width), torch.float64)
-        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes) for _ in range(depth)]
+        if torch.device(device).type == "cpu":
+            shapes += ((-(-width // op().tile), op().log_bytes), torch.uint8),
+        self.buffers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes) for _ in range(depth)]
         self.tokens = torch.zeros(groups, dtype=torch.int64, device=device)
         self.range = torch.arange(groups, dtype=torch.int32, device=device)
-        for tensor in (*(tensor for layer in self.layers for tensor in layer), self.tokens):
+        for tensor in (*(tensor for layer in self.buffers for tensor in layer), self.tokens):
             torch._dynamo.mark_static_address(tensor)  # else compiled code that writes them can't use CUDA graphs
+
+    @property
+    def layers(self) -> list[tuple]:
+        """What has been gathered until now. buffers, which the op writes, hold on a CPU a log as well, of what the sketch has yet
+        to count: some 500 tokens are counted at once, which is faster (csrc/neurons.cpp)."""
+        import torch
+
+        for count, sketch, _, *log in self.buffers:
+            if log:
+                torch.ops.neurons.drain_(count, sketch, *log)
+        return [layer[:3] for layer in self.buffers]
 
     @classmethod
     def of(cls, model, groups: int = 1) -> "Statistics":
@@ -1507,7 +1520,7 @@ class Statistics:
         """The first layer that saw a NaN or an infinity."""
         import torch
 
-        fine = torch.stack([moments.isfinite().all() for _, _, moments in self.layers])
+        fine = torch.stack([layer[2].isfinite().all() for layer in self.buffers])
         return None if bool(fine.all()) else int((~fine).nonzero()[0])
 
     def percentile(self, q: float):

@@ -141,38 +141,72 @@ template <> void keep<Float>(float* g, const float* u, int n, int act, Tile* t) 
 template <> void keep<BFloat16>(uint16_t* g, const uint16_t* u, int n, int act, Tile* t) { keep_bf16(g, u, n, act, t); }
 template <> void keep<Float16>(uint16_t* g, const uint16_t* u, int n, int act, Tile* t) { keep_f16(g, u, n, act, t); }
 
-// One token's counters in the sketch: looked up, and asked of memory, while the token before is being counted. They lie
-// too far apart for the machine's own prefetching, and most of a decode step's time would go by in waiting for them.
-struct Pending {
-  int32_t index[kTile];
-  int32_t* sketch;
-  int used = 0;
+// The sketch is counted late. A column's counters lie in some five cache lines of their own, so that a decode step, which has
+// one token a row, would wait for memory at most increments. Instead a tile's bins are written, row by row, into a ring, and
+// when that holds kLogRows rows of a column, they are counted in a small table and added to the sketch in one sweep. Of the
+// eight parts of a tile one is due every kLogRows / 8 rows, so that no call has much more to do than another. Zeros are empty.
+constexpr int kLogRows = 512, kPart = kTile / 8;
 
-  void count() {
-    for (int k = 0; k < used; ++k) ++sketch[index[k]];
-    used = 0;
-  }
+struct alignas(64) Log {
+  uint16_t bin[kLogRows][kTile];  // 1 + the bin; 0 where the activation was not positive
+  int16_t group[kLogRows];
+  int32_t next;  // the row to write
 };
+static_assert(kTile % kPart == 0 && kLogRows % (kTile / kPart) == 0, "rows and parts come out even");
 
-// Adds one token's n columns to the statistics of its group, all but the sketch's increments: those are left in next.
-CLONES void add_statistics(const Tile& tile, int n, int32_t* __restrict count, int32_t* __restrict sketch,
-                           double* __restrict sum, double* __restrict squares, Pending& next) {
-  int32_t bins[kTile];
-  for (int j = 0; j < n; ++j) count[j] += tile.gate[j] > 0.f;
+// Adds the chosen rows of columns [first, first + n) to their counts and their part of the sketch, one group's.
+CLONES void count_rows(const Log& log, const int16_t* rows, int used, int first, int n, int32_t* __restrict count, int32_t* __restrict sketch) {
+  constexpr int kSide = 16;  // columns side by side, so that an increment need not wait for the one before
+  for (int j = 0; j < n; j += kSide) {
+    const int side = n - j < kSide ? n - j : kSide;
+    alignas(64) int32_t table[kSide][kBins + 8] = {};
+    for (int k = 0; k < side * kBins; k += 16) __builtin_prefetch(sketch + j * kBins + k, 0, 2);
+    for (int k = 0; k < used; ++k) {
+      __builtin_prefetch(log.bin[rows[k + 12 < used ? k + 12 : k]] + first + j);
+      const uint16_t* bin = log.bin[rows[k]] + first + j;
+#pragma GCC unroll 16
+      for (int i = 0; i < kSide; ++i) ++table[i][bin[i]];
+    }
+    for (int i = 0; i < side; ++i) count[j + i] += used - table[i][0];
+    for (int i = 0; i < side; ++i)
+      for (int b = 0; b < kBins; ++b) sketch[(j + i) * kBins + b] += table[i][b + 1];
+  }
+}
+
+// Counts `size` rows, from row `begin` on, of part `part` of a tile.
+void count_part(const Log& log, int part, int64_t tile, int begin, int size, int32_t* count, int32_t* sketch, int64_t width, int groups) {
+  const int n = static_cast<int>(std::min<int64_t>(kTile, width - tile * kTile)), first = part * kPart;
+  if (first >= n) return;
+  int16_t rows[kLogRows];
+  bool counted[kLogRows] = {};
+  for (int done = 0, k = 0; done < size; ++k) {  // group by group, of those that the rows name
+    if (counted[k]) continue;
+    const int group = log.group[(begin + k) % kLogRows];
+    int used = 0;
+    for (int i = k; i < size; ++i) {
+      const int row = (begin + i) % kLogRows;
+      const bool mine = log.group[row] == group;
+      rows[used] = static_cast<int16_t>(row);
+      used += mine;
+      counted[i] |= mine;
+    }
+    const int64_t column = group * width + tile * kTile + first;
+    if (group >= 0 && group < groups) count_rows(log, rows, used, first, std::min(kPart, n - first), count + column, sketch + column * kBins);
+    done += used;
+  }
+}
+
+// The first row that a part has not counted yet.
+int uncounted(int part) { return (part + 1) * (kLogRows * kPart / kTile) % kLogRows; }
+
+// Adds one token's n columns to the moments of its group; bin: what a Log holds of them.
+CLONES void add_statistics(const Tile& tile, int n, double* __restrict sum, double* __restrict squares, uint16_t* __restrict bin) {
   for (int j = 0; j < n; ++j) {
     const double h = tile.product[j];
     sum[j] += h;
     squares[j] += h * h;
   }
-  for (int j = 0; j < n; ++j) bins[j] = j * kBins + neurons::bin_(tile.act[j]);
-  int positive = 0;
-  for (int j = 0; j < n; ++j) {  // no branch: half of the activations are positive, unpredictably
-    next.index[positive] = bins[j];
-    positive += tile.gate[j] > 0.f;
-  }
-  next.sketch = sketch;
-  next.used = positive;
-  for (int k = 0; k < positive; ++k) __builtin_prefetch(sketch + next.index[k], 1);
+  for (int j = 0; j < n; ++j) bin[j] = tile.gate[j] > 0.f ? neurons::bin_(tile.act[j]) + 1 : 0;
 }
 
 struct Span {
@@ -189,11 +223,10 @@ Span edits_of(const Args& a, int64_t t, int64_t tile, int64_t several, int64_t t
   return {std::max(ptr[tile], 0), std::min(ptr[std::min(tile + several, tiles)], a.capacity)};
 }
 
-// One token's columns from `tile` on: a tile's where pending says that statistics are gathered, else a block's. pending: of
-// this tile's observed tokens, by turns; the caller counts what is left there.
-template <class T>
-void one_block(const Args& a, int64_t t, int64_t tile, int64_t tiles, Pending* pending) {
-  const int size = pending ? kTile : kBlock;
+// One token's columns from `tile` on: a tile's where statistics are gathered, else a block's.
+template <class T, bool Statistics>
+void one_block(const Args& a, int64_t t, int64_t tile, int64_t tiles) {
+  constexpr int size = Statistics ? kTile : kBlock;
   const int64_t first = tile * kTile;
   const int n = static_cast<int>(std::min<int64_t>(size, a.width - first));
   auto* gate = static_cast<typename T::Bits*>(a.gate) + t * a.gate_stride + first;
@@ -209,9 +242,15 @@ void one_block(const Args& a, int64_t t, int64_t tile, int64_t tiles, Pending* p
   }
   if (used) acts(edited, used, a.act);
 
-  const int g = pending ? a.token_group[t] : -1;
+  const int g = Statistics ? a.token_group[t] : -1;
   const bool observed = g >= 0 && g < a.groups;
   Tile parts;
+  if (Statistics && t + 1 < a.tokens) {  // a tile's rows lie too far apart for the machine to see what comes next
+    for (int j = 0; j < n; j += 64 / sizeof(*gate)) {
+      __builtin_prefetch(gate + a.gate_stride + j, 1);
+      if (up) __builtin_prefetch(up + a.up_stride + j);
+    }
+  }
   if (observed) keep<T>(gate, up, n, a.act, &parts);
   else plain<T>(gate, up, n, a.act);
 
@@ -223,10 +262,23 @@ void one_block(const Args& a, int64_t t, int64_t tile, int64_t tiles, Pending* p
   if (observed) {
     const int64_t column = g * a.width + first;
     double* sum = a.moments + 2 * g * a.width + first;
-    Pending& next = pending[t & 1];
-    next.count();  // not empty where the token before was not observed
-    add_statistics(parts, n, a.count + column, a.sketch + column * kBins, sum, sum + a.width, next);
-    pending[~t & 1].count();
+    uint16_t own[kTile];
+    Log* log = a.log ? static_cast<Log*>(a.log) + tile : nullptr;
+    const int row = log ? log->next & (kLogRows - 1) : 0;
+    uint16_t* bin = log ? log->bin[row] : own;
+    add_statistics(parts, n, sum, sum + a.width, bin);
+    if (log) {
+      log->group[row] = static_cast<int16_t>(g);
+      log->next = (row + 1) % kLogRows;
+      constexpr int kDue = kLogRows * kPart / kTile;
+      if (log->next % kDue == 0) count_part(*log, row / kDue, tile, log->next, kLogRows, a.count, a.sketch, a.width, a.groups);
+    } else {
+      for (int j = 0; j < n; ++j) {
+        if (bin[j] == 0) continue;
+        ++a.count[column + j];
+        ++a.sketch[(column + j) * kBins + bin[j] - 1];
+      }
+    }
   }
 }
 
@@ -238,16 +290,14 @@ void glu_cpu(const Args& a) {
     // One thread owns a tile's columns for all tokens: statistics need no atomics, and their sums one fixed order.
     at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / kTile / std::max<int64_t>(a.tokens, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile) {
-        Pending pending[2];
-        for (int64_t t = 0; t < a.tokens; ++t) one_block<T>(a, t, tile, tiles, pending);
-        for (Pending& last : pending) last.count();
+        for (int64_t t = 0; t < a.tokens; ++t) one_block<T, true>(a, t, tile, tiles);
       }
     });
   } else {
     at::parallel_for(0, a.tokens * blocks, kGrain / kBlock, [&](int64_t begin, int64_t end) {
       int64_t t = begin / blocks, block = begin % blocks;
       for (int64_t i = begin; i < end; ++i) {
-        one_block<T>(a, t, block * (kBlock / kTile), tiles, nullptr);
+        one_block<T, false>(a, t, block * (kBlock / kTile), tiles);
         if (++block == blocks) block = 0, ++t;
       }
     });
@@ -287,7 +337,8 @@ void check_rows(const Tensor& x, const char* name) {
 // Checks all that can be checked without reading data, and gathers the pointers.
 Args checked(const Tensor& gate, const OptTensor& up, int64_t act, const OptTensor& token_profile,
              const OptTensor& edit_ptr, const OptTensor& edit_index, const OptTensor& edit_value,
-             const OptTensor& token_group, const OptTensor& count, const OptTensor& sketch, const OptTensor& moments) {
+             const OptTensor& token_group, const OptTensor& count, const OptTensor& sketch, const OptTensor& moments,
+             const OptTensor& log) {
   Args a{};
   check_rows(gate, "gate");
   const auto type = gate.scalar_type();
@@ -328,15 +379,21 @@ Args checked(const Tensor& gate, const OptTensor& up, int64_t act, const OptTens
     check_table(sketch, "sketch", gate, at::kInt, {a.groups, a.width, kBins});
     check_table(moments, "moments", gate, at::kDouble, {a.groups, 2, a.width});
   }
+  if (log) {
+    TORCH_CHECK(observed, "log: expected with count, sketch and moments, got it alone");
+    TORCH_CHECK(!gate.is_cuda(), "log: expected none on a GPU, which counts at once");
+    check_table(log, "log", gate, at::kByte, {tiles, static_cast<int64_t>(sizeof(Log))});
+    TORCH_CHECK(a.groups <= INT16_MAX, "log: at most ", text(INT16_MAX), " groups, got ", text(a.groups));
+  }
   return a;
 }
 
 #define GLU_PARAMETERS                                                                                            \
   Tensor &gate, const OptTensor &up, int64_t act, const OptTensor &token_profile, const OptTensor &edit_ptr,      \
       const OptTensor &edit_index, const OptTensor &edit_value, const OptTensor &token_group,                     \
-      const OptTensor &count, const OptTensor &sketch, const OptTensor &moments
+      const OptTensor &count, const OptTensor &sketch, const OptTensor &moments, const OptTensor &log
 #define GLU_ARGUMENTS \
-  gate, up, act, token_profile, edit_ptr, edit_index, edit_value, token_group, count, sketch, moments
+  gate, up, act, token_profile, edit_ptr, edit_index, edit_value, token_group, count, sketch, moments, log
 
 // Byte ranges may interleave (the halves of a fused gate_up do), so compare within the rows of their common stride.
 void check_overlap(const Tensor& gate, const Tensor& up) {
@@ -348,6 +405,12 @@ void check_overlap(const Tensor& gate, const Tensor& up) {
   const int64_t apart = row > 0 ? (((u - g) % row) + row) % row : 0;
   TORCH_CHECK(gate.stride(0) == up.stride(0) && apart >= columns && row - apart >= columns,
               "gate and up: expected separate memory, got overlapping tensors of strides ", text(gate.strides()), " and ", text(up.strides()));
+}
+
+Log* log_of(const Tensor& log) {
+  void* data = log.data_ptr();
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % alignof(Log) == 0, "log: expected memory aligned to ", text(alignof(Log)), " bytes");
+  return static_cast<Log*>(data);
 }
 
 Args with_pointers(GLU_PARAMETERS) {
@@ -366,6 +429,7 @@ Args with_pointers(GLU_PARAMETERS) {
     a.count = count->data_ptr<int32_t>();
     a.sketch = sketch->data_ptr<int32_t>();
     a.moments = moments->data_ptr<double>();
+    a.log = log ? log_of(*log) : nullptr;
   }
   return a;
 }
@@ -375,6 +439,28 @@ void glu_on_cpu(GLU_PARAMETERS) {
   if (a.dtype == neurons::kFloat32) glu_cpu<Float>(a);
   else if (a.dtype == neurons::kBFloat16) glu_cpu<BFloat16>(a);
   else glu_cpu<Float16>(a);
+}
+
+// Counts what log holds, and empties it.
+void drain(Tensor& count, Tensor& sketch, Tensor& log) {
+  TORCH_CHECK(sketch.dim() == 3, "sketch: expected 3 dimensions [groups, d_ff, bins], got shape ", text(sketch.sizes()));
+  const int64_t groups = sketch.size(0), width = sketch.size(1), tiles = (width + kTile - 1) / kTile;
+  check_table(sketch, "sketch", log, at::kInt, {groups, width, kBins});
+  check_table(count, "count", log, at::kInt, {groups, width});
+  check_table(log, "log", sketch, at::kByte, {tiles, static_cast<int64_t>(sizeof(Log))});
+  Log* logs = log_of(log);
+  int32_t *counts = count.data_ptr<int32_t>(), *bins = sketch.data_ptr<int32_t>();
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      Log& one = logs[tile];
+      const int next = one.next & (kLogRows - 1);
+      for (int part = 0; part < kTile / kPart; ++part) {
+        const int from = uncounted(part);
+        count_part(one, part, tile, from, (next - from + kLogRows) % kLogRows, counts, bins, width, static_cast<int>(groups));
+      }
+      memset(&one, 0, sizeof(Log));
+    }
+  });
 }
 
 void glu_on_meta(GLU_PARAMETERS) {
@@ -429,11 +515,18 @@ void glu_with_grad(GLU_PARAMETERS) {
 TORCH_LIBRARY(neurons, m) {
   m.def(
       "glu_(Tensor(a!) gate, Tensor? up, int act, Tensor? token_profile, Tensor? edit_ptr, Tensor? edit_index, "
-      "Tensor? edit_value, Tensor? token_group, Tensor(b!)? count, Tensor(c!)? sketch, Tensor(d!)? moments) -> ()",
+      "Tensor? edit_value, Tensor? token_group, Tensor(b!)? count, Tensor(c!)? sketch, Tensor(d!)? moments, Tensor(e!)? log=None) -> ()",
       {at::Tag::pt2_compliant_tag});
+  m.def("drain_(Tensor(a!) count, Tensor(b!) sketch, Tensor(c!) log) -> ()", {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(neurons, CPU, m) { m.impl("glu_", glu_on_cpu); }
-TORCH_LIBRARY_IMPL(neurons, Meta, m) { m.impl("glu_", glu_on_meta); }
+TORCH_LIBRARY_IMPL(neurons, CPU, m) {
+  m.impl("glu_", glu_on_cpu);
+  m.impl("drain_", drain);
+}
+TORCH_LIBRARY_IMPL(neurons, Meta, m) {
+  m.impl("glu_", glu_on_meta);
+  m.impl("drain_", [](Tensor&, Tensor&, Tensor&) {});
+}
 TORCH_LIBRARY_IMPL(neurons, Autograd, m) { m.impl("glu_", glu_with_grad); }
 #ifdef NEURONS_CUDA
 TORCH_LIBRARY_IMPL(neurons, CUDA, m) { m.impl("glu_", glu_on_cuda); }
@@ -448,6 +541,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda") = "";
 #endif
   m.attr("tile") = kTile;
+  m.attr("log_bytes") = sizeof(Log);  // of one tile
   m.attr("bins") = kBins;
   m.attr("acts") = std::vector<std::string>{"silu", "gelu", "gelu_tanh", "relu"};
   std::vector<float> edges;

@@ -42,6 +42,7 @@ struct Args {
   int32_t* count;                // [groups, width]
   int32_t* sketch;               // [groups, width, kBins]
   double* moments;               // [groups, 2, width]: sum and sum of squares of the product
+  void* log;                     // on the CPU, [tiles] of its Log, or null: what the sketch is to count later
 };
 
 NEURONS_FN int32_t bits_of(float x) {

@@ -90,7 +90,7 @@ def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
         rows = (torch.arange(tokens, device=device) % profiles + 1).to(torch.int32)
         return (rows, *tables[number, profiles].layers[0])
 
-    observed = (group, *statistics.layers[0])
+    observed = (group, *statistics.buffers[0])
     one = random_profile(60, 1, width, 0)
     index = one.index.to(device)
     count = torch.zeros(width, dtype=torch.int64, device=device)
@@ -289,7 +289,7 @@ class Turns(StoppingCriteria):
 
     @classmethod
     def run(cls, calls: dict, pairs: int, tokens: int, warm: int = 1) -> dict:
-        """Seconds of each token's step of `pairs` generations a way, after `warm` that don't count."""
+        """Seconds of a token's step, the mean of every two, of `pairs` generations a way, after `warm` that don't count."""
         turns = cls(list(calls))
         threads = [threading.Thread(target=turns.work, args=(name, call, pairs + warm), daemon=True) for name, call in calls.items()]
         for thread in threads:
@@ -300,7 +300,9 @@ class Turns(StoppingCriteria):
             thread.join()
         if turns.error:
             raise turns.error
-        return {name: steps[warm * tokens:] for name, steps in turns.seconds.items()}
+        # in twos: statistics are counted into the sketch every 64 tokens, which at 32 rows is every second step
+        return {name: [(a + b) / 2 for a, b in zip(steps[::2], steps[1::2])]
+                for name, steps in ((name, steps[warm * tokens:]) for name, steps in turns.seconds.items())}
 
 
 def write(model, ids, new_tokens: int, *criteria, **options) -> None:

@@ -161,6 +161,10 @@ def new_statistics(groups, width, device="cpu"):
             torch.zeros(groups, 2, width, dtype=torch.float64, device=device))
 
 
+def new_log(width):
+    return torch.zeros(-(-width // op().tile), op().log_bytes, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
@@ -238,14 +242,42 @@ def test_shards_add_up(device):
     assert torch.allclose(whole[2], parts[0][2] + parts[1][2], rtol=1e-12, atol=1e-12)
 
 
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_log_counts_late_and_the_same(data):
+    """Calls of a few rows and of many, with counts wanted in between: with a log as without."""
+    width, groups = data.draw(st.sampled_from((1, 33, 256, 300))), data.draw(st.integers(1, 3))
+    at_once, late, log = new_statistics(groups, width), new_statistics(groups, width), new_log(width)
+    for seed, tokens in enumerate(data.draw(st.lists(st.sampled_from((0, 1, 5, 31, 64, 511, 700)), min_size=1, max_size=8))):
+        gate, up = inputs(tokens, width, data.draw(st.sampled_from(DTYPES)), "cpu", seed)
+        group = torch.randint(-1, groups + 1, (tokens,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+        expected = plain(gate.clone(), up, 0, None, None, None, None, group, *at_once)
+        assert torch.equal(plain(gate, up, 0, None, None, None, None, group, *late, log), expected)
+        if data.draw(st.booleans()):
+            torch.ops.neurons.drain_(*late[:2], log)
+            assert all(torch.equal(a, b) for a, b in zip(at_once, late)) and not log.any()
+    for _ in range(2):  # the second time there is nothing left
+        torch.ops.neurons.drain_(*late[:2], log)
+        assert all(torch.equal(a, b) for a, b in zip(at_once, late))
+
+
+def test_log_counts_what_is_due_by_itself():
+    """Else a long run would lose what the log has no room for."""
+    statistics, log = new_statistics(1, 40), new_log(40)
+    for _ in range(100):
+        plain(torch.ones(32, 40), None, 0, None, None, None, None, torch.zeros(32, dtype=torch.int32), *statistics, log)
+    assert (statistics[0] >= 3200 - 512).all() and torch.equal(statistics[0], statistics[1].sum(-1)[0][None].int())
+
+
 def test_thread_count_does_not_change_statistics():
     results = []
     for threads in (1, 2):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         gate, up = inputs(50, 1134, torch.float32)
-        statistics = new_statistics(1, 1134)
-        plain(gate, up, 0, None, None, None, None, torch.zeros(50, dtype=torch.int32), *statistics)
+        statistics, log = new_statistics(1, 1134), new_log(1134)
+        plain(gate, up, 0, None, None, None, None, torch.zeros(50, dtype=torch.int32), *statistics, log)
+        torch.ops.neurons.drain_(*statistics[:2], log)
         torch.set_num_threads(before)
         results.append((gate, *statistics))
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -299,6 +331,16 @@ def test_errors_name_both_sides():
     fails(r"count: expected shape \[-1, 8\]", gate, up, 0, observed(profile, count[:, :7].contiguous(), sketch, moments))
     fails(r"sketch: expected shape \[2, 8, 304\]", gate, up, 0, observed(profile, count, sketch[:1], moments))
     fails("moments: expected dtype Double", gate, up, 0, observed(profile, count, sketch, moments.float()))
+    log = new_log(8)
+    fails("log: expected with count, sketch and moments", gate, up, 0, (*none, log))
+    fails(r"log: expected shape \[1, \d+\]", gate, up, 0, (*observed(profile, count, sketch, moments), log[:, 1:].contiguous()))
+    with pytest.raises(RuntimeError, match=r"count: expected shape \[2, 8\]"):
+        torch.ops.neurons.drain_(count[:1], sketch, log)
+    with pytest.raises(RuntimeError, match=r"log: expected shape \[1, \d+\]"):
+        torch.ops.neurons.drain_(count, sketch, new_log(300))
+    bytes = torch.zeros(log.numel() + 1, dtype=torch.uint8)[1:].view(1, -1)
+    with pytest.raises(RuntimeError, match="log: expected memory aligned"):
+        torch.ops.neurons.drain_(count, sketch, bytes)
 
 
 def test_empty_input():
@@ -313,9 +355,10 @@ def test_opcheck(device):
     group = torch.zeros(5, dtype=torch.int32, device=device)
     for up in (True, False):
         for edited in ((ones, *edits), (None,) * 4):
-            for observed in ((group, *statistics), (None,) * 4):
+            for observed in ((group, *statistics), (None,) * 4) + (((group, *statistics, new_log(40)),) if device == "cpu" else ()):
                 gate, other = inputs(5, 40, torch.float32, device)
                 torch.library.opcheck(glu_, (gate, other if up else None, 0, *edited, *observed))
+    torch.library.opcheck(torch.ops.neurons.drain_, (*new_statistics(1, 40)[:2], new_log(40)))
 
 
 def test_no_autograd():
@@ -335,7 +378,7 @@ def test_compiles_without_copies(device):
     """Inductor calls the op on the gate that the matmul wrote: no clone of it, nor of the statistics."""
     from torch._inductor.utils import run_and_get_code
 
-    width, statistics = 64, new_statistics(1, 64, device)
+    width, statistics = 64, (*new_statistics(1, 64, device), *([new_log(64)] if device == "cpu" else []))
     group = torch.zeros(4, dtype=torch.int32, device=device)
 
     def f(x, w):
@@ -350,6 +393,8 @@ def test_compiles_without_copies(device):
         tensor.zero_()
     result, code = run_and_get_code(torch.compile(f, fullgraph=True), x, w)
     assert torch.allclose(result, expected, rtol=1e-5, atol=1e-5)
+    if device == "cpu":
+        torch.ops.neurons.drain_(*statistics[:2], statistics[3])
     assert statistics[0].sum() > 0 and torch.equal(statistics[1].sum(-1), statistics[0])
     assert not re.search(r"copy_\(|\.clone\(", "".join(code))
 
@@ -437,8 +482,8 @@ def test_turns():
                 turns(torch.zeros(2, 1), None)
         return call
 
-    times = bench.Turns.run({"slow": way(0.03), "fast": way(0.01)}, pairs=2, tokens=3)
-    assert [len(times[name]) for name in ("slow", "fast")] == [6, 6]
-    assert min(times["slow"]) >= 0.03 and 0.01 <= sorted(times["fast"])[2] < 0.03, "a turn's wait for the other is left out"
+    times = bench.Turns.run({"slow": way(0.03, 4), "fast": way(0.01, 4)}, pairs=2, tokens=4)
+    assert [len(times[name]) for name in ("slow", "fast")] == [4, 4]
+    assert min(times["slow"]) >= 0.03 and 0.01 <= sorted(times["fast"])[1] < 0.03, "a turn's wait for the other is left out"
     with pytest.raises(ZeroDivisionError):
         bench.Turns.run({"fine": way(0.01), "broken": lambda turns: 1 / 0}, pairs=2, tokens=3)

@@ -22,14 +22,15 @@ import math
 import random
 import re
 import sys
+import threading
 import time
 import unicodedata
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
 from identify import (FACET_NAMES, POLES, ROOT, TRAITS, Bench, Endpoint, Flags, NoReply, UserError, answer, ask, chat, check_trait, digest,
-                      facet_rows, fingerprint, json_lines, load_bench, load_model, markdown, model_arguments, padded, positive, said, say,
-                      script, text_ids, token_ids, write_atomically)
+                      facet_rows, fingerprint, json_lines, load_bench, load_model, markdown, model_arguments, padded, positive, resumable, said,
+                      say, script, text_ids, token_ids, write_atomically)
 from induce import REPETITION_PENALTY, SUPPRESS, Character, NeuronFolder, Profile, npti_edits, steer, suppressed
 
 METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
@@ -490,12 +491,15 @@ class LocalJudge:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.name, self.origin = f"llm:{model.source}", fingerprint(model)
 
-    def rate(self, trait: str | None, pairs: list[tuple[str, str]]) -> list[float]:
+    def rate(self, trait: str | None, pairs: list[tuple[str, str]], store=lambda k, score: None) -> list[float]:
         both = []
         for turned in (False, True):
             turns = [ask(material(*pair), rubric(trait, turned)) for pair in pairs]
             both.append(expectation(self.model, self.tokenizer, turns).tolist())
-        return [(a + 6 - b) / 2 for a, b in zip(*both)]
+        ratings = [(a + 6 - b) / 2 for a, b in zip(*both)]
+        for k, score in enumerate(ratings):
+            store(k, score)
+        return ratings
 
 
 class EndpointJudge:
@@ -505,10 +509,16 @@ class EndpointJudge:
         self.endpoint = Endpoint(url, model, in_flight=8)
         self.batch_size, self.name, self.origin = batch_size, f"llm:{model}", digest(url)
 
-    def rate(self, trait: str | None, pairs: list[tuple[str, str]]) -> list[float | str]:
-        """Ratings; a text says why there is none."""
-        found = {}
-        self.endpoint.run(list(enumerate(pairs)), lambda pair: self.one(trait, pair), found.__setitem__)
+    def rate(self, trait: str | None, pairs: list[tuple[str, str]], store=lambda k, score: None) -> list[float | str]:
+        """Ratings; a text says why there is none. store(k, score): called with each as it comes, since it is paid for."""
+        found, lock = {}, threading.Lock()
+
+        def keep(k, score):
+            with lock:
+                found[k] = score
+                store(k, score)
+
+        self.endpoint.run(list(enumerate(pairs)), lambda pair: self.one(trait, pair), keep)
         return [found[k] for k in range(len(pairs))]
 
     def one(self, trait, pair) -> float | str:
@@ -524,7 +534,7 @@ class EndpointJudge:
 def judge_by_llm(judge, answers: list[dict], lines: Lines, title: str) -> dict:
     """Rate what is not rated yet, for trait and fluency in separate requests. What could not be rated is counted, not
     guessed: {reason: number}; failed requests are tried again by the next run."""
-    failed, rated = defaultdict(int), 0
+    failed, rated = defaultdict(int), []
     key = lambda one, of: f"{one['key']}/{judge.name}/{of or 'fluency'}"  # noqa: E731
     is_there = lambda one, of: lines.has(key(one, of), judge.origin)  # noqa: E731
     todo = [one for one in answers if not all(is_there(one, of) for of in (one["trait"], None))]
@@ -534,21 +544,23 @@ def judge_by_llm(judge, answers: list[dict], lines: Lines, title: str) -> dict:
             batch = todo[start:start + judge.batch_size]
             for trait in (*dict.fromkeys(one["trait"] for one in batch), None):
                 group = [one for one in batch if trait in (None, one["trait"]) and not is_there(one, trait)]
-                ratings = judge.rate(trait, [(one["question"], one["answer"]) for one in group]) if group else []
-                made = []
-                for one, score in zip(group, ratings):
+
+                def store(k, score, group=group, trait=trait):
                     reason = score if isinstance(score, str) else None
-                    failed[reason] += bool(reason)
+                    if reason:
+                        failed[reason] += 1
                     if not (reason or "").startswith("failed"):
-                        made.append({"key": key(one, trait), "judge": judge.name, "from": judge.origin, "trait": trait,
-                                     "score": None if reason else score})
-                lines.add(made)
-                rated += len(made)
+                        rated.append(key(group[k], trait))
+                        lines.add([{"key": rated[-1], "judge": judge.name, "from": judge.origin, "trait": trait,
+                                    "score": None if reason else score}])
+
+                if group:
+                    judge.rate(trait, [(one["question"], one["answer"]) for one in group], store)
                 if not rated and len(group) > 2:
                     raise UserError(f"{judge.name}: none of {len(group)} requests was answered ({dict(failed)}); answers and "
                                     "ratings so far are kept, and the same command goes on from there")
             bar.update(len(batch))
-    return {reason: number for reason, number in failed.items() if number}
+    return dict(failed)
 
 
 # ------------------------------------------------------------------------------------------ judging: a questionnaire
@@ -723,8 +735,9 @@ def interval(values, seed: int = 0, draws: int = 10_000) -> list[float]:
     import numpy as np
 
     values = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    return [float(x) for x in np.quantile(values[picks].mean(1), (0.025, 0.975))]
+    random, block = np.random.default_rng(seed), max(1, 1_000_000 // len(values))  # of few draws at once, where there are many values
+    means = [values[random.integers(0, len(values), (min(block, draws - k), len(values)))].mean(1) for k in range(0, draws, block)]
+    return [float(x) for x in np.quantile(np.concatenate(means), (0.025, 0.975))]
 
 
 def mean_of(values) -> float:
@@ -905,8 +918,9 @@ def accuracy(answers: list[dict], scores: dict, judges: list[str]) -> list[dict]
             sides = [[score for one in answers if (one["trait"], one["pole"]) == (trait, pole)
                       and (score := score_of(scores, one, judge)) is not None] for pole in POLES]
             if all(sides):
-                right = [(high > low) + (high == low) / 2 for high in sides[0] for low in sides[1]]
-                result.append({"judge": judge, "trait": trait, "pairs": len(right), "accuracy": mean_of(right)})
+                n, m = map(len, sides)
+                above = ranks(sides[0] + sides[1])[:n].sum() - n * (n + 1) / 2  # pairs of which the high one is above; ties are half
+                result.append({"judge": judge, "trait": trait, "pairs": n * m, "accuracy": float(above / (n * m))})
     return result
 
 
@@ -1515,10 +1529,7 @@ def without(row: dict, name: str) -> dict:
     return {key: value for key, value in row.items() if key != name}
 
 
-def main() -> None:
-    args = checked_arguments()
-    if args.compare:
-        return compare(*args.compare)
+def evaluate(args) -> None:
     begin, bench = time.time(), load_bench(args.bench)
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     made_with = {"model": f"{model.source} {fingerprint(model)}", "template": digest(tokenizer.chat_template),
@@ -1565,6 +1576,14 @@ def main() -> None:
     say(f"{time.time() - begin:.0f} s")
     if run.judge and run.failed:
         raise UserError(f"{run.judge.name}: not rated: {run.failed}; what failed is tried again by the same command")
+
+
+def main() -> None:
+    args = checked_arguments()
+    if args.compare:
+        return compare(*args.compare)
+    with resumable():
+        evaluate(args)
 
 
 if __name__ == "__main__":

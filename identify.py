@@ -53,15 +53,24 @@ def script(main) -> None:
     except UserError as error:
         say(f"error: {' '.join(str(error).split())}")
         code = 2
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        say(f"error: {error.filename}: {error.strerror}")
-        code = 2
-    except KeyboardInterrupt:
-        say("\ninterrupted: what was finished is kept, and the same command goes on from there")
+    except KeyboardInterrupt as error:
+        say(f"\ninterrupted{error and ': '}{error}")
         code = 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder that may not be written to
+        say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        code = 2
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def resumable():
+    """For work that the same command goes on with: script() says so when it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what was finished is kept, and the same command goes on from there") from None
 
 
 def write_atomically(path: Path, data) -> None:
@@ -376,10 +385,17 @@ def default_model() -> str:
 def on_device(device: str | None):
     import torch
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: expected cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: expected cpu, cuda or cuda:1")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no GPU")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
         if not op().cuda:
             raise UserError(f"--device {device}: the op was built without CUDA, since nvcc was not found: install the CUDA "
                             "toolkit and set CUDA_HOME, or pass --device cpu")
@@ -465,12 +481,17 @@ def dequantised(path: Path) -> Path:
 
 
 def fingerprint(model) -> str:
-    """Tells models apart, whatever dtype they are loaded in: the MLPs' shape, and the signs of 256 weights a layer."""
+    """Tells models apart, whatever dtype they are loaded in: the MLPs' shape, and the names and the signs of 256 numbers of each
+    parameter of the decoder's layers, of which fine-tuning turns some and baking adds some. (Not of the embeddings, which one file
+    of a model holds once and another twice.)"""
     layers = find_mlps(model)
     signs = hashlib.sha256()
     for layer in layers:
-        weight = layer.gate.weight.detach().flatten()
-        signs.update((weight[:: max(1, weight.numel() // 256)][:256] > 0).to("cpu").numpy().tobytes())
+        for name, weight in layer.layer.named_parameters():
+            signs.update(name.encode())
+            if weight.is_floating_point():
+                weight = weight.detach().flatten()
+                signs.update((weight[:: max(1, weight.numel() // 256)][:256] > 0).to("cpu").numpy().tobytes())
     return f"{len(layers)}x{layers[0].width}-{signs.hexdigest()[:16]}"
 
 
@@ -479,17 +500,24 @@ NEXT_QUESTION = "\nQuestion:"  # what a base model writes where its answer is ov
 
 def chat(tokenizer, turns: list[dict]) -> str:
     """The text of a conversation ({"role", "content"}, roles system, user, assistant) up to where the assistant speaks.
-    Templates without a system role get it in front of the first question, base models without template plain text."""
+    Templates without a system role get it in front of the first question, base models without template plain text. Models that
+    think first, if they can be told to, are told not to: it is the answer that has a personality."""
     if tokenizer.chat_template is None:
         words = {"system": "{}\n", "user": "Question: {}\n", "assistant": "Answer: {}\n"}
         return "\n".join(words[turn["role"]].format(turn["content"]) for turn in turns) + "\nAnswer:"
+    def written(turns):
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+    system = turns[0]["content"] if turns[0]["role"] == "system" and len(turns) > 1 else None
+    merged = system and [{"role": "user", "content": f"{system}\n\n{turns[1]['content']}"}, *turns[2:]]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = written(turns)
+        # some templates pass over what they do not know, and the persona with it
+        return text if not system or "".join(system.split()) in "".join(text.split()) else written(merged)
     except Exception as error:  # templates raise what they like
-        if turns[0]["role"] != "system" or len(turns) < 2:
+        if not system:
             raise UserError(f"the chat template of this model refuses the conversation: {error}") from error
-        merged = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-        return tokenizer.apply_chat_template([merged, *turns[2:]], tokenize=False, add_generation_prompt=True)
+        return written(merged)
 
 
 def ask(question: str, system: str | None = None) -> list[dict]:
@@ -623,16 +651,17 @@ class Endpoint:
         """(what it answers, whether it came to its end), asked for again where it is not fine(text); raises NoReply."""
         def request(again):
             warmer = {"temperature": 0.7} if again else {}  # at 0 it would say the same
-            more = {**options, **warmer, self.limit: max_tokens}
+            more = {**options, **warmer, limit: max_tokens}
             choice = self.client.chat.completions.create(model=self.model, messages=messages, **more).choices[0]
             return (choice.message.content or "").strip(), choice.finish_reason != "length"
 
+        limit = self.limit  # another thread may change it meanwhile
         try:
             return self.tried(request, fine)
         except NoReply as error:
-            if "max_completion_tokens" not in str(error) or self.limit == "max_completion_tokens":
+            if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
                 raise
-            self.limit = "max_completion_tokens"  # the name that newer models of OpenAI want
+            limit = self.limit = "max_completion_tokens"  # the name that newer models of OpenAI want
             return self.tried(request, fine)
 
     def completion(self, ids: list[int], **options) -> tuple[str, bool]:
@@ -647,7 +676,8 @@ class Endpoint:
         failed = malformed = 0
         while True:
             try:
-                result = request(malformed > 0)
+                text, whole = request(malformed > 0)
+                result = text.encode("utf-8", "replace").decode(), whole  # half an emoji can be in no file
                 if fine(result[0]):
                     return result
                 malformed += 1
@@ -1705,11 +1735,12 @@ class Asked:
 
 class Answers:
     """A trait's answers in a file of JSON lines that something wrote: trait, pole, persona, question, answer, and ids where this
-    tool wrote them (text may tokenise otherwise). An answer without ids is taken as complete: it gets an end token. A sequence of
-    Items; only their places in the file are held, so memory does not grow with their text."""
+    tool wrote them (text may tokenise otherwise); those of another model's tokenizer, which don't spell the answer, are passed over.
+    An answer without ids is taken as complete: it gets an end token. A sequence of Items; only their places in the file are held, so
+    memory does not grow with their text. poles: the pole of each, 0 or 1 for high or low."""
 
     def __init__(self, path: str, trait: str, tokenizer):
-        self.path, self.tokenizer, self.places = Path(path), tokenizer, array("Q")
+        self.path, self.tokenizer, self.places, self.poles = Path(path), tokenizer, array("Q"), array("b")
         traits, content = set(), hashlib.sha256()
         for number, line, offset in json_lines(self.path, offsets=True):
             wrong = [key for key in ("trait", "pole", "persona", "question", "answer") if not isinstance(line.get(key), str)]
@@ -1719,10 +1750,11 @@ class Answers:
             traits.add(line["trait"])
             if line["trait"].lower() == trait:
                 ids = line.get("ids") or []
-                if not isinstance(ids, list) or not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids):
-                    raise UserError(f"{path}, line {number}: ids: expected tokens of this model, below {len(tokenizer)}")
+                if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+                    raise UserError(f"{path}, line {number}: ids: expected a list of whole numbers")
                 content.update(json.dumps(line, sort_keys=True).encode())
                 self.places.append(offset)
+                self.poles.append(POLES.index(line["pole"]))
         if not self.places:
             raise UserError(f"{path}: no answers for {trait}; it has {sorted(traits)}")
         self.content = content.hexdigest()[:16]
@@ -1731,12 +1763,17 @@ class Answers:
         return len(self.places)
 
     def __getitem__(self, where: slice) -> list[Item]:
-        items = []
+        return self.at(range(len(self))[where])
+
+    def at(self, numbers) -> list[Item]:
+        items, known = [], len(self.tokenizer)
         with open(self.path, "rb") as file:
-            for place in self.places[where]:
-                file.seek(place)
+            for number in numbers:
+                file.seek(self.places[number])
                 line = json.loads(file.readline())
-                ids = line.get("ids") or text_ids(self.tokenizer, line["answer"]) + [self.tokenizer.eos_token_id]
+                ids = line.get("ids") or []
+                if not ids or not all(0 <= token < known for token in ids) or answer_text(self.tokenizer, ids) != line["answer"]:
+                    ids = text_ids(self.tokenizer, line["answer"]) + [self.tokenizer.eos_token_id]
                 items.append(Item(line["pole"], line["persona"], line["question"], line["answer"], ids))
         return items
 
@@ -1873,7 +1910,7 @@ class Run:
 
     def __init__(self, model, tokenizer, bench: Bench, trait: str, args, world: World = World(), endpoint: Endpoint | None = None):
         self.model, self.tokenizer, self.trait, self.args, self.world = model, tokenizer, trait, args, world
-        items = Answers(args.answers, trait, tokenizer) if args.answers else Asked(bench, trait, args.limit, args.seed)
+        items = Answers(args.answers, trait, tokenizer) if args.answers else Asked(bench, trait, args.limit or 128, args.seed)
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = neuron_path(folder, trait)
@@ -1984,7 +2021,30 @@ class Run:
                 hook.remove()
         return seen[0] if seen else ""
 
+    def set_aside(self) -> None:
+        """Keep what a run with other options made here under a name that says which."""
+        try:
+            other = re.sub(r"\W", "", str(Neurons.load(self.path).meta["key"]))
+        except (UserError, KeyError):  # none, or none that could be used
+            return
+        if other != self.key:
+            for path in (self.path, self.answers):
+                if path.exists():
+                    os.replace(path, path.with_name(path.name.replace(self.trait, f"{self.trait}.{other}", 1)))
+            say(f"{self.path} was of other options: it is {self.trait}.{other}.safetensors now")
+
     def __call__(self) -> Neurons:
+        import fcntl
+
+        with open(self.file_of(self.world.rank, "lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{self.path}: another run makes it, this one waits")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return self.alone()
+
+    def alone(self) -> Neurons:
         neurons = self.finished()
         if neurons:
             if not self.world.rank:
@@ -1997,6 +2057,7 @@ class Run:
             if not self.world.rank:
                 tokens = self.statistics.tokens.tolist()
                 neurons = Neurons(self.statistics.summary(), {**self.meta, "key": self.key, "tokens": tokens}, str(self.path))
+                self.set_aside()
                 neurons.save(self.path)
         self.world.wait()
         if not self.world.rank:
@@ -2019,8 +2080,8 @@ class Run:
             say(f"going on with {self.trait} after {self.done - self.first} of {total} answers")
         last, pause = time.time(), 20.0
         title = self.trait if self.world.size == 1 else f"{self.trait}, 1 of {self.world.size}"
-        with tqdm(total=total, initial=self.done - self.first, desc=title, unit="answer", smoothing=0.1,
-                  disable=self.world.rank > 0) as bar:
+        with resumable(), tqdm(total=total, initial=self.done - self.first, desc=title, unit="answer", smoothing=0.1,
+                               disable=self.world.rank > 0) as bar:
             while self.done < self.end:
                 try:
                     self.batch()
@@ -2083,7 +2144,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="rows of a batch (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N",
                         help="length of an answer (default: %(default)s; the paper's search: 500)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="default: %(default)s")
 
 
 def positive(text: str) -> int:
@@ -2092,12 +2153,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {(1 << 32) - 1}, got {text}")
+    return int(text)
+
+
 def parser() -> Flags:
     flags = Flags(__doc__)
-    flags.add_argument("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
+    flags.add_argument("--trait", nargs="+", metavar="T", help="default: all five, or those that --answers FILE has")
     flags.add_argument("--bench", metavar="DIR",
                        help="questions and personas in PersonalityBench's layout: a folder, or a dataset of the hub (default: built in)")
-    flags.add_argument("--limit", type=positive, default=128, metavar="N", help="search questions a trait (default: %(default)s)")
+    flags.add_argument("--limit", type=positive, metavar="N", help="search questions a trait (default: 128)")
     flags.add_argument("--answers", metavar="FILE", help="read answers (JSON lines: trait, pole, persona, question, answer) "
                                                          "instead of generating them")
     flags.add_argument("--engine", metavar="URL", help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) "
@@ -2129,28 +2196,35 @@ def build_bench(args) -> None:
     else:
         writer = LocalWriter(args.writer or args.model, args)
     say(f"{writer.name} writes {size} search questions a trait")
-    Builder(args.build_bench, size, writer, args.seed)()
+    with resumable():
+        Builder(args.build_bench, size, writer, args.seed)()
     print(args.build_bench)
 
 
 def main() -> None:
     args = parser().parse_args()
+    for flag in ("trait", "bench", "limit", "answers", "engine"):
+        if args.build_bench and getattr(args, flag):
+            raise UserError(f"--build-bench DIR writes a bench of all traits, --size N questions each: --{flag} goes with identification")
     if args.build_bench:
         return build_bench(args)
-    traits = [check_trait(trait) for trait in args.trait]
     if args.size:
         raise UserError("--size N goes with --build-bench DIR; --limit N is the number of questions that are asked")
-    if args.answers and args.engine:
-        raise UserError("--answers FILE has answers, --engine URL writes them: expected one or the other")
-    if args.answers:
-        next(json_lines(Path(args.answers)), None)  # unreadable: say so before the model is loaded
+    if args.answers and (args.engine or args.limit):
+        raise UserError(f"--answers FILE has questions and answers, all of which count: --{'engine' if args.engine else 'limit'} goes without it")
+    traits = [check_trait(trait) for trait in args.trait or TRAITS]
+    if args.answers:  # what can't be read is said before the model is loaded
+        there = {str(line.get("trait")).lower() for _, line in json_lines(Path(args.answers))}
+        traits = traits if args.trait else [trait for trait in TRAITS if trait in there]
+        if not traits:
+            raise UserError(f"{args.answers}: answers of no trait of {', '.join(TRAITS)}")
     endpoint = Endpoint(args.engine, args.served_model, args.in_flight) if args.engine else None
     bench = load_bench(args.bench)
     world = World.join()
-    if world.size > 1 and args.device is None and "LOCAL_RANK" in os.environ:
+    if world.size > 1 and args.device in (None, "cuda") and "LOCAL_RANK" in os.environ:
         import torch
 
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else args.device
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     if endpoint and not world.rank:
         say(f"{endpoint.model} at {args.engine} answers, {model.source} reads: nothing vouches for their being the same model")

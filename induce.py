@@ -25,8 +25,9 @@ from datetime import datetime
 from pathlib import Path
 
 from identify import (NEXT_QUESTION, POLES, TRAITS, Answers, Endpoint, Flags, Neurons, NoReply, Rows, UserError, answer, answer_text,
-                      answered_inputs, ask, built_in_bench, chat, check_trait, ending, find_mlps, fingerprint, identify, load_model,
-                      model_arguments, neuron_path, op, out_of_memory, patched, positive, published, say, script, token_ids, write_atomically)
+                      answered_inputs, ask, built_in_bench, chat, check_trait, digest, ending, find_mlps, fingerprint, identify,
+                      load_model, model_arguments, neuron_path, op, out_of_memory, patched, positive, published, resumable, say, script,
+                      token_ids)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -236,13 +237,15 @@ def suppressed(profile: Profile, how: str) -> Profile:
 
 def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None, most: int = 64):
     """The direction of activation addition: {layer: float32 (hidden_size)}, the mean of a layer's output over the answers'
-    tokens under the high pole less that under the low one, from the first `most` answers that identify.py wrote to path.
-    layer: by default the one in the middle. (CAA, Rimsky et al., arXiv 2312.06681, adds such a difference; repeng likewise.)"""
+    tokens under the high pole less that under the low one, from the first `most` answers, half of each pole, that identify.py
+    wrote to path. layer: by default the one in the middle. (CAA, Rimsky et al., arXiv 2312.06681, adds such a difference; repeng likewise.)"""
     import torch
 
     mlps = find_mlps(model)
     layer = len(mlps) // 2 if layer is None else layer
-    items = Answers(path, trait, tokenizer)[:most]
+    answers = Answers(path, trait, tokenizer)
+    of = {k: [number for number, pole in enumerate(answers.poles) if pole == k][:most // 2] for k in range(len(POLES))}
+    items = answers.at(sorted(of[0] + of[1]))
     total, tokens = {pole: 0 for pole in POLES}, {pole: 0 for pole in POLES}
     for start in range(0, len(items), 16):
         batch = items[start:start + 16]
@@ -706,12 +709,16 @@ def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> 
     """Write --save DIR: a whole directory or none."""
     import shutil
 
-    target = Path(args.save)
-    if target.exists() and not (target / "verify.json").exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--save {target}: there is something else already")
+    target = Path(os.path.realpath(args.save))
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"--save {args.save}: expected a directory of its own")
+    if target.exists():
+        others = sorted(path.name for path in target.iterdir() if path.name not in written(target)) if target.is_dir() else [target.name]
+        if others:
+            raise UserError(f"--save {target}: there is something already that it did not write: {others[0]}")
     profile = folder.profile(character)
     baking, texts = Baking(model, profile, args.rank), licences(model)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}{end}") for end in ("", ".old"))
     try:
         temporary.mkdir(parents=True)
         baking.save(temporary)
@@ -725,13 +732,17 @@ def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> 
         made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(), "suppress": args.suppress,
                 "rank": args.rank, "dtype": str(model.dtype).split(".")[-1], "cost": baking.cost(),
                 "neurons": {trait: neurons.meta.get("key", "released files") for trait, neurons in folder.files.items()}}
-        (temporary / "verify.json").write_text(json.dumps({**made, "expected": expected}, ensure_ascii=False) + "\n")
         (temporary / "README.md").write_text(card(made))
+        files = sorted([*(path.name for path in temporary.iterdir()), "verify.json"])
+        (temporary / "verify.json").write_text(json.dumps({**made, "files": files, "expected": expected}, ensure_ascii=False) + "\n")
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        for path in (temporary, old):
+            shutil.rmtree(path, ignore_errors=True)
     say(f"{target}: {character.describe()}, edits on every token (--where all), suppressed neurons: {args.suppress}; {baking.cost()}")
     if args.verify:
         try:
@@ -741,6 +752,15 @@ def bake(model, tokenizer, folder: NeuronFolder, character: Character, args) -> 
                 raise
             raise UserError(f"--verify holds both models in float32, for which there is not enough memory: --device cpu ({target} is "
                             "whole, but not verified)") from error
+
+
+def written(folder: Path) -> list[str]:
+    """The names that an earlier --save wrote there; none if it wasn't one."""
+    try:
+        files = json.loads((folder / "verify.json").read_text())["files"]
+        return files if isinstance(files, list) else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def licences(model) -> list[Path]:
@@ -951,7 +971,7 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
     """One question a line: plain text, or a JSON object with the key question and, optionally, a profile of its own (traits
     and alphas, or the name of a profile file)."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--questions {path}: {error}") from error
     questions, read = [], {}
@@ -979,14 +999,37 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
 
 
 def answer_file(model, tokenizer, folder: NeuronFolder, character: Character, args) -> None:
-    """Answer a file of questions, JSON lines out: each in its own personality, or in the one of --trait or --profile."""
+    """Answer a file of questions, JSON lines out: each in its own personality, or in the one of --trait or --profile. What is written
+    to --out grows beside it, under a name that tells what is answered, and is there when it is whole."""
+    import fcntl
+
+    import torch
     from tqdm import tqdm
 
-    questions = [(text, own or character) for text, own in read_questions(args.questions, args.method)]
-    lines, profiles = [], {}
-    with tqdm(total=len(questions), unit="answer", disable=not args.out) as bar:
-        for start in range(0, len(questions), args.batch_size):
+    questions, profiles = [(text, own or character) for text, own in args.questions], {}
+    out, done = args.out and Path(args.out), 0
+    with contextlib.ExitStack() as stack:
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            options = [getattr(args, name) for name in ("batch_size", "max_new_tokens", "seed", "where", "keep", "suppress", "min_delta",
+                                                        "min_neurons", "temperature", "top_p")]
+            neurons = {trait: folder.neurons(trait).meta.get("key") for trait in TRAITS if any(who.strengths.get(trait) for _, who in questions)}
+            asked = [(text, who.strengths, who.method, who.layers) for text, who in questions]
+            key = digest(fingerprint(model), str(model.dtype), tokenizer.chat_template, neurons, asked, options)
+            part = out.with_name(f".{out.name}.{key}.part")
+            file = stack.enter_context(open(part, "a+b"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--out {out}: another run is writing it") from None
+            done = kept_lines(file, args.batch_size)
+            if done:
+                say(f"going on after {done} of {len(questions)} answers")
+            stack.enter_context(resumable())
+        bar = stack.enter_context(tqdm(total=len(questions), initial=done, unit="answer", disable=not out))
+        for start in range(done, len(questions), args.batch_size):
             batch = questions[start:start + args.batch_size]
+            torch.manual_seed(args.seed + start)  # the same, if it is sampled, where a run goes on
             for _, who in batch:
                 if id(who) not in profiles:
                     profiles[id(who)] = folder.profile(who)
@@ -994,14 +1037,25 @@ def answer_file(model, tokenizer, folder: NeuronFolder, character: Character, ar
             with steer(model, [profiles[one] for one in here], [here.index(id(who)) + 1 for _, who in batch], args.where, args.keep,
                        args.seed):
                 answers = answer(model, tokenizer, [ask(question) for question, _ in batch], args.max_new_tokens, **sampling(args))
-            for (question, who), (text, ids) in zip(batch, answers):
-                lines.append(json.dumps({"question": question, "answer": text, "personality": who.strengths,
-                                         "method": who.method, "ids": ids}, ensure_ascii=False) + "\n")
-                if not args.out:
-                    sys.stdout.write(lines[-1])
+            lines = "".join(json.dumps({"question": question, "answer": text, "personality": who.strengths, "method": who.method,
+                                        "ids": ids}, ensure_ascii=False) + "\n" for (question, who), (text, ids) in zip(batch, answers))
+            if out:
+                file.write(lines.encode())
+                file.flush()
+            else:
+                sys.stdout.write(lines)
             bar.update(len(batch))
-    if args.out:
-        write_atomically(Path(args.out), "".join(lines).encode())
+        if out:
+            os.replace(part, out)
+
+
+def kept_lines(file, step: int) -> int:
+    """How many lines, in whole steps, an interrupted run left in a file; what comes after them is cut off."""
+    file.seek(0)
+    ends = [0, *(file.tell() for line in iter(file.readline, b"") if line.endswith(b"\n"))]
+    done = (len(ends) - 1) // step * step
+    file.truncate(ends[done])
+    return done
 
 
 def streamer_of(tokenizer):
@@ -1167,9 +1221,10 @@ def main() -> None:
     character = Character.read(args.profile, args.method) if args.profile else Character(
         dict(zip(traits, alphas if len(alphas) == len(traits) else alphas * len(traits))), args.method)
     if args.questions:  # before the model is loaded
-        without = [text for text, one in read_questions(args.questions, args.method) if one is None]
+        asked, args.questions = args.questions, read_questions(args.questions, args.method)  # once: it may be a pipe
+        without = [text for text, one in args.questions if one is None]
         if own and without:
-            raise UserError(f"--questions {args.questions}: no profile stands beside {without[0]!r}: --trait and --alpha, or "
+            raise UserError(f"--questions {asked}: no profile stands beside {without[0]!r}: --trait and --alpha, or "
                             "--profile, say what such a question is answered in")
     if (args.chat or args.save) and not character.strengths:
         raise UserError("--chat and --save: expected --trait T --alpha A, or --profile FILE")

@@ -10,15 +10,16 @@ the result written once), and "limit" is a copy that moves the same number of by
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import statistics as stats
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -242,67 +243,62 @@ def paired(ways: dict, pairs: int, warm: int = 1) -> dict:
     return times
 
 
-class Turns(StoppingCriteria):
-    """Lets several generate() calls, a thread each, take turns token by token, in another order each time, so that what else the
-    machine does slows them all alike. seconds: {name: the time of each token's step}, waiting left out."""
+class Turn(StoppingCriteria):
+    """Stops generate() after each token until it is this process's turn again; sends the seconds that the token took."""
 
-    def __init__(self, names: list[str], seed: int = 0):
-        self.names, self.pick, self.order = names, random.Random(seed), []
-        self.turn, self.now, self.own = threading.Condition(), None, threading.local()
-        self.seconds, self.error = {name: [] for name in names}, None
-
-    def next(self) -> None:
-        self.order = self.order or self.pick.sample(self.names, len(self.names))
-        self.now = self.order.pop()
-        self.turn.notify_all()
+    def __init__(self, pipe):
+        self.pipe = pipe
+        self.pipe.send(None)  # all is ready
+        self.wait()
 
     def wait(self) -> None:
-        self.turn.wait_for(lambda: self.now == self.own.name or self.error)
-        if self.error:
-            raise RuntimeError("another thread failed")
-        self.own.start = time.perf_counter()
+        self.pipe.recv()
+        self.start = time.perf_counter()
 
     def __call__(self, input_ids, scores, **kwargs):
-        spent = time.perf_counter() - self.own.start
-        with self.turn:
-            self.seconds[self.own.name].append(spent)
-            self.next()
-            self.wait()
+        self.pipe.send(time.perf_counter() - self.start)
+        self.wait()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def work(self, name: str, call, times: int) -> None:
-        self.own.name = name
-        try:
-            with self.turn:
-                self.wait()
-            for _ in range(times):
-                call(self)
-            with self.turn:  # it has a turn that it does not need any more
-                self.names.remove(name)
-                self.order = [one for one in self.order if one != name]
-                if self.names:
-                    self.next()
-        except BaseException as error:
-            with self.turn:
-                self.error = self.error or error
-                self.turn.notify_all()
 
-    @classmethod
-    def run(cls, calls: dict, pairs: int, tokens: int, warm: int = 1) -> dict:
-        """Seconds of a token's step, the mean of every two, of `pairs` generations a way, after `warm` that don't count."""
-        turns = cls(list(calls))
-        threads = [threading.Thread(target=turns.work, args=(name, call, pairs + warm), daemon=True) for name, call in calls.items()]
-        for thread in threads:
-            thread.start()
-        with turns.turn:
-            turns.next()
-        for thread in threads:
-            thread.join()
-        if turns.error:
-            raise turns.error
-        # in twos: statistics are counted into the sketch every 64 tokens, which at 32 rows is every second step
-        return {name: [(a + b) / 2 for a, b in zip(steps[::2], steps[1::2])]
-                for name, steps in ((name, steps[warm * tokens:]) for name, steps in turns.seconds.items())}
+def process(pipe, work) -> None:
+    try:
+        work(pipe)
+    except BaseException as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        raise
+
+
+def in_turns(works: dict, steps: int, seed: int = 0) -> dict:
+    """{name: seconds of each of `steps` steps} of work(pipe) functions, a process each, of which one takes a step at a time, in another
+    order each time, so that what else the machine does slows them all alike. (Not threads: OpenMP keeps a team for each, and with more
+    threads than cores every loop begins with waking one up.)"""
+    context, pick, running = multiprocessing.get_context("spawn"), random.Random(seed), {}
+    seconds = {name: [] for name in works}
+
+    def heard(name):
+        value = running[name][0].recv()
+        if isinstance(value, str):
+            raise RuntimeError(f"{name}: {value}")
+        return value
+
+    try:
+        for name, work in works.items():
+            ours, theirs = context.Pipe()
+            running[name] = ours, context.Process(target=process, args=(theirs, work), daemon=True)
+            running[name][1].start()
+            theirs.close()
+        for name in works:
+            heard(name)
+        for _ in range(steps):
+            for name in pick.sample(list(works), len(works)):
+                running[name][0].send(True)
+                seconds[name].append(heard(name))
+    finally:
+        for pipe, one in running.values():
+            one.terminate()
+            one.join()
+    return seconds
 
 
 def write(model, ids, new_tokens: int, *criteria, **options) -> None:
@@ -316,64 +312,80 @@ def random_ids(rows: int, length: int, device):
     return torch.randint(10, 1000, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def timed(models: dict, device: str, ids, pairs: int, new_tokens: int, warm: int = 1, **options) -> tuple[dict, int]:
-    """(seconds of each model's generations, or on a CPU of their tokens, in turn; the tokens in each of these). A GPU would have to
-    be waited for at each token."""
-    calls = {name: lambda *criteria, one=one: write(one, ids, new_tokens, *criteria, **options) for name, one in models.items()}
-    if device == "cuda":
-        return paired(calls, pairs, warm), len(ids) * new_tokens
-    return Turns.run(calls, pairs, new_tokens, warm), len(ids)
+def way(name: str, model, rows: int):
+    """What a model of the benchmark is put under: nothing ("plain", or a name that says nothing), observing, or profiles of 60 edits a
+    layer: one ("steered"), or as many as the name begins with, by turns over the rows."""
+    if name == "observed":
+        return identify.observe(model, Statistics.of(model))
+    number = 1 if name == "steered" else int(name.split()[0]) if "profile" in name else 0
+    if not number:
+        return contextlib.nullcontext()
+    mlps = identify.find_mlps(model)
+    made = [random_profile(60, len(mlps), mlps[0].width, seed) for seed in range(number)]
+    return steer(model, made, [i % number + 1 for i in range(rows)])
+
+
+def generate_options(compiled: bool) -> dict:
+    if not compiled:
+        return {}
+    config = CompileConfig()
+    config._compile_all_devices = True  # generate() leaves a CPU's decoding uncompiled otherwise
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int, new_tokens: int, compiled: bool) -> None:
+    """What a process of in_turns does on a CPU: one generation after the other."""
+    model, _ = identify.load_model(source, "cpu", dtype)
+    ids = random_ids(rows, 24, "cpu")
+    with way(name, model, rows):
+        turn = Turn(pipe)
+        while True:
+            write(model, ids, new_tokens, turn, **generate_options(compiled))
+
+
+def token_seconds(names: dict, rows: int, pairs: int, new_tokens: int, compiled: bool = False, dtype: str | None = None) -> dict:
+    """{name: seconds of a token of all rows} of `pairs` generations on a CPU, after some that don't count; names: {name: the model, as
+    --model takes it}. A mean of every two: statistics are counted every 64 tokens, which at 32 rows is in every second step."""
+    works = {name: functools.partial(generates, name=name, source=source, dtype=dtype, rows=rows, new_tokens=new_tokens, compiled=compiled)
+             for name, source in names.items()}
+    warm = (3 if compiled else 1) * new_tokens
+    seconds = in_turns(works, warm + pairs * new_tokens)
+    return {name: [(a + b) / 2 for a, b in zip(steps[warm::2], steps[warm + 1::2])] for name, steps in seconds.items()}
+
+
+def random_llama():
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                                      num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+                                      eos_token_id=2, pad_token_id=2)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
 def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
-    """generate() calls with the same number of tokens, plain and otherwise."""
-    if device == "cuda":
-        import transformers
-
-        config = transformers.LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                                          num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
-                                          eos_token_id=2, pad_token_id=2)
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model = transformers.LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
-        source = "Llama-3-8B's shape, random weights, bfloat16"
+    """generate() calls with the same number of tokens, plain and otherwise: on a CPU each token is a pair, on a GPU, which would have
+    to be waited for at each token, each call."""
+    names = ["1 profile", f"{profiles} profiles"] if profiles else ["plain", "steered", "observed"]
+    if device == "cpu":
+        source, amount = "SmolLM2-135M", rows
+        times = token_seconds(dict.fromkeys(names), rows, pairs, new_tokens, compiled)
     else:
-        model, _ = identify.load_model(device=device)
-        source = f"{model.source}, {model.dtype}"
-    mlps = identify.find_mlps(model)
-    depth, width = len(mlps), mlps[0].width
-    statistics = Statistics.of(model)
-    options = {}
-    if compiled:
-        options = {"cache_implementation": "static", "compile_config": CompileConfig()}
-        options["compile_config"]._compile_all_devices = True  # generate() leaves a CPU's decoding uncompiled otherwise
-
-    def steered(number):
-        made = [random_profile(60, depth, width, seed) for seed in range(number)]
-        return lambda model: steer(model, made, [i % number + 1 for i in range(rows)])
-
-    ways = {"plain": contextlib.nullcontext, "steered": steered(1), "observed": lambda model: identify.observe(model, statistics)}
-    if profiles:
-        ways = {"1 profile": steered(1), f"{profiles} profiles": steered(profiles)}
-    with contextlib.ExitStack() as patched:
-        # Leaving a patch drops the compiled call, so each way has a model of its own, on the same weights, patched throughout
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        models = {name: copy.deepcopy(model, dict(shared)) for name in ways}
-        for name, way in ways.items():
-            patched.enter_context(way(models[name]))
-        times, tokens = timed(models, device, random_ids(rows, 24, model.device), pairs, new_tokens, 3 if compiled else 1, **options)
-    results = []
-    base = next(iter(ways))
-    for name in list(ways)[1:]:
-        median, upper = bound([a / b for a, b in zip(times[name], times[base])])
-        results.append({"model": source, "rows": rows, "new_tokens": new_tokens, "compiled": compiled, "name": name, "pairs": len(times[name]),
-                        "base": base, "ratio": median, "upper95": upper,
-                        "tokens_per_s": tokens / stats.median(times[name]), "base_tokens_per_s": tokens / stats.median(times[base])})
-        print(f"  {source}, {rows} rows, {'static cache, compiled' if compiled else 'eager'}: {name} / {results[-1]['base']} "
-              f"{median:.4f} (95 % bound {upper:.4f}), {results[-1]['tokens_per_s']:.0f} against "
-              f"{results[-1]['base_tokens_per_s']:.0f} tokens/s", flush=True)
-    return results
+        source, amount, model = "Llama-3-8B's shape, random weights, bfloat16", rows * new_tokens, random_llama()
+        with contextlib.ExitStack() as patched:
+            # Leaving a patch drops the compiled call, so each way has a model of its own, on the same weights, patched throughout
+            shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+            ids, options, calls = random_ids(rows, 24, model.device), generate_options(compiled), {}
+            for name in names:
+                one = copy.deepcopy(model, dict(shared))
+                patched.enter_context(way(name, one, rows))
+                calls[name] = lambda one=one: write(one, ids, new_tokens, **options)
+            times = paired(calls, pairs, 3 if compiled else 1)
+    title = f"{source}, {rows} rows, {new_tokens} tokens, {'static cache, compiled' if compiled else 'eager'}"
+    return [ratio(title, name, names[0], times, amount, "tokens") for name in names[1:]]
 
 
 def ratio(title: str, first: str, second: str, times: dict, amount: int, unit: str) -> dict:
@@ -434,14 +446,13 @@ def batches(device: str, pairs: int) -> list[dict]:
     return results
 
 
-def baked(device: str, pairs: int, folder: str) -> list[dict]:
-    """Generation of a checkpoint that induce.py --save made of the default model, against that model."""
-    models = {"base": identify.load_model(device=device)[0]}
-    models["baked"] = identify.load_model(folder, device, str(models["base"].dtype).split(".")[-1])[0]
+def baked(pairs: int, folder: str) -> list[dict]:
+    """Generation on a CPU of a checkpoint that induce.py --save made of the default model, against that model."""
+    dtype = str(identify.load_model(device="cpu")[0].dtype).split(".")[-1]
     results = []
     for rows in (32, 1):
-        times, tokens = timed(models, device, random_ids(rows, 24, models["base"].device), pairs, 24)
-        results.append(ratio(f"{folder}, {models['base'].dtype}, {rows} rows", "baked", "base", times, tokens, "tokens"))
+        times = token_seconds({"base": None, "baked": folder}, rows, pairs, 24, dtype=dtype)
+        results.append(ratio(f"{folder}, {dtype}, {rows} rows", "baked", "base", times, rows, "tokens"))
     return results
 
 
@@ -461,7 +472,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     pairs = args.pairs or (7 if args.quick else 21)
     if args.baked:
-        result["baked"], args.only = baked(args.device, pairs, args.baked), "baked"
+        result["baked"], args.only = baked(pairs, args.baked), "baked"
     if args.only in (None, "kernel"):
         result["kernels"] = kernels(args.device, args.quick, args.seconds)
         kernel_targets(result["kernels"])

@@ -210,7 +210,7 @@ class Server:
                 said = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
                 whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
                          "choices": [{"index": 0, "finish_reason": reason, **said}]}
-                self.send(status, json.dumps(whole) if status == 200 and text is not None else "<html>not JSON</html>")
+                self.send(status, json.dumps(whole) if status == 200 and text is not None else text or "<html>not JSON</html>")
 
             def send(self, status, text):
                 data = text.encode()

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,9 +285,30 @@ def test_what_baking_cannot_express(small, several, monkeypatch, tmp_path, flags
 
 def test_something_else_is_not_overwritten(small, several, monkeypatch, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"):
-        baked_by(small, several, monkeypatch, tmp_path)
+    for verified in ("", "{}", "[]", "no JSON"):
+        if verified:
+            (tmp_path / "verify.json").write_text(verified)
+        with pytest.raises(UserError, match="did not write: thesis.txt" if not verified else "did not write"):
+            baked_by(small, several, monkeypatch, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+    folder = tmp_path / "baked"
+    baked_by(small, several, monkeypatch, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "LICENSE").write_text("added by hand")
+    with pytest.raises(UserError, match="did not write: LICENSE"):
+        baked_by(small, several, monkeypatch, folder)
+    (folder / "LICENSE").unlink()
+    work = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: 1 / 0 if Path(b) == folder and not str(a).endswith(".old") else work(a, b))
+    with pytest.raises(ZeroDivisionError):
+        baked_by(small, several, monkeypatch, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "the old one or the new one, never half of one"
+
+
+def test_the_folder_one_is_in_is_not_replaced(small, several, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="of its own"):
+        baked_by(small, several, monkeypatch, ".")
 
 
 def test_a_baked_directory_is_a_model(small, several, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -231,6 +232,30 @@ def test_interrupted_while_a_server_stumbles(monkeypatch, tmp_path):
     with Server(stumbling) as server, pytest.raises(KeyboardInterrupt):
         built(monkeypatch, tmp_path, server.url)
     assert time.time() - start < 20
+
+
+@pytest.mark.usefixtures("quick")
+def test_newer_models_name_the_limit_otherwise():
+    """All that were under way when the first was refused ask again, too."""
+    together = threading.Barrier(8, timeout=10)
+
+    def newer(n, body):
+        if n <= 8:
+            together.wait()
+        return "fine" if "max_completion_tokens" in body else (400, '{"error": {"message": "Use max_completion_tokens instead."}}')
+
+    with Server(newer) as server:
+        endpoint, said = identify.Endpoint(server.url, in_flight=8), {}
+        failures = endpoint.run([(k, str(k)) for k in range(20)], lambda text: endpoint.chat(identify.ask(text))[0], said.__setitem__)
+    assert not failures and set(said.values()) == {"fine"} and len(said) == 20
+
+
+@pytest.mark.usefixtures("quick")
+def test_half_an_emoji_can_be_written(tmp_path):
+    with Server(lambda n, body: "ah \ud83d") as server:
+        text, whole = identify.Endpoint(server.url).chat(identify.ask("w10 ?"))
+    identify.Replies(tmp_path / "replies.sqlite").store("a", text)
+    assert text == "ah ?" and whole
 
 
 @pytest.mark.usefixtures("quick")
@@ -459,7 +484,7 @@ def test_like_lengths_are_read_together(small, monkeypatch, tmp_path):
     lines = []
     for k in range(24):
         lines.append({"trait": "extraversion", "pole": POLES[k % 2], "persona": "w9 w10", "question": "w11 ?",
-                      "answer": "w12", "ids": [12 + (7 * k) % 24] * (1 + (7 * k) % 24)})
+                      "answer": " ".join([f"w{12 + (7 * k) % 24}"] * (1 + (7 * k) % 24)), "ids": [12 + (7 * k) % 24] * (1 + (7 * k) % 24)})
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     shapes, decoder = [], small.model.get_decoder()

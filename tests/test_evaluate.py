@@ -3,9 +3,12 @@
 import contextlib
 import json
 import math
+import os
 import random
 import re
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -323,6 +326,23 @@ def test_a_dead_server_loses_no_answer(small, made, monkeypatch, tmp_path):
         assert len(other.seen) == 56
 
 
+@pytest.mark.usefixtures("quick")
+def test_an_interrupted_judge_keeps_what_is_paid_for(small, made, monkeypatch, tmp_path):
+    def stopped(n, body):
+        if n == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return "3"
+
+    with Server(stopped) as server:
+        with pytest.raises(KeyboardInterrupt, match="what was finished is kept"):
+            judged_by(server, small, made, monkeypatch, tmp_path)
+        served = len(server.seen)
+        assert 10 <= served < 56
+        assert sum(line.get("judge") == "llm:big" for line in lines_of(tmp_path / "scores.jsonl")) == served
+        judged_by(server, small, made, monkeypatch, tmp_path)
+        assert len(server.seen) == 56
+
+
 def test_answers_of_another_source(small, made, monkeypatch, tmp_path, capsys):
     lines = [{"trait": "openness", "pole": pole, "question": f"w1{k} ?", "answer": f"w2{k} {'w30' if pole == 'high' else 'w31'} w32"}
              for k in range(3) for pole in POLES]
@@ -529,6 +549,11 @@ def test_rank_correlation():
 def test_accuracy_is_over_pairs():
     answers, scores = planted({("openness", "given", None, "high"): {"openness": [3.0, 1.0]}, ("openness", "given", None, "low"): {"openness": [2.0, 1.0]}})
     assert [(one["pairs"], one["accuracy"]) for one in evaluate.accuracy(answers, scores, ["contrast"])] == [(4, (1 + 1 + 0 + 0.5) / 4)]
+    many, zeros = list(range(5000)), [0.5] * 5000
+    answers, scores = planted({("openness", "given", None, "high"): {"openness": many}, ("openness", "given", None, "low"): {"openness": zeros}})
+    start = time.time()
+    assert evaluate.accuracy(answers, scores, ["contrast"])[0]["accuracy"] == pytest.approx(4999 / 5000)
+    assert time.time() - start < 2, "not pair by pair"
 
 
 # ---------------------------------------------------------------------------------------------------------- reports
@@ -632,7 +657,7 @@ def test_activation_addition_equals_a_hook(small):
     assert induce.activation_addition([({layer: vector}, 0)]).residual == {}
 
 
-def test_mean_difference_is_of_the_answers_tokens(small, made):
+def test_mean_difference_is_of_the_answers_tokens(small, made, tmp_path):
     """By hand: one answer at a time, the layer's output at positions whose input is a token of the answer."""
     path = made / "extraversion.answers.jsonl"
     ours = induce.mean_difference(small.model, small.tokenizer, path, "extraversion", layer=0, most=10)
@@ -644,6 +669,10 @@ def test_mean_difference_is_of_the_answers_tokens(small, made):
         rows[line["pole"]].append(states[len(prompt):])
     expected = torch.cat(rows["high"]).mean(0) - torch.cat(rows["low"]).mean(0)
     assert list(ours) == [0] and torch.allclose(ours[0], expected, atol=1e-4) and expected.abs().max() > 1e-3
+    by_pole = sorted(path.read_text().splitlines(), key=lambda line: json.loads(line)["pole"] == "low")
+    (tmp_path / "sorted.jsonl").write_text("\n".join(by_pole) + "\n")
+    again = induce.mean_difference(small.model, small.tokenizer, tmp_path / "sorted.jsonl", "extraversion", layer=0, most=10)
+    assert torch.allclose(again[0], expected, atol=1e-4), "the first of each pole"
 
 
 # ------------------------------------------------------------------------------------------------ the default model

@@ -1,5 +1,6 @@
 """neurons::glu_ against plain PyTorch: values, edits, statistics, layouts, checks, compilation."""
 
+import functools
 import math
 import re
 import shutil
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
+import bench
 from conftest import ROOT
 from identify import op
 
@@ -471,19 +473,22 @@ def test_cuda_and_cpu_sketches_agree():
     assert torch.allclose(results[0][2], results[1][2], rtol=1e-12)
 
 
+def steps(pipe, seconds):
+    turn = bench.Turn(pipe)
+    while True:
+        time.sleep(seconds)
+        turn(torch.zeros(2, 1), None)
+
+
+def fails(pipe):
+    bench.Turn(pipe)
+    raise ValueError("on purpose")
+
+
 def test_turns():
-    """bench.py lets generations take turns; only what a way does itself counts, and an error in one ends all."""
-    import bench
-
-    def way(seconds, steps=3):
-        def call(turns):
-            for _ in range(steps):
-                time.sleep(seconds)
-                turns(torch.zeros(2, 1), None)
-        return call
-
-    times = bench.Turns.run({"slow": way(0.03, 4), "fast": way(0.01, 4)}, pairs=2, tokens=4)
+    """bench.py lets generations take turns, a process each; only what one does itself counts, and an error in one ends all."""
+    times = bench.in_turns({"slow": functools.partial(steps, seconds=0.03), "fast": functools.partial(steps, seconds=0.01)}, 4)
     assert [len(times[name]) for name in ("slow", "fast")] == [4, 4]
     assert min(times["slow"]) >= 0.03 and 0.01 <= sorted(times["fast"])[1] < 0.03, "a turn's wait for the other is left out"
-    with pytest.raises(ZeroDivisionError):
-        bench.Turns.run({"fine": way(0.01), "broken": lambda turns: 1 / 0}, pairs=2, tokens=3)
+    with pytest.raises(RuntimeError, match="broken: ValueError: on purpose"):
+        bench.in_turns({"fine": functools.partial(steps, seconds=0.01), "broken": fails}, 4)

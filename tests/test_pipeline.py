@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,12 @@ def test_chat_with_and_without_template(small, tmp_path):
     _, strict = load_model(str(save_model(tmp_path / "strict", template=refusing)), "cpu", "float32")
     assert identify.chat(strict, turns) == "user : w9\n\nw10 ? assistant : "
     assert identify.chat(strict, turns[1:]) == "user : w10 ? assistant : "
+    deaf = "{% for turn in messages if turn['role'] != 'system' %}{{ turn['content'] }} {% endfor %}"
+    _, deaf = load_model(str(save_model(tmp_path / "deaf", template=deaf)), "cpu", "float32")
+    assert identify.chat(deaf, turns) == "w9\n\nw10 ? ", "the persona is not lost"
+    thinking = TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    _, thinking = load_model(str(save_model(tmp_path / "thinking", template=thinking)), "cpu", "float32")
+    assert identify.chat(thinking, turns).endswith("assistant : ")
 
 
 def test_answer_equals_one_by_one(small):
@@ -208,12 +215,15 @@ def test_answers_of_another_program(small, tmp_path):
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     neurons = run(small, tmp_path, answers=str(tmp_path / "given.jsonl"))()
     assert neurons.meta["tokens"] == [5, 1]
+    lines[0]["ids"], lines[1]["ids"] = [20, 21, 22, 23, 24, 25, 2], [500, 2]  # of another model's tokenizer
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(small, tmp_path, answers=str(tmp_path / "given.jsonl"))().meta["tokens"] == [5, 1]
 
 
 @pytest.mark.parametrize("line, pattern", (
     ('{"trait": "extraversion", "pole": "up", "persona": "", "question": "", "answer": ""}', "line 2.*'up'"),
     ('{"trait": "extraversion", "pole": "low", "persona": "", "question": ""}', "line 2.*answer"),
-    ('{"trait": "extraversion", "pole": "low", "persona": "", "question": "", "answer": "", "ids": [5, 97]}', "line 2.*ids"),
+    ('{"trait": "extraversion", "pole": "low", "persona": "", "question": "", "answer": "", "ids": [5, "6"]}', "line 2.*ids"),
     ('{"trait": "extraversion", "pole": "low", "persona": "", "question": "", "answer": "", "ids": 5}', "line 2.*ids"),
     ("nonsense", "line 2"), ("[]", "line 2.*object")))
 def test_wrong_answers_name_file_and_line(small, tmp_path, line, pattern):
@@ -236,9 +246,27 @@ def test_finished_run_is_not_redone(small, made, monkeypatch):
 @pytest.mark.parametrize("change", ({"seed": 1}, {"max_new_tokens": 5}, {"limit": 11}, {"where": "all"}))
 def test_other_options_are_another_run(small, tmp_path, change):
     run(small, tmp_path)()
-    before = contents(tmp_path)
+    before, key = contents(tmp_path), Neurons.load(tmp_path / "extraversion.safetensors").meta["key"]
     run(small, tmp_path, **change)()
     assert contents(tmp_path)["extraversion.safetensors"] != before["extraversion.safetensors"]
+    assert list(contents(tmp_path, f"extraversion.{key}").values()) == list(before.values()), "what was there is kept"
+
+
+def test_two_runs_of_the_same_at_once(small, made, tmp_path, monkeypatch, capsys):
+    """The second waits, and finds all done."""
+    work, second = identify.generate_batch, threading.Thread(target=lambda: run(small, tmp_path)())
+
+    def batch(*args):
+        if not second.ident:
+            second.start()
+            time.sleep(0.5)
+        work(*args)
+
+    monkeypatch.setattr(identify, "generate_batch", batch)
+    run(small, tmp_path)()
+    second.join()
+    assert contents(tmp_path) == contents(made) and "another run makes it" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == set(contents(made))
 
 
 def test_identify_from_python(small, made, tmp_path):
@@ -499,6 +527,13 @@ def test_neurons_of_another_model_are_refused(small, made, tmp_path):
     other.source = "its-twin"
     with pytest.raises(UserError, match=f"{small.model_dir}.*its-twin"):
         Neurons.load(made / "extraversion.safetensors", other)
+    for name in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):  # fine-tuned
+        other = tiny()
+        with torch.no_grad():
+            weight = other.model.layers[1].get_submodule(name).weight
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(UserError, match="was made with"):
+            Neurons.load(made / "extraversion.safetensors", other)
     assert Neurons.load(made / "extraversion.safetensors", tiny().bfloat16()).meta["trait"] == "extraversion"
 
 
@@ -586,6 +621,12 @@ def test_unknown_trait_lists_the_five(script):
     (("evaluate.py", "--method", "magic"), "magic"),
     (("identify.py", "--bench", "/none/such"), "/none/such"),
     (("identify.py", "--limit", "0"), "limit"),
+    (("identify.py", "--build-bench", "bench", "--trait", "openness"), "--trait"),
+    (("identify.py", "--answers", "a.jsonl", "--limit", "4"), "--limit"),
+    (("identify.py", "--device", "cpux"), "cpux"),
+    (("identify.py", "--device", "cuda:x"), "cuda:x"),
+    (("identify.py", "--device", "meta"), "meta"),
+    (("evaluate.py", "--seed", "-1"), "seed"),
     (("identify.py", "--answers", "/none/such.jsonl"), "/none/such.jsonl"),
     (("identify.py", "--nonsense"), "--nonsense"),
     (("identify.py", "--model", "/none/such.gguf"), "/none/such.gguf"),
@@ -662,7 +703,7 @@ def test_control_c_while_answering(small, tmp_path):
     wait_until(lambda: answered(tmp_path), process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in error and "interrupted" in error
+    assert process.returncode == 130 and "Traceback" not in error and "interrupted: what was finished is kept" in error
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
@@ -711,6 +752,41 @@ def test_induce_file_of_questions(small, made, monkeypatch, tmp_path):
     assert [one["ids"] for one in none] == plain
     assert [one["ids"] for one in high] != plain and [one["ids"] for one in low] != [one["ids"] for one in high]
     assert all(one["ids"][0] == ids[0] for one, ids in zip(high, plain)), "the prompt's pass is not edited"
+
+
+@pytest.mark.parametrize("sampled", ((), ("--temperature", "1")))
+def test_a_file_of_questions_goes_on_where_it_was(small, made, monkeypatch, tmp_path, sampled, capsys):
+    (tmp_path / "q.txt").write_text("".join(f"w1{k} w2{k} ?\n" for k in range(7)))
+    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt",
+             "--max-new-tokens", "8", "--batch-size", "2", *sampled)
+    main_of(induce, monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
+    work, asked, out = induce.answer, [], tmp_path / "new" / "out.jsonl"
+
+    def stop(model, tokenizer, turns, *args, **options):
+        asked.append(len(turns))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return work(model, tokenizer, turns, *args, **options)
+
+    monkeypatch.setattr(induce, "answer", stop)
+    with pytest.raises(KeyboardInterrupt, match="what was finished is kept"):
+        main_of(induce, monkeypatch, *flags, "--out", out)
+    part, = out.parent.iterdir()
+    assert len(lines_of(part)) == 4
+    part.write_bytes(part.read_bytes() + b'{"question": "cut o')
+    main_of(induce, monkeypatch, *flags, "--out", out)
+    assert asked[3:] == [2, 1] and "going on after 4 of 7" in capsys.readouterr().err
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and list(out.parent.iterdir()) == [out]
+
+
+def test_questions_through_a_pipe(small, made, monkeypatch, tmp_path, capsys):
+    read, write = os.pipe()
+    os.write(write, '{"question": "w10\u2028w11 ?"}\nw12 ?\n'.encode())
+    os.close(write)
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "1", "--questions", f"/dev/fd/{read}",
+            "--max-new-tokens", "2")
+    os.close(read)
+    assert [json.loads(line)["question"] for line in capsys.readouterr().out.split("\n") if line] == ["w10\u2028w11 ?", "w12 ?"]
 
 
 @pytest.mark.parametrize("text, pattern", (

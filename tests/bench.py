@@ -84,14 +84,14 @@ def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
     for number in (60, 1800):
         for profiles in PROFILES if number == 60 else (1,):
             tables[number, profiles] = Tables([random_profile(number, 1, width, seed) for seed in range(profiles)], 1, width, device)
-    statistics = Statistics(1, width, 1, device)
+    statistics, statistics_of_both = Statistics(1, width, 1, device), Statistics(1, width, 1, device)
     group = torch.zeros(tokens, dtype=torch.int32, device=device)
 
     def edits(number, profiles=1):
         rows = (torch.arange(tokens, device=device) % profiles + 1).to(torch.int32)
         return (rows, *tables[number, profiles].layers[0])
 
-    observed = (group, *statistics.buffers[0])
+    observed, observed_too = (group, *statistics.buffers[0]), (group, *statistics_of_both.buffers[0])
     one = random_profile(60, 1, width, 0)
     index = one.index.to(device)
     count = torch.zeros(width, dtype=torch.int64, device=device)
@@ -112,25 +112,27 @@ def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
     for number in (60, 1800):
         result[f"{number} edits"] = lambda gate, up, e=edits(number): glu_(gate, up, 0, *e, *none)
     result["statistics"] = lambda gate, up: glu_(gate, up, 0, *none, *observed)
-    result["both"] = lambda gate, up, e=edits(60): glu_(gate, up, 0, *e, *observed)
+    result["both"] = lambda gate, up, e=edits(60): glu_(gate, up, 0, *e, *observed_too)
     for profiles in PROFILES[1:]:
         result[f"{profiles} profiles"] = lambda gate, up, e=edits(60, profiles): glu_(gate, up, 0, *e, *none)
     return result
 
 
 def time_cpu(functions, sets, seconds):
-    """Microseconds of each call, the functions in turn; gate is restored before each."""
+    """Microseconds of each call, the functions in turn; gate is restored before each. Where calls are of fewer than 64 tokens, of which
+    statistics are counted at once, each number is the mean of as many calls as make 64."""
     (gate, up), source = sets[0], sets[0][0].clone()
+    several = max(1, 64 // len(gate))
     times = {name: [] for name in functions}
     start = time.perf_counter()
-    while len(times["limit"]) < 4 or (time.perf_counter() - start < seconds and len(times["limit"]) < 400):
+    while len(times["limit"]) < 4 * several or (time.perf_counter() - start < seconds and len(times["limit"]) < 400 * several):
         for name, function in functions.items():
             if name != "limit":
                 gate.copy_(source)
             begin = time.perf_counter()
             function(gate, up)
             times[name].append(1e6 * (time.perf_counter() - begin))
-    return {name: values[1:] for name, values in times.items()}
+    return {name: [stats.mean(values[k:k + several]) for k in range(several, len(values) - several + 1, several)] for name, values in times.items()}
 
 
 def time_cuda(functions, sets, seconds):
@@ -264,6 +266,8 @@ class Turn(StoppingCriteria):
 def process(pipe, work) -> None:
     try:
         work(pipe)
+    except EOFError:  # no more is wanted
+        pass
     except BaseException as error:
         pipe.send(f"{type(error).__name__}: {error}")
         raise
@@ -296,8 +300,9 @@ def in_turns(works: dict, steps: int, seed: int = 0) -> dict:
                 seconds[name].append(heard(name))
     finally:
         for pipe, one in running.values():
+            pipe.close()
+            one.join(60)
             one.terminate()
-            one.join()
     return seconds
 
 

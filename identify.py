@@ -385,12 +385,9 @@ def default_model() -> str:
 def on_device(device: str | None):
     import torch
 
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: expected cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
+    if device and not re.fullmatch(r"cpu|cuda(:\d\d?)?", str(device)):
         raise UserError(f"--device {device}: expected cpu, cuda or cuda:1")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no GPU")
@@ -400,6 +397,10 @@ def on_device(device: str | None):
             raise UserError(f"--device {device}: the op was built without CUDA, since nvcc was not found: install the CUDA "
                             "toolkit and set CUDA_HOME, or pass --device cpu")
     return device
+
+
+def default_dtype(device) -> str:
+    return "bfloat16" if device.type == "cuda" or op().fast_bfloat16 else "float32"
 
 
 def load_model(name: str | None = None, device: str | None = None, dtype: str | None = None):
@@ -413,8 +414,7 @@ def load_model(name: str | None = None, device: str | None = None, dtype: str | 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = on_device(device)
-    if dtype is None:
-        dtype = "bfloat16" if device.type == "cuda" or op().fast_bfloat16 else "float32"
+    dtype = dtype or default_dtype(device)
     if name is None or (name == DEFAULT_MODEL.split("/")[1] and not Path(name).exists()):
         name = default_model()
     path = Path(name)
@@ -505,19 +505,21 @@ def chat(tokenizer, turns: list[dict]) -> str:
     if tokenizer.chat_template is None:
         words = {"system": "{}\n", "user": "Question: {}\n", "assistant": "Answer: {}\n"}
         return "\n".join(words[turn["role"]].format(turn["content"]) for turn in turns) + "\nAnswer:"
+
     def written(turns):
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
-    system = turns[0]["content"] if turns[0]["role"] == "system" and len(turns) > 1 else None
-    merged = system and [{"role": "user", "content": f"{system}\n\n{turns[1]['content']}"}, *turns[2:]]
+    system = turns[0]["content"] if turns[0]["role"] == "system" and len(turns) > 1 else ""
     try:
         text = written(turns)
-        # some templates pass over what they do not know, and the persona with it
-        return text if not system or "".join(system.split()) in "".join(text.split()) else written(merged)
     except Exception as error:  # templates raise what they like
         if not system:
             raise UserError(f"the chat template of this model refuses the conversation: {error}") from error
-        return written(merged)
+        text = ""
+    if text and "".join(system.split()) in "".join(text.split()):
+        return text
+    # refused, or passed over, as some templates do with what they do not know
+    return written([{"role": "user", "content": f"{system}\n\n{turns[1]['content']}"}, *turns[2:]])
 
 
 def ask(question: str, system: str | None = None) -> list[dict]:

@@ -244,8 +244,8 @@ def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None
     mlps = find_mlps(model)
     layer = len(mlps) // 2 if layer is None else layer
     answers = Answers(path, trait, tokenizer)
-    of = {k: [number for number, pole in enumerate(answers.poles) if pole == k][:most // 2] for k in range(len(POLES))}
-    items = answers.at(sorted(of[0] + of[1]))
+    high, low = ([number for number, pole in enumerate(answers.poles) if pole == k][:most // 2] for k in range(len(POLES)))
+    items = answers.at(sorted(high + low))
     total, tokens = {pole: 0 for pole in POLES}, {pole: 0 for pole in POLES}
     for start in range(0, len(items), 16):
         batch = items[start:start + 16]

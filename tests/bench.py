@@ -376,7 +376,7 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
     to be waited for at each token, each call."""
     names = ["1 profile", f"{profiles} profiles"] if profiles else ["plain", "steered", "observed"]
     if device == "cpu":
-        source, amount = "SmolLM2-135M", rows
+        source, amount = f"SmolLM2-135M, {identify.default_dtype(torch.device('cpu'))}", rows
         times = token_seconds(dict.fromkeys(names), rows, pairs, new_tokens, compiled)
     else:
         source, amount, model = "Llama-3-8B's shape, random weights, bfloat16", rows * new_tokens, random_llama()
@@ -453,7 +453,7 @@ def batches(device: str, pairs: int) -> list[dict]:
 
 def baked(pairs: int, folder: str) -> list[dict]:
     """Generation on a CPU of a checkpoint that induce.py --save made of the default model, against that model."""
-    dtype = str(identify.load_model(device="cpu")[0].dtype).split(".")[-1]
+    dtype = identify.default_dtype(torch.device("cpu"))
     results = []
     for rows in (32, 1):
         times = token_seconds({"base": None, "baked": folder}, rows, pairs, 24, dtype=dtype)
@@ -473,7 +473,7 @@ def main() -> None:
     flags.add_argument("--pairs", type=int, help="of generations, of which a CPU pairs each token (default: 21, quick: 7)")
     args = flags.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    result = {"machine": machine(args.device)}
+    result = {"machine": machine("cpu" if args.baked else args.device)}
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     pairs = args.pairs or (7 if args.quick else 21)
     if args.baked:

@@ -1,6 +1,7 @@
-"""Requirements, and the ahead-of-time build of the op in csrc/.
+"""Requirements, package data, and the ahead-of-time build of the op in csrc/.
 
     pip install -e .                        scripts run from the checkout; the op compiles on first use
+    pip install .                           the package alone, importable from anywhere; the op compiles on first use
     pip install --no-build-isolation .      compiles the op now, against the torch that is installed
 """
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 
 def extension():
     """The op as an extension, or nothing where it can't or shouldn't be built now."""
-    if {"develop", "editable_wheel", "egg_info", "dist_info"} & set(sys.argv):
+    if {"develop", "editable_wheel", "egg_info", "dist_info", "sdist"} & set(sys.argv):
         return {}  # an editable install is for people who edit: they get the build on first use, which sees changes
     try:
         import torch
@@ -23,28 +24,30 @@ def extension():
     except ImportError:  # pip's isolated build has no torch: the op then compiles on first use
         return {}
     sys.path.insert(0, str(ROOT))
-    from identify import op_sources
+    from personality.op import build_arguments
 
-    sources, flags, nvcc = op_sources(bool(CUDA_HOME and torch.version.cuda))
-    kind = CUDAExtension if nvcc else CppExtension
-    sources = [os.path.relpath(source, ROOT) for source in sources]
-    arguments = {"cxx": flags, "nvcc": nvcc} if nvcc else {"cxx": flags}
-    return {"ext_modules": [kind("_neurons", sources, extra_compile_args=arguments)],
+    sources, flags, nvcc_flags = build_arguments(bool(CUDA_HOME and torch.version.cuda))
+    kind = CUDAExtension if nvcc_flags else CppExtension
+    arguments = {"cxx": flags, "nvcc": nvcc_flags} if nvcc_flags else {"cxx": flags}
+    return {"ext_modules": [kind("_neurons", [os.path.relpath(source, ROOT) for source in sources], extra_compile_args=arguments)],
             "cmdclass": {"build_ext": BuildExtension}}
 
 
 setup(
     name="personality-neurons",
-    version="0.1.0",
+    version="0.2.0",
     description="Find the neurons that carry a Big Five trait in a language model, and set them while it writes",
     python_requires=">=3.10",
     license="Apache-2.0",
-    packages=[],  # the scripts run from the checkout: installing them would put a module named evaluate into the way of
-    py_modules=[],  # Hugging Face's evaluate
-    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "numpy", "tqdm", "rich",
-                      "jinja2", "matplotlib", "ninja", "setuptools", "tomli; python_version < '3.11'"],
+    packages=["personality", "personality.csrc", "personality.texts"],  # the op's sources too: an installed package compiles them
+    package_dir={"personality.csrc": "csrc"},
+    package_data={"personality.csrc": ["*.h", "*.cpp", "*.cu"], "personality.texts": ["*"]},
+    py_modules=[],  # not the scripts: a module named evaluate would be in the way of Hugging Face's
+    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "datasets", "filelock", "huggingface_hub",
+                      "jinja2", "matplotlib", "ninja", "numpy", "pandas", "rich", "scipy>=1.15", "setuptools", "tqdm",
+                      "tomli; python_version < '3.11'"],
     extras_require={"judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"],
                     "bench": ["openai", "datasketch", "py3langid"],
-                    "test": ["pytest", "hypothesis", "openai", "scipy", "five-factor-e", "datasketch", "py3langid", "datasets"]},
+                    "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid"]},
     **extension(),
 )

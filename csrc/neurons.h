@@ -1,5 +1,40 @@
-// Scalar formulas, sketch constants and the argument block of neurons::glu_, written once for the
-// CPU kernels (neurons.cpp) and the CUDA kernels (neurons_cuda.cu). Includes no torch header.
+// neurons::glu_, a PyTorch operator for CPU and CUDA: the activation and product of a gated MLP, written over its gate, with
+// edits of some neurons and statistics of all in the same pass. It returns nothing and has no autograd: backward raises.
+//
+//   glu_(gate, up, act, token_profile, edit_ptr, edit_index, edit_value, token_group, count, sketch, moments, pending=None)
+//
+// For each token (row) t and neuron (column) j, with p = token_profile[t] and g = token_group[t], in float32:
+//
+//   a = act(gate[t, j]);  u = up[t, j], or 1 without up
+//   gate[t, j] <- (scale[p, j] * min(a, cap[p, j]) + shift[p, j]) * u + bias[p, j]  where profile p edits j; elsewhere a * u
+//   moments[g, 0, j] += a * u;  moments[g, 1, j] += (a * u)^2                       if g is a group: unedited, not yet rounded
+//   count[g, j] += 1;  sketch[g, j, bin_(a)] += 1                                   if g is a group and gate[t, j] was > 0
+//
+//   gate           float32, bfloat16 or float16 [tokens, d_ff]; overwritten
+//   up             the same, but only read; or None
+//   act            0: silu, 1: gelu, 2: gelu with tanh, 3: relu
+//   token_profile  int32 [tokens]; profile 0 has no edits: its rows are bit for bit those of a call without edits
+//   edit_ptr       int32 [profiles, tiles + 1], tiles = ceil(d_ff / 256): profile p's edits of columns 256 i to 256 i + 255 are
+//                  entries edit_ptr[p, i] to edit_ptr[p, i + 1] - 1 of edit_index and edit_value; ascending, from 0 to capacity
+//   edit_index     int32 [capacity]: column j, ascending within a profile, none twice
+//   edit_value     float32 [capacity, 4]: cap, scale, shift, bias
+//   token_group    int32 [tokens]
+//   count, sketch  int32 [groups, d_ff] and [groups, d_ff, 304]; added to. A counter holds less than 2^31
+//   moments        float64 [groups, 2, d_ff]; added to, in float64
+//   pending        uint8 [tiles, pending_bytes], 64-byte aligned, zeros at first; on a CPU only
+//
+// The four tensors of edits are given together or are None, the four of statistics too; pending needs the latter. All lie on one
+// device. A profile or column out of range edits nothing; a group out of range, such as -1, is not observed. gate and up have
+// last stride 1 and a row stride each, at least d_ff (one tensor's halves will do); they may not overlap. The rest is contiguous.
+//
+// count and sketch are exact: those of parts of the tokens add up to those of all. Moments do within 1e-12, relatively: their
+// last bits may depend on how tokens are split into calls, but, like all else, not on the number of threads.
+//
+// pending keeps bins that count and sketch have yet to count, those of fewer than 512 tokens a neuron: counting them together
+// is faster. flush_(count, sketch, pending) counts them and leaves zeros; only then are count and sketch complete.
+// Each count and sketch have a pending of their own.
+//
+// Below: what the kernels (neurons_cpu.cpp, neurons_cuda.cu) and the checks (neurons.cpp) share. Includes no torch header.
 #pragma once
 
 #include <cmath>
@@ -14,48 +49,75 @@
 
 namespace neurons {
 
-constexpr int kTile = 256;   // columns of d_ff that one owner handles: 32 lanes of eight, or 1 KiB of float
-constexpr int kBins = 304;   // bins of the sketch, logarithmic on [2^kLowExponent, 2^kHighExponent]
-constexpr int kLowExponent = -11;
-constexpr int kHighExponent = 6;
+constexpr int kTile = 256;  // columns of d_ff that one owner handles: 32 lanes of eight, or 1 KiB of float
+constexpr int kBins = 304, kLowExponent = -11, kHighExponent = 6;  // the sketch's bins, logarithmic on [2^-11, 2^6]
 
 enum Act : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kActs = 4 };
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-struct alignas(16) Edit {
-  float cap, scale, shift, bias;
+struct alignas(16) Edit { float cap, scale, shift, bias; };
+
+constexpr int kPendingRows = 512;
+
+// What is pending in a tile: a ring of rows, one for each observed token. Zeros are empty.
+struct alignas(64) Pending {
+  uint16_t bin_plus_1[kPendingRows][kTile];  // 0 where the gate was not positive
+  int16_t group[kPendingRows];
+  int32_t next_row;  // the row to write
 };
 
-// Everything that a kernel needs, as plain pointers. Strides and sizes are in elements.
+NEURONS_FN int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Everything that a kernel needs, as plain pointers: the contract's arguments. Strides and sizes are in elements.
 struct Args {
-  void* gate;        // [tokens, width], row stride gate_stride; overwritten with the result
-  const void* up;    // the same shape, row stride up_stride; null for a non-gated MLP
+  void* gate;
+  const void* up;
   int64_t tokens, width, gate_stride, up_stride;
   int act, dtype;
-  const int32_t* token_profile;  // [tokens]; null or 0: no edit
-  const int32_t* edit_ptr;       // [profiles, tiles + 1], offsets into edit_index
-  const int32_t* edit_index;     // [capacity], sorted within a profile
-  const Edit* edit_value;        // [capacity]
+  const int32_t *token_profile, *edit_ptr, *edit_index;
+  const Edit* edit_value;
   int profiles, capacity;
-  const int32_t* token_group;    // [tokens]; null or -1: not observed
+  const int32_t* token_group;
   int groups;
-  int32_t* count;                // [groups, width]
-  int32_t* sketch;               // [groups, width, kBins]
-  double* moments;               // [groups, 2, width]: sum and sum of squares of the product
-  void* log;                     // on the CPU, [tiles] of its Log, or null: what the sketch is to count later
+  int32_t *count, *sketch;
+  double* moments;
+  Pending* pending;
+
+  NEURONS_FN int tiles() const { return static_cast<int>(ceil_div(width, kTile)); }
 };
 
-NEURONS_FN int32_t bits_of(float x) {
-  int32_t i;
-  memcpy(&i, &x, 4);
-  return i;
+void glu_cpu(const Args& args);
+void flush_cpu(const Args& args);  // wants width, groups, count, sketch and pending
+const char* cpu_vector();          // the instruction set that the CPU kernels use here
+bool cpu_fast_bfloat16();          // whether this CPU multiplies matrices of bfloat16 by instructions made for that
+const char* glu_cuda(const Args& args, void* stream);  // returns null, or what went wrong
+
+NEURONS_FN int32_t read_(const int32_t* p) {
+#ifdef __CUDA_ARCH__
+  return __ldg(p);
+#else
+  return *p;
+#endif
 }
 
-NEURONS_FN float float_of(int32_t i) {
-  float x;
-  memcpy(&x, &i, 4);
-  return x;
+struct Span { int begin, end; };  // of edit_index and edit_value
+
+// The edits of profile p in `several` tiles from `tile` on; none for profile 0 and for whatever is out of range.
+NEURONS_FN Span edits_of(const Args& a, int p, int tile, int several, int tiles) {
+  if (p <= 0 || p >= a.profiles) return {0, 0};
+  const int32_t* ptr = a.edit_ptr + static_cast<int64_t>(p) * (tiles + 1) + tile;
+  const int begin = read_(ptr), end = read_(ptr + several);
+  return {begin > 0 ? begin : 0, end < a.capacity ? end : a.capacity};
 }
+
+template <class To, class From>
+NEURONS_FN To same_bits(From x) {
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+NEURONS_FN int32_t bits_of(float x) { return same_bits<int32_t>(x); }
+NEURONS_FN float float_of(int32_t i) { return same_bits<float>(i); }
 
 // exp(x), on the host: a polynomial that the compiler vectorises. Relative error at most 2e-7, or, where Low says that the
 // result is rounded to bfloat16 or float16 anyway, 8e-5 (their half ulp: 2e-3, 5e-4).
@@ -115,28 +177,14 @@ NEURONS_FN float gelu_(float x) {
 #endif
 }
 
-// Low: the data are bfloat16 or float16. NaN stays NaN.
-template <bool Low>
-NEURONS_FN float silu_(float x) {
-  return sigmoid_of<Low>(x, x);
-}
-
-// x/2 (1 + tanh u) is x sigmoid(2u): one exponential.
-template <bool Low>
-NEURONS_FN float gelu_tanh_(float x) {
-  const float u = x * (1.59576912f + 0.07135481f * x * x);
-  return sigmoid_of<Low>(u, x);
-}
-
-NEURONS_FN float relu_(float x) { return x < 0.f ? 0.f : x; }
-
+// act(x). Low: the data are bfloat16 or float16. NaN stays NaN.
 template <bool Low>
 NEURONS_FN float act_(int act, float x) {
   switch (act) {
-    case kSilu: return silu_<Low>(x);
+    case kSilu: return sigmoid_of<Low>(x, x);
     case kGelu: return gelu_<Low>(x);
-    case kGeluTanh: return gelu_tanh_<Low>(x);
-    default: return relu_(x);
+    case kGeluTanh: return sigmoid_of<Low>(x * (1.59576912f + 0.07135481f * x * x), x);  // x/2 (1 + tanh u) is x sigmoid(2u)
+    default: return x < 0.f ? 0.f : x;
   }
 }
 
@@ -161,14 +209,12 @@ NEURONS_FN int bin_(float a) {
 
 // The smallest float in bin b or above; bin_edge(kBins) is the upper end of the range.
 inline float bin_edge(int b) {
-  int32_t low = (127 + kLowExponent) << 23, high = (127 + kHighExponent) << 23;
-  if (b >= kBins) return float_of(high);
-  while (low < high) {
-    const int32_t middle = low + (high - low) / 2;
-    if (bin_(float_of(middle)) >= b) high = middle;
-    else low = middle + 1;
+  int32_t i = (127 + kLowExponent) << 23;
+  const int32_t high = (127 + kHighExponent) << 23;
+  for (int32_t step = 1 << 27; step > 0; step /= 2) {
+    if (i + step <= high && bin_(float_of(i + step - 1)) < b) i += step;
   }
-  return float_of(low);
+  return float_of(i);
 }
 
 }  // namespace neurons

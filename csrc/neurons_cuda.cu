@@ -10,10 +10,9 @@ namespace {
 
 using namespace neurons;
 
-template <class T> __device__ __forceinline__ float to_float(T x);
-template <> __device__ __forceinline__ float to_float(float x) { return x; }
-template <> __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <> __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float(float x) { return x; }
 template <> __device__ __forceinline__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
@@ -76,40 +75,22 @@ __device__ __forceinline__ void store(T* row, int lane, int n, const float (&h)[
 
 template <bool Low, int N>
 __device__ __forceinline__ void activate(int act, const float (&g)[N], float (&a)[N]) {
-#define NEURONS_EACH(f)                                         \
-  _Pragma("unroll") for (int i = 0; i < N; ++i) a[i] = f(g[i]); \
-  break
+#define NEURONS_EACH(A) _Pragma("unroll") for (int i = 0; i < N; ++i) a[i] = act_<Low>(A, g[i]); break
   switch (act) {  // the same for every thread: outside the loop
-    case kSilu: NEURONS_EACH(silu_<Low>);
-    case kGelu: NEURONS_EACH(gelu_<Low>);
-    case kGeluTanh: NEURONS_EACH(gelu_tanh_<Low>);
-    default: NEURONS_EACH(relu_);
+    case kSilu: NEURONS_EACH(kSilu);
+    case kGelu: NEURONS_EACH(kGelu);
+    case kGeluTanh: NEURONS_EACH(kGeluTanh);
+    default: NEURONS_EACH(kRelu);
   }
-#undef NEURONS_EACH
 }
 
-// The edits of a token in a tile that a lane of a team applies: every Team-th from `next`. Profile 0 and whatever is out of
-// range edits nothing.
-struct Edits {
-  int begin, end;
-};
-
-__device__ __forceinline__ Edits edits_of(const Args& a, int64_t t, int tile, int tiles) {
-  const int p = __ldg(a.token_profile + t);
-  if (p <= 0 || p >= a.profiles) return {0, 0};
-  const int32_t* ptr = a.edit_ptr + static_cast<int64_t>(p) * (tiles + 1) + tile;
-  return {max(__ldg(ptr), 0), min(__ldg(ptr + 1), a.capacity)};
-}
-
-// A lane's first edit of a token: column j of the team's (-1: none), and what is to stand there. It is computed from gate and
-// up as they lie in memory, before the team stores over them, so that its chain of loads overlaps with the team's own.
-struct Edited1 {
-  int j;
-  float value;
-};
+// A lane of a team applies every Team-th edit of a token. The first: column j of the team's (-1: none), and what is to stand
+// there. It is computed from gate and up as they lie in memory, before the team stores over them, so that its chain of loads
+// overlaps with the team's own.
+struct LaneEdit { int j; float value; };
 
 template <class T>
-__device__ __forceinline__ Edited1 first_edit(const Args& args, Edits e, int lane, const T* gate, const T* up, int first, int n) {
+__device__ __forceinline__ LaneEdit lane_edit(const Args& args, Span e, int lane, const T* gate, const T* up, int first, int n) {
   const int k = e.begin + lane;
   if (k >= e.end) return {-1, 0.f};
   const int j = __ldg(args.edit_index + k) - first;
@@ -131,10 +112,10 @@ __device__ __forceinline__ void share(int lane, const float (&a)[N], const float
 
 // Overwrites the edited ones of a team's columns, which it has just stored. row is column `first` of the token.
 template <int Team, class T>
-__device__ __forceinline__ void edit(const Args& args, Edits e, Edited1 one, T* row, int first, int n, int lane, unsigned mask,
+__device__ __forceinline__ void edit(const Args& args, Span e, LaneEdit own, T* row, int first, int n, int lane, unsigned mask,
                                      const float* sa, const float* su) {
   __syncwarp(mask);  // orders the team's stores to row before the edited ones, too
-  if (one.j >= 0) row[one.j] = from_float<T>(one.value);
+  if (own.j >= 0) row[own.j] = from_float<T>(own.value);
   for (int k = e.begin + Team + lane; k < e.end; k += Team) {
     const int j = __ldg(args.edit_index + k) - first;
     const float4 v = __ldg(reinterpret_cast<const float4*>(args.edit_value + k));
@@ -148,7 +129,8 @@ __device__ __forceinline__ void edit(const Args& args, Edits e, Edited1 one, T* 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 template <class T, int V, bool Edited>
-__global__ void __launch_bounds__(kThreads, V == 1 ? 4 : Edited && sizeof(T) == 4 ? 5 : 6) glu_kernel(const Args args, const int tiles, const int begin) {
+__global__ void __launch_bounds__(kThreads, V == 1 ? 4 : Edited && sizeof(T) == 4 ? 5 : 6)
+glu_kernel(const Args args, const int tiles, const int begin) {
   constexpr int N = kTile / 32;
   __shared__ float shared[Edited ? kWarps * 2 * kTile : 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -162,20 +144,20 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 4 : Edited && sizeof(T) == 
   load<32, V>(row, lane, n, graw);
   const T* up = args.up ? static_cast<const T*>(args.up) + t * args.up_stride + first : nullptr;
   if (up) load<32, V>(up, lane, n, uraw);
-  const Edits edits = Edited ? edits_of(args, t, tile, tiles) : Edits{0, 0};
-  const Edited1 one = Edited ? first_edit(args, edits, lane, row, up, first, n) : Edited1{-1, 0.f};
+  const Span edits = Edited ? edits_of(args, __ldg(args.token_profile + t), tile, 1, tiles) : Span{0, 0};
+  const LaneEdit own = Edited ? lane_edit(args, edits, lane, row, up, first, n) : LaneEdit{-1, 0.f};
   float g[N], a[N], u[N];
   graw.get(g);
   activate<sizeof(T) == 2>(args.act, g, a);
   if (up) uraw.get(u);
-  else for (float& one_u : u) one_u = 1.f;
+  else for (float& each : u) each = 1.f;
   const bool any = Edited && edits.begin < edits.end;
   if (any) __syncwarp();  // every lane has read what it edits, before another stores over it
   if (Edited && edits.end - edits.begin > 32) share<32, V>(lane, a, u, sa, sa + kTile);
 #pragma unroll
   for (int i = 0; i < N; ++i) a[i] *= u[i];
   store<32, V>(row, lane, n, a);
-  if (any) edit<32>(args, edits, one, row, first, n, lane, 0xffffffffu, sa, sa + kTile);
+  if (any) edit<32>(args, edits, own, row, first, n, lane, 0xffffffffu, sa, sa + kTile);
 }
 
 // With statistics. A block owns 32 columns for one group's tokens (group 0's also takes the unobserved ones), so that
@@ -184,15 +166,13 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 4 : Edited && sizeof(T) == 
 // pays from some hundred tokens on. Else each positive activation is an integer atomic in global memory. Bytes moved: as
 // above, and the touched parts of the sketch.
 constexpr int kTeam = 8, kEach = 4, kColumns = kTeam * kEach, kTeams = kThreads / kTeam;
-constexpr int kSketchBytes = kColumns * kBins * 4;
-constexpr int kEditBytes = kTeams * 2 * kColumns * 4;
+constexpr int kSketchBytes = kColumns * kBins * 4, kEditBytes = kTeams * 2 * kColumns * 4;
 constexpr int kSumBytes = kWarps * kColumns * (2 * 8 + 4);
 
 // *at += 1 where g > 0, without a branch.
 __device__ __forceinline__ void add_if_positive(float g, unsigned shared_address) {
   asm volatile("{ .reg .pred p; setp.gt.f32 p, %0, 0f00000000; @p red.shared.add.u32 [%1], 1; }" ::"f"(g), "r"(shared_address));
 }
-
 __device__ __forceinline__ void add_if_positive(float g, int32_t* global_address) {
   asm volatile("{ .reg .pred p; setp.gt.f32 p, %0, 0f00000000; @p red.global.add.u32 [%1], 1; }" ::"f"(g), "l"(global_address));
 }
@@ -235,13 +215,13 @@ __global__ void __launch_bounds__(kThreads, Shared && V > 1 ? 4 : 2) glu_statist
       if (next >= 0) fetch(t, n, next_gate, next_up);
     }
     const int mine = next;
-    const Edits edits = Edited && mine >= 0 ? edits_of(args, t, tile, tiles) : Edits{0, 0};
+    const Span edits = Edited && mine >= 0 ? edits_of(args, __ldg(args.token_profile + t), tile, 1, tiles) : Span{0, 0};
     const T* up = args.up ? static_cast<const T*>(args.up) + t * args.up_stride + first : nullptr;
-    const Edited1 one = Edited ? first_edit(args, edits, lane, row_of(t), up, first, n) : Edited1{-1, 0.f};
+    const LaneEdit own = Edited ? lane_edit(args, edits, lane, row_of(t), up, first, n) : LaneEdit{-1, 0.f};
     float g[kEach], a[kEach], u[kEach], h[kEach];
     next_gate.get(g);
     if (up) next_up.get(u);
-    else for (float& one_u : u) one_u = 1.f;
+    else for (float& each : u) each = 1.f;
     if (kAhead) {
       next = claim(after);
       after = owner_of(t + 2 * kTeams);
@@ -255,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, Shared && V > 1 ? 4 : 2) glu_statist
 #pragma unroll
     for (int i = 0; i < kEach; ++i) h[i] = a[i] * u[i];
     store<kTeam, V>(row_of(t), lane, n, h);
-    if (any) edit<kTeam>(args, edits, one, row_of(t), first, n, lane, mask, sa, sa + kColumns);
+    if (any) edit<kTeam>(args, edits, own, row_of(t), first, n, lane, mask, sa, sa + kColumns);
     if (mine == 0) continue;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {  // columns beyond the width were loaded as 0
@@ -323,17 +303,9 @@ __global__ void __launch_bounds__(kThreads, Shared && V > 1 ? 4 : 2) glu_statist
   }
 }
 
-constexpr int64_t kSharedFrom = 192;  // tokens from which a sketch in shared memory pays
-
-
-template <class Kernel>
-cudaError_t allow(Kernel kernel, int bytes) {  // above 48 KiB a kernel must be told
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <class T, int V, bool Edited>
 cudaError_t launch(const Args& args, cudaStream_t stream) {
-  const int tiles = static_cast<int>((args.width + kTile - 1) / kTile);
+  const int tiles = args.tiles();
   if (!args.token_group) {
     const int warps = tiles < kWarps ? tiles : kWarps;
     constexpr int64_t kMost = 65535;  // of a grid's second dimension
@@ -345,38 +317,33 @@ cudaError_t launch(const Args& args, cudaStream_t stream) {
     return cudaGetLastError();
   }
   constexpr int W = V < kEach ? V : kEach, kEdits = Edited ? kEditBytes : 0;
-  const dim3 grid(static_cast<unsigned>((args.width + kColumns - 1) / kColumns), static_cast<unsigned>(args.groups));
-  if (args.tokens >= kSharedFrom) {
-    const cudaError_t error = allow(glu_statistics_kernel<T, W, true, Edited>, kEdits + kSketchBytes);
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, kColumns)), static_cast<unsigned>(args.groups));
+  const bool shared = args.tokens >= 192;  // from here on a sketch in shared memory pays
+  const auto kernel = shared ? glu_statistics_kernel<T, W, true, Edited> : glu_statistics_kernel<T, W, false, Edited>;
+  const int bytes = shared ? kEdits + kSketchBytes : kEdits > kSumBytes ? kEdits : kSumBytes;
+  if (shared) {  // above 48 KiB a kernel must be told
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    glu_statistics_kernel<T, W, true, Edited><<<grid, kThreads, kEdits + kSketchBytes, stream>>>(args, tiles);
-  } else {
-    constexpr int kBytes = kEdits > kSumBytes ? kEdits : kSumBytes;
-    glu_statistics_kernel<T, W, false, Edited><<<grid, kThreads, kBytes, stream>>>(args, tiles);
   }
+  kernel<<<grid, kThreads, bytes, stream>>>(args, tiles);
   return cudaGetLastError();
-}
-
-bool aligned(const void* x, int64_t stride, int size) {
-  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && stride * size % 16 == 0;
 }
 
 template <class T>
 cudaError_t dispatch(const Args& args, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
-  const bool wide = args.width % V == 0 && aligned(args.gate, args.gate_stride, sizeof(T)) &&
-                    (!args.up || aligned(args.up, args.up_stride, sizeof(T)));
+  const auto aligned = [](const void* x, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(x) % 16 == 0 && stride * static_cast<int>(sizeof(T)) % 16 == 0;
+  };
+  const bool wide = args.width % V == 0 && aligned(args.gate, args.gate_stride) && aligned(args.up, args.up_stride);
   if (args.token_profile) return wide ? launch<T, V, true>(args, stream) : launch<T, 1, true>(args, stream);
   return wide ? launch<T, V, false>(args, stream) : launch<T, 1, false>(args, stream);
 }
 
 }  // namespace
 
-extern "C" const char* neurons_glu_cuda(const neurons::Args* args, void* stream) {
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  cudaError_t error;
-  if (args->dtype == kFloat32) error = dispatch<float>(*args, s);
-  else if (args->dtype == kBFloat16) error = dispatch<__nv_bfloat16>(*args, s);
-  else error = dispatch<__half>(*args, s);
+const char* neurons::glu_cuda(const Args& args, void* stream) {
+  const auto f = args.dtype == kFloat32 ? dispatch<float> : args.dtype == kBFloat16 ? dispatch<__nv_bfloat16> : dispatch<__half>;
+  const cudaError_t error = f(args, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

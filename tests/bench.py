@@ -7,7 +7,6 @@ Every number is a median of interleaved runs in one process; bytes are counted f
 the result written once), and "limit" is a copy that moves the same number of bytes on the same device.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -30,9 +29,12 @@ import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import CompileConfig, StoppingCriteria  # noqa: E402
 
-import identify  # noqa: E402
-from identify import Statistics  # noqa: E402
-from induce import Profile, Tables, steer  # noqa: E402
+from personality.mlp import find_mlps  # noqa: E402
+from personality.model import default_dtype, load_model  # noqa: E402
+from personality.observe import Statistics, observe  # noqa: E402
+from personality.op import op  # noqa: E402
+from personality.steer import Profile, Tables, steer  # noqa: E402
+from personality.terminal import Flags, number, positive, refuse, script  # noqa: E402
 
 PROFILES = (1, 32, 1000)
 
@@ -47,11 +49,12 @@ def random_profile(number: int, depth: int, width: int, seed: int) -> Profile:
 
 
 def machine(device) -> dict:
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device == "cuda" else next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
-    return {"device": name, "threads": torch.get_num_threads(), "vector": identify.op().vector, "torch": torch.__version__,
-            "commit": commit, "source": identify.op().source}
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    name = torch.cuda.get_device_name() if device == "cuda" else next(iter(names), platform.machine())
+    return {"device": name, "threads": torch.get_num_threads(), "vector": op().vector, "torch": torch.__version__,
+            "commit": commit, "source": op().source}
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -81,9 +84,10 @@ def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
     """name -> function of (gate, up). Ours write over gate; the others return a new tensor."""
     glu_, none = torch.ops.neurons.glu_, (None,) * 4
     tables = {}
-    for number in (60, 1800):
-        for profiles in PROFILES if number == 60 else (1,):
-            tables[number, profiles] = Tables([random_profile(number, 1, width, seed) for seed in range(profiles)], 1, width, device)
+    for edited in (60, 1800):
+        for profiles in PROFILES if edited == 60 else (1,):
+            made = [random_profile(edited, 1, width, seed) for seed in range(profiles)]
+            tables[edited, profiles] = Tables(made, 1, width, device)
     statistics, statistics_of_both = Statistics(1, width, 1, device), Statistics(1, width, 1, device)
     group = torch.zeros(tokens, dtype=torch.int32, device=device)
 
@@ -91,7 +95,7 @@ def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
         rows = (torch.arange(tokens, device=device) % profiles + 1).to(torch.int32)
         return (rows, *tables[number, profiles].layers[0])
 
-    observed, observed_too = (group, *statistics.buffers[0]), (group, *statistics_of_both.buffers[0])
+    observed, observed_too = (group, *statistics.layers[0]), (group, *statistics_of_both.layers[0])
     one = random_profile(60, 1, width, 0)
     index = one.index.to(device)
     count = torch.zeros(width, dtype=torch.int64, device=device)
@@ -109,8 +113,8 @@ def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
         "hook, edits": lambda gate, up: hook_edits(gate, up, index[::2], index[1::2], shift),
         "hook, statistics": lambda gate, up: hook_statistics(gate, up, count, histogram),
         "plain": lambda gate, up: glu_(gate, up, 0, *none, *none)}
-    for number in (60, 1800):
-        result[f"{number} edits"] = lambda gate, up, e=edits(number): glu_(gate, up, 0, *e, *none)
+    for edited in (60, 1800):
+        result[f"{edited} edits"] = lambda gate, up, e=edits(edited): glu_(gate, up, 0, *e, *none)
     result["statistics"] = lambda gate, up: glu_(gate, up, 0, *none, *observed)
     result["both"] = lambda gate, up, e=edits(60): glu_(gate, up, 0, *e, *observed_too)
     for profiles in PROFILES[1:]:
@@ -119,8 +123,8 @@ def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
 
 
 def time_cpu(functions, sets, seconds):
-    """Microseconds of each call, the functions in turn; gate is restored before each. Where calls are of fewer than 64 tokens, of which
-    statistics are counted at once, each number is the mean of as many calls as make 64."""
+    """Microseconds of each call, the functions in turn; gate is restored before each. Where calls are of fewer than 64 tokens, of
+    which statistics are counted at once, each number is the mean of as many calls as make 64."""
     (gate, up), source = sets[0], sets[0][0].clone()
     several = max(1, 64 // len(gate))
     times = {name: [] for name in functions}
@@ -132,7 +136,8 @@ def time_cpu(functions, sets, seconds):
             begin = time.perf_counter()
             function(gate, up)
             times[name].append(1e6 * (time.perf_counter() - begin))
-    return {name: [stats.mean(values[k:k + several]) for k in range(several, len(values) - several + 1, several)] for name, values in times.items()}
+    return {name: [stats.mean(values[k:k + several]) for k in range(several, len(values) - several + 1, several)]
+            for name, values in times.items()}
 
 
 def time_cuda(functions, sets, seconds):
@@ -211,10 +216,11 @@ def kernel_targets(rows) -> None:
     print("\nratios")
     for dtype, tokens, width in dict.fromkeys(key[:3] for key in us):
         get = lambda name: us[dtype, tokens, width, name]  # noqa: E731
-        print(f"  {dtype:8} {tokens:5} x {width:5}: edits / eager {get('60 edits') / get('eager'):.2f}, both / hook "
-              f"{get('both') / (get('hook, statistics') + get('hook, edits') - get('eager')):.2f}, both / plain {get('both') / get('plain'):.2f}, "
-              f"1,000 profiles / 1 {get('1000 profiles') / get('60 edits'):.2f}, plain of limit {get('limit') / get('plain'):.0%}, "
-              f"edits of limit {get('limit') / get('60 edits'):.0%}")
+        hook = get("hook, statistics") + get("hook, edits") - get("eager")
+        print(f"  {dtype:8} {tokens:5} x {width:5}: edits / eager {get('60 edits') / get('eager'):.2f}, "
+              f"both / hook {get('both') / hook:.2f}, both / plain {get('both') / get('plain'):.2f}, "
+              f"1,000 profiles / 1 {get('1000 profiles') / get('60 edits'):.2f}, "
+              f"plain of limit {get('limit') / get('plain'):.0%}, edits of limit {get('limit') / get('60 edits'):.0%}")
 
 
 # ------------------------------------------------------------------------------------------------------- generation
@@ -274,9 +280,9 @@ def process(pipe, work) -> None:
 
 
 def in_turns(works: dict, steps: int, seed: int = 0) -> dict:
-    """{name: seconds of each of `steps` steps} of work(pipe) functions, a process each, of which one takes a step at a time, in another
-    order each time, so that what else the machine does slows them all alike. (Not threads: OpenMP keeps a team for each, and with more
-    threads than cores every loop begins with waking one up.)"""
+    """{name: seconds of each of `steps` steps} of work(pipe) functions, a process each, of which one takes a step at a time, in
+    another order each time, so that what else the machine does slows them all alike. (Not threads: OpenMP keeps a team for each,
+    and with more threads than cores every loop begins with waking one up.)"""
     context, pick, running = multiprocessing.get_context("spawn"), random.Random(seed), {}
     seconds = {name: [] for name in works}
 
@@ -318,14 +324,14 @@ def random_ids(rows: int, length: int, device):
 
 
 def way(name: str, model, rows: int):
-    """What a model of the benchmark is put under: nothing ("plain", or a name that says nothing), observing, or profiles of 60 edits a
-    layer: one ("steered"), or as many as the name begins with, by turns over the rows."""
+    """What a model of the benchmark is put under: nothing ("plain", or a name that says nothing), observing, or profiles of 60
+    edits a layer: one ("steered"), or as many as the name begins with, by turns over the rows."""
     if name == "observed":
-        return identify.observe(model, Statistics.of(model))
+        return observe(model, Statistics.of(model))
     number = 1 if name == "steered" else int(name.split()[0]) if "profile" in name else 0
     if not number:
         return contextlib.nullcontext()
-    mlps = identify.find_mlps(model)
+    mlps = find_mlps(model)
     made = [random_profile(60, len(mlps), mlps[0].width, seed) for seed in range(number)]
     return steer(model, made, [i % number + 1 for i in range(rows)])
 
@@ -340,7 +346,7 @@ def generate_options(compiled: bool) -> dict:
 
 def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int, new_tokens: int, compiled: bool) -> None:
     """What a process of in_turns does on a CPU: one generation after the other."""
-    model, _ = identify.load_model(source, "cpu", dtype)
+    model, _ = load_model(source, "cpu", dtype)
     ids = random_ids(rows, 24, "cpu")
     with way(name, model, rows):
         turn = Turn(pipe)
@@ -349,10 +355,11 @@ def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int,
 
 
 def token_seconds(names: dict, rows: int, pairs: int, new_tokens: int, compiled: bool = False, dtype: str | None = None) -> dict:
-    """{name: seconds of a token of all rows} of `pairs` generations on a CPU, after some that don't count; names: {name: the model, as
-    --model takes it}. A mean of every two: statistics are counted every 64 tokens, which at 32 rows is in every second step."""
-    works = {name: functools.partial(generates, name=name, source=source, dtype=dtype, rows=rows, new_tokens=new_tokens, compiled=compiled)
-             for name, source in names.items()}
+    """{name: seconds of a token of all rows} of `pairs` generations on a CPU, after some that don't count; names: {name: the
+    model, as --model takes it}. A mean of every two: statistics are counted every 64 tokens, which at 32 rows is in every second
+    step."""
+    works = {name: functools.partial(generates, name=name, source=source, dtype=dtype, rows=rows, new_tokens=new_tokens,
+                                     compiled=compiled) for name, source in names.items()}
     warm = (3 if compiled else 1) * new_tokens
     seconds = in_turns(works, warm + pairs * new_tokens)
     return {name: [(a + b) / 2 for a, b in zip(steps[warm::2], steps[warm + 1::2])] for name, steps in seconds.items()}
@@ -372,11 +379,11 @@ def random_llama():
 
 
 def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
-    """generate() calls with the same number of tokens, plain and otherwise: on a CPU each token is a pair, on a GPU, which would have
-    to be waited for at each token, each call."""
+    """generate() calls with the same number of tokens, plain and otherwise: on a CPU each token is a pair, on a GPU, which would
+    have to be waited for at each token, each call."""
     names = ["1 profile", f"{profiles} profiles"] if profiles else ["plain", "steered", "observed"]
     if device == "cpu":
-        source, amount = f"SmolLM2-135M, {identify.default_dtype(torch.device('cpu'))}", rows
+        source, amount = f"SmolLM2-135M, {default_dtype(torch.device('cpu'))}", rows
         times = token_seconds(dict.fromkeys(names), rows, pairs, new_tokens, compiled)
     else:
         source, amount, model = "Llama-3-8B's shape, random weights, bfloat16", rows * new_tokens, random_llama()
@@ -396,14 +403,15 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
 def ratio(title: str, first: str, second: str, times: dict, amount: int, unit: str) -> dict:
     median, upper = bound([a / b for a, b in zip(times[first], times[second])])
     speed = {name: amount / stats.median(times[name]) for name in (first, second)}
-    print(f"  {title}: time of {first} / {second} {median:.4f} (95 % bound {upper:.4f}), {speed[first]:.0f} against {speed[second]:.0f} {unit}/s",
-          flush=True)
-    return {"title": title, "first": first, "second": second, "ratio": median, "upper95": upper, "pairs": len(times[first]), "per_s": speed}
+    print(f"  {title}: time of {first} / {second} {median:.4f} (95 % bound {upper:.4f}), "
+          f"{speed[first]:.0f} against {speed[second]:.0f} {unit}/s", flush=True)
+    return {"title": title, "first": first, "second": second, "ratio": median, "upper95": upper, "pairs": len(times[first]),
+            "per_s": speed}
 
 
 def reading(device: str, pairs: int) -> list[dict]:
     """Forward passes over answers that are there, as identify.py --answers does: plain, and observed in two groups."""
-    model, _ = identify.load_model(device=device)
+    model, _ = load_model(device=device)
     rows, prompt, tokens = 32, 64, 128
     ids = random_ids(rows, tokens, model.device)
     counted = (torch.arange(tokens, device=model.device) >= prompt).expand(rows, tokens)
@@ -414,18 +422,18 @@ def reading(device: str, pairs: int) -> list[dict]:
             model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
     def observed():
-        with identify.observe(model, statistics, [k % 2 for k in range(rows)], counted):
+        with observe(model, statistics, [k % 2 for k in range(rows)], counted):
             forward()
 
-    return [ratio(f"{model.source}, reading {rows} rows of {tokens} tokens, of which {tokens - prompt} count", "observed", "plain",
-                  paired({"plain": forward, "observed": observed}, pairs), rows * tokens, "tokens")]
+    title = f"{model.source}, reading {rows} rows of {tokens} tokens, of which {tokens - prompt} count"
+    return [ratio(title, "observed", "plain", paired({"plain": forward, "observed": observed}, pairs), rows * tokens, "tokens")]
 
 
 def batches(device: str, pairs: int) -> list[dict]:
     """Many personalities of a few questions each: in shared batches, as evaluate.py asks them, and one batch a personality; and a
     batch of as many personalities as rows against one of a single one."""
-    model, _ = identify.load_model(device=device)
-    mlps = identify.find_mlps(model)
+    model, _ = load_model(device=device)
+    mlps = find_mlps(model)
     people, each, new_tokens, size = 16, 4, 24, 64
     made = [random_profile(60, len(mlps), mlps[0].width, seed) for seed in range(1000)]
     ids = random_ids(1000, 24, model.device)
@@ -446,14 +454,14 @@ def batches(device: str, pairs: int) -> list[dict]:
     results = [ratio(f"{model.source}, {people} personalities of {each} questions", "batches shared", "a batch each",
                      paired({"batches shared": shared, "a batch each": alone}, pairs), people * each * new_tokens, "tokens")]
     results.append(ratio(f"{model.source}, 1,000 rows", "1,000 profiles", "1 profile", paired({
-        "1,000 profiles": lambda: steered(ids[:, :4], made, list(range(1, 1001)), 8), "1 profile": lambda: steered(ids[:, :4], made[:1], [1] * 1000, 8)},
-        max(3, pairs // 3)), 1000 * 8, "tokens"))
+        "1,000 profiles": lambda: steered(ids[:, :4], made, list(range(1, 1001)), 8),
+        "1 profile": lambda: steered(ids[:, :4], made[:1], [1] * 1000, 8)}, max(3, pairs // 3)), 1000 * 8, "tokens"))
     return results
 
 
 def baked(pairs: int, folder: str) -> list[dict]:
     """Generation on a CPU of a checkpoint that induce.py --save made of the default model, against that model."""
-    dtype = identify.default_dtype(torch.device("cpu"))
+    dtype = default_dtype(torch.device("cpu"))
     results = []
     for rows in (32, 1):
         times = token_seconds({"base": None, "baked": folder}, rows, pairs, 24, dtype=dtype)
@@ -461,39 +469,48 @@ def baked(pairs: int, folder: str) -> list[dict]:
     return results
 
 
-def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments():
+    flags = Flags(__doc__)
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--json", metavar="FILE")
     flags.add_argument("--quick", action="store_true", help="two shapes, and fewer pairs of generations")
-    one = flags.add_mutually_exclusive_group()
-    one.add_argument("--only", choices=("kernel", "generation", "reading", "batches"))
-    one.add_argument("--baked", metavar="DIR", help="only the speed of a checkpoint that induce.py --save made of the default model")
-    flags.add_argument("--seconds", type=float, default=2.0, help="for each shape (default: %(default)s)")
-    flags.add_argument("--pairs", type=int, help="of generations, of which a CPU pairs each token (default: 21, quick: 7)")
+    what = flags.add_mutually_exclusive_group()
+    what.add_argument("--only", choices=("kernel", "generation", "reading", "batches"))
+    what.add_argument("--baked", metavar="DIR",
+                      help="only the speed of a checkpoint that induce.py --save made of the default model")
+    flags.add_argument("--seconds", type=number(0, 3600), default=2.0, help="for each shape (default: %(default)s)")
+    flags.add_argument("--pairs", type=positive, help="of generations, of which a CPU pairs each token (default: 21, quick: 7)")
     args = flags.parse_args()
+    refuse(args, ((lambda args: args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this torch sees no GPU"),
+                  (lambda args: args.baked and not (Path(args.baked) / "config.json").is_file(), "--baked {baked}: no checkpoint is there"),
+                  (lambda args: args.json and not Path(args.json).resolve().parent.is_dir(), "--json {json}: its folder is not there"),
+                  (lambda args: args.json and Path(args.json).is_dir(), "--json {json}: is a folder")))
+    args.pairs = args.pairs or (7 if args.quick else 21)
+    return args
+
+
+def main(args) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     result = {"machine": machine("cpu" if args.baked else args.device)}
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    pairs = args.pairs or (7 if args.quick else 21)
     if args.baked:
-        result["baked"], args.only = baked(pairs, args.baked), "baked"
+        result["baked"], args.only = baked(args.pairs, args.baked), "baked"
     if args.only in (None, "kernel"):
         result["kernels"] = kernels(args.device, args.quick, args.seconds)
         kernel_targets(result["kernels"])
     if args.only in (None, "generation"):
         print("\ngeneration")
-        result["generation"] = generation(args.device, 32, pairs, 24, False)
-        result["generation"] += generation(args.device, 32, pairs, 64 if args.device == "cuda" else 24, True)
+        result["generation"] = generation(args.device, 32, args.pairs, 24, False)
+        result["generation"] += generation(args.device, 32, args.pairs, 64 if args.device == "cuda" else 24, True)
         if args.device == "cuda":
-            result["generation"] += generation(args.device, 1000, max(3, pairs // 3), 24, False, profiles=1000)
+            result["generation"] += generation(args.device, 1000, max(3, args.pairs // 3), 24, False, profiles=1000)
     for name, measure in (("reading", reading), ("batches", batches)):
         if args.only in (None, name):
             print(f"\n{name}")
-            result[name] = measure(args.device, pairs)
+            result[name] = measure(args.device, args.pairs)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    script(arguments, "bench")

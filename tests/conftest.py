@@ -1,4 +1,4 @@
-"""Makes the scripts importable for pytest, offline, and gives every test the same small models."""
+"""Makes the scripts and the package importable for pytest, offline, and gives every test the same small models."""
 
 import contextlib
 import http.server
@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -20,8 +21,12 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import identify  # noqa: E402
-import induce  # noqa: E402
-from identify import TRAITS, load_bench, load_model  # noqa: E402
+from personality import TRAITS  # noqa: E402
+from personality.endpoint import Endpoint  # noqa: E402
+from personality.model import TEST_PENALTY, answers, conversation, load_model, prompt_ids  # noqa: E402
+from personality.op import op as load_op  # noqa: E402
+from personality.questions import load_bench  # noqa: E402
+from personality.terminal import script as run_script  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background: the tests of Ctrl-C would wait
 torch.set_num_threads(1)  # these models are so small that a second thread costs more than it gives
@@ -43,14 +48,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def op():
-    return identify.op()
+    return load_op()
 
 
 def tiny(family="llama", **options):
     """A random float32 model of a family, two layers, small enough for exact comparisons."""
     torch.manual_seed(0)
     shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "phi3": "Phi3"}
     if family == "gpt2":
         config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=128,
@@ -132,7 +137,7 @@ def small(tmp_path_factory):
 
 
 def run(small, out, trait="extraversion", model=None, **options):
-    """identify.py's run, in this process."""
+    """identify.py's run of one trait, in this process."""
     args = identify.parser().parse_args([])
     vars(args).update({"out": str(out), "max_new_tokens": 6, "batch_size": 4, **options})
     model, tokenizer = model or (small.model, small.tokenizer)
@@ -143,7 +148,7 @@ def run(small, out, trait="extraversion", model=None, **options):
 def made(small, tmp_path_factory):
     """A folder with the tiny model's extraversion neurons and answers."""
     out = tmp_path_factory.mktemp("made")
-    run(small, out)()
+    run(small, out).identify()
     return out
 
 
@@ -152,7 +157,7 @@ def several(small, tmp_path_factory):
     """A folder with two traits' neuron files of the tiny model."""
     out = tmp_path_factory.mktemp("several")
     for trait in ("extraversion", "neuroticism"):
-        run(small, out, trait)()
+        run(small, out, trait).identify()
     return out
 
 
@@ -165,18 +170,32 @@ def lines_of(path):
 
 
 def prompt_of(small, question, persona=None):
-    return identify.token_ids(small.tokenizer, identify.chat(small.tokenizer, identify.ask(question, persona)))
+    return prompt_ids(small.tokenizer, conversation(question, persona))
 
 
 def plain_answers(small, questions, tokens):
     """(text, ids) of the model itself, as induce.py asks it."""
-    return identify.answer(small.model, small.tokenizer, [identify.ask(question) for question in questions], tokens,
-                           repetition_penalty=induce.REPETITION_PENALTY)
+    return answers(small.model, small.tokenizer, [conversation(question) for question in questions], tokens, repetition_penalty=TEST_PENALTY)
 
 
-def main_of(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
+def main_of(script, monkeypatch, *arguments):
+    """A script's run in this process: flags, then work."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    script.main(script.arguments())
+
+
+def exit_of(script, monkeypatch, capsys, *arguments):
+    """(exit code, standard error) of a script's whole run in this process, as its command line has it."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run_script(script.arguments, script.__name__)
+    return ended.value.code, capsys.readouterr().err
+
+
+def command(*arguments, **options):
+    """A script's run in a process of its own, from the checkout's root or options' cwd."""
+    return subprocess.run([sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
 def shared_flags(small):
@@ -240,6 +259,9 @@ class Server:
 def quick(monkeypatch):
     """Nobody waits long for a server."""
     pytest.importorskip("openai")
-    monkeypatch.setattr(identify.Endpoint, "PAUSE", 0.001)
-    monkeypatch.setattr(identify.Endpoint, "TIMEOUT", 2)
+    import openai._base_client
+
+    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):
+        monkeypatch.setattr(openai._base_client, name, 0.001)
+    monkeypatch.setattr(Endpoint, "TIMEOUT", 2)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")

@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
-import identify
 import induce
 from conftest import ROOT, Server, main_of, prompts, shared_flags, tiny
-from identify import UserError
-from induce import Baking, NeuronFolder, Profile, steer, suppressed
+from personality import Character, NeuronFolder, Neurons, Profile, UserError, bake, load_model, steer
+from personality.bake import Baking
+from personality.methods import Profiles
+from personality.mlp import find_mlps
+from personality.model import fingerprint
+from personality.terminal import DTYPES
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {"tie_word_embeddings": True}}
 
@@ -117,13 +120,15 @@ def test_shards_hold_the_same(tmp_path):
     assert len(files) > 3 and set(index["weight_map"].values()) == {path.name for path in files}
     whole = load_file(tmp_path / "one" / "model.safetensors")
     parts = {name: tensor for path in files for name, tensor in load_file(path).items()}
-    assert parts.keys() == whole.keys() == index["weight_map"].keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert parts.keys() == whole.keys() == index["weight_map"].keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in whole.values())
 
 
 def test_no_more_memory_than_a_shard_and_a_layer(tmp_path):
     """Beyond the model, whose own weights the system maps from disk."""
-    config = transformers.LlamaConfig(vocab_size=128, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=4)
+    config = transformers.LlamaConfig(vocab_size=128, hidden_size=512, intermediate_size=2048, num_hidden_layers=16,
+                                      num_attention_heads=4)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
     shard, watch = 24 * 2**20, """
 import re, sys, threading, time
@@ -131,7 +136,7 @@ from pathlib import Path
 sys.path[:0] = [%r, %r]
 import torch, transformers
 from test_bake import edits
-from induce import Baking
+from personality.bake import Baking
 anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 baking, most, folder = Baking(model, edits(width=2048, depth=16)), [0], Path(sys.argv[2])
@@ -181,15 +186,6 @@ def test_a_cap_cannot_be_baked():
         Baking(tiny(), profile)
 
 
-def test_suppression():
-    value = torch.tensor([[0.0, 1, 0, 0], [math.inf, 1, 0.5, 0]])
-    profile = Profile(torch.tensor([0, 1]), torch.tensor([2, 3]), value, "p")
-    assert suppressed(profile, "cap") is profile
-    zero, none = suppressed(profile, "zero"), suppressed(profile, "none")
-    assert zero.value.tolist() == [[math.inf, 0, 0, 0], [math.inf, 1, 0.5, 0]] and none.layer.tolist() == [1]
-    assert profile.value[0, 0] == 0, "the profile itself stays as it was"
-
-
 # ------------------------------------------------------------------------------------------------------ command line
 
 
@@ -201,10 +197,9 @@ def baked_by(small, several, monkeypatch, folder, *more):
     main_of(induce, monkeypatch, *command(small, several, "--trait", "extraversion", "--alpha", "2", "--save", folder, *more))
 
 
-@pytest.mark.parametrize("more", ((), ("--method", "dpn-le"), ("--method", "activation"), ("--suppress", "none"), ("--rank", "64")))
+@pytest.mark.parametrize("more", (
+    (), ("--method", "dpn-le"), ("--method", "activation"), ("--suppress", "none"), ("--rank", "64")))
 def test_saved_and_verified(small, several, monkeypatch, tmp_path, capsys, more):
-    if more[-1:] == ("dpn-le",):
-        monkeypatch.setattr(induce.dpn_le, "__defaults__", (False, 0.0, ""))
     baked_by(small, several, monkeypatch, tmp_path / "baked", "--verify", *more)
     said = capsys.readouterr()
     assert "baked against live" in said.out and "--where all" in said.err and "FLOPs a token" in said.err
@@ -213,49 +208,60 @@ def test_saved_and_verified(small, several, monkeypatch, tmp_path, capsys, more)
             "verify.json"} <= names
     assert not [path for path in tmp_path.iterdir() if path.name != "baked"], "nothing else is left"
     card = (tmp_path / "baked" / "README.md").read_text()
-    assert identify.fingerprint(small.model) in card and "extraversion +2" in card
+    assert fingerprint(small.model) in card and "extraversion +2" in card
     baked_by(small, several, monkeypatch, tmp_path / "baked", *more)  # its own kind may be written over
 
 
 def test_licences_come_along(small, several, monkeypatch, tmp_path, capsys):
     """From the model's directory, or from the hub; where there is no network, it says so, and bakes."""
-    import huggingface_hub
-
     (tmp_path / "LICENSE.txt").write_text("do as you like")
     asked = []
-    model = identify.load_model(str(small.model_dir), "cpu", "float32")[0]
+    model = load_model(str(small.model_dir), "cpu", "float32")[0]
     model.name_or_path = str(tmp_path)
-    assert [path.name for path in induce.licences(model)] == ["LICENSE.txt"]
+    assert [path.name for path in bake.licences(model)] == ["LICENSE.txt"]
     model.name_or_path = "some/model"
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or tmp_path)
-    assert [path.name for path in induce.licences(model)] == ["LICENSE.txt"]
+    monkeypatch.setattr(bake, "snapshot_download", lambda name, **options: asked.append((name, options)) or tmp_path)
+    assert [path.name for path in bake.licences(model)] == ["LICENSE.txt"]
     assert asked[0][0] == "some/model" and "LICENSE*" in asked[0][1]["allow_patterns"], "no weights are downloaded"
     (tmp_path / "LICENSE.txt").unlink(), (tmp_path / "LICENSES").mkdir()
-    assert induce.licences(model) == [] and "there is none beside it" in capsys.readouterr().err, "as a cache without network says"
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: 1 / 0)
-    assert induce.licences(model) == [] and "(division by zero): add it yourself" in capsys.readouterr().err
+    assert bake.licences(model) == [] and "there is none beside it" in capsys.readouterr().err, "as a cache without network says"
+    monkeypatch.setattr(bake, "snapshot_download", lambda name, **options: 1 / 0)
+    assert bake.licences(model) == [] and "(division by zero): add it yourself" in capsys.readouterr().err
 
 
-def test_verify_fails_where_it_should(small, several, monkeypatch, tmp_path):
-    original = Baking.layer
-    monkeypatch.setattr(Baking, "layer", lambda self, number: {name: tensor * (1.01 if name == "down_proj.weight" else 1)
-                                                               for name, tensor in original(self, number).items()})
-    with pytest.raises(UserError, match="baked and live differ by"):
-        baked_by(small, several, monkeypatch, tmp_path / "baked", "--verify")
+def damaged(folder, factor):
+    """A checkpoint whose down projections are not what was written."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor * (factor if name.endswith("down_proj.weight") else 1) for name, tensor in tensors.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
-def test_verified_in_fewer_bits(small, several, monkeypatch, tmp_path, capsys, dtype):
+@pytest.mark.parametrize("dtype, factors", (("fp32", (1.01,)), ("bf16", (1.05, math.nan)), ("fp16", (1.05, math.nan))))
+def test_verify_fails_where_it_should(small, several, monkeypatch, tmp_path, capsys, dtype, factors):
     """The weights' rounding is allowed for, more than that is not."""
-    main_of(induce, monkeypatch, *command(small, several, "--trait", "extraversion", "--alpha", "2", "--save", tmp_path / "baked",
-                                          "--verify", "--dtype", dtype))
-    assert f"{identify.DTYPES[dtype]} weights" in capsys.readouterr().out
-    original = Baking.layer
-    for factor in (1.05, math.nan):
-        monkeypatch.setattr(Baking, "layer", lambda self, number, factor=factor: {
-            name: tensor * (factor if name == "down_proj.weight" else 1) for name, tensor in original(self, number).items()})
+    folder = tmp_path / "baked"
+    baked_by(small, several, monkeypatch, folder, "--verify", "--dtype", dtype)
+    assert f"{DTYPES[dtype]} weights" in capsys.readouterr().out
+    whole = (folder / "model.safetensors").read_bytes()
+    for factor in factors:
+        model, tokenizer = load_model(str(small.model_dir), "cpu", DTYPES[dtype])
+        profiles = Profiles(model, tokenizer, NeuronFolder(model, str(several)), (0.1, 12), "zero")
+        damaged(folder, factor)
         with pytest.raises(UserError, match="baked and live differ by"):
-            baked_by(small, several, monkeypatch, tmp_path / "baked", "--verify", "--dtype", dtype)
+            bake.verify(model, tokenizer, profiles.of(Character({"extraversion": 2.0})), folder, exact=True)
+        (folder / "model.safetensors").write_bytes(whole)
+
+
+def test_save_fails_where_its_verification_does(small, several, monkeypatch, tmp_path):
+    """Here the live model computes something else than its weights say. What was written is left for a look at it."""
+    flags = command(small, several, "--trait", "extraversion", "--alpha", "2", "--save", tmp_path / "baked", "--verify")
+    monkeypatch.setattr(sys, "argv", ["induce.py", *map(str, flags)])
+    model, tokenizer = load_model(str(small.model_dir), "cpu", "float32")
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 1.01)
+    profiles = Profiles(model, tokenizer, NeuronFolder(model, str(several)), (0.1, 12), "zero")
+    with pytest.raises(UserError, match="baked and live differ by"):
+        bake.bake(model, tokenizer, profiles, Character({"extraversion": 2.0}), induce.arguments())
+    assert (tmp_path / "baked" / "model.safetensors").exists()
 
 
 def test_a_rank_that_leaves_something_out(small, several, monkeypatch, tmp_path, capsys):
@@ -264,11 +270,11 @@ def test_a_rank_that_leaves_something_out(small, several, monkeypatch, tmp_path,
     folder = tmp_path / "baked"
     baked_by(small, several, monkeypatch, folder, "--rank", "1", "--suppress", "none", "--verify")
     assert "--rank leaves a part out" in capsys.readouterr().out
-    baked, tokenizer = identify.load_model(str(folder), "cpu", "float32")
+    baked, tokenizer = load_model(str(folder), "cpu", "float32")
     expected = json.loads((folder / "verify.json").read_text())["expected"]
     assert expected
-    for one in expected:
-        assert tokenizer.decode(induce.probe(baked, tokenizer, one["question"])[1], skip_special_tokens=True) == one["text"]
+    for probe in expected:
+        assert tokenizer.decode(bake.probe(baked, tokenizer, probe["question"])[1], skip_special_tokens=True) == probe["text"]
     (folder / "verify.json").write_text(json.dumps({"expected": []}))
     with pytest.raises(UserError, match="nothing can tell"):
         main_of(induce, monkeypatch, "--save", folder, "--verify-server", "http://127.0.0.1:9")
@@ -276,8 +282,9 @@ def test_a_rank_that_leaves_something_out(small, several, monkeypatch, tmp_path,
 
 @pytest.mark.parametrize("flags, pattern", (
     (("--where", "generated"), "can't be had with --where generated"), (("--keep", "0.9"), "can't be had with --keep"),
-    (("--suppress", "cap"), "can't be had with --suppress cap"), (("--chat",), "can't be had with --chat"),
-    (("--questions", "q.txt"), "holds one character")))
+    (("--suppress", "cap"), "can't be had with --suppress cap"),
+    (("--chat",), "--chat: not allowed with argument --save"),
+    (("--questions", "q.txt"), "--questions: not allowed with argument --save")))
 def test_what_baking_cannot_express(small, several, monkeypatch, tmp_path, flags, pattern):
     with pytest.raises(UserError, match=pattern):
         baked_by(small, several, monkeypatch, tmp_path / "baked", *flags)
@@ -314,23 +321,25 @@ def test_the_folder_one_is_in_is_not_replaced(small, several, monkeypatch, tmp_p
 def test_a_baked_directory_is_a_model(small, several, monkeypatch, tmp_path):
     """identify, induce and evaluate take it as --model; and its neurons are not those of the base model's file."""
     baked_by(small, several, monkeypatch, tmp_path / "baked")
-    model, tokenizer = identify.load_model(str(tmp_path / "baked"), "cpu", "float32")
-    assert len(identify.find_mlps(model)) == 2 and tokenizer.chat_template == small.tokenizer.chat_template
+    model, tokenizer = load_model(str(tmp_path / "baked"), "cpu", "float32")
+    assert len(find_mlps(model)) == 2 and tokenizer.chat_template == small.tokenizer.chat_template
     with pytest.raises(UserError, match="was made with"):
-        identify.Neurons.load(several / "extraversion.safetensors", model)
+        Neurons.load(several / "extraversion.safetensors", model)
 
 
 def test_evaluated_by_the_base_model(small, several, monkeypatch, tmp_path):
     """In float32 a baked checkpoint writes what the live edit writes, and with one judge for both it scores the same."""
-    baked_by(small, several, monkeypatch, tmp_path / "baked")
-    flags = ("--trait", "extraversion", "--limit", "4", "--max-new-tokens", "5", "--dtype", "fp32", "--device", "cpu", "--alpha", "2")
-    live = ("--model", small.model_dir, "--neurons", several, "--suppress", "zero", "--where", "all", "--method", "unedited", "npti")
-    monkeypatch.setattr(NeuronFolder.__init__, "__defaults__", (0.1, 12, "cap"))  # --min-neurons, as it was baked with
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", several, "--trait", "extraversion", "--alpha", "2",
+            "--save", tmp_path / "baked")  # with as many neurons as evaluate.py edits
+    flags = ("--trait", "extraversion", "--alpha", "2", "--limit", "4", "--max-new-tokens", "5", "--dtype", "fp32",
+             "--device", "cpu")
+    live = ("--model", small.model_dir, "--neurons", several, "--suppress", "zero", "--where", "all",
+            "--method", "unedited", "npti")
     main_of(evaluate, monkeypatch, *flags, *live, "--out", tmp_path / "live")
     baked = ("--model", tmp_path / "baked", "--judge-model", small.model_dir, "--method", "unedited")
     main_of(evaluate, monkeypatch, *flags, *baked, "--out", tmp_path / "results")
-    rows = {name: {row["method"]: row for row in json.loads((tmp_path / name / "summary.json").read_text()) if row["pole"] != "low"}
-            for name in ("live", "results")}
+    summary_of = lambda name: json.loads((tmp_path / name / "summary.json").read_text())  # noqa: E731
+    rows = {name: {row["method"]: row for row in summary_of(name) if row["pole"] != "low"} for name in ("live", "results")}
     for name in ("mean", "perplexity", "repetition"):
         assert rows["results"]["unedited"][name] == pytest.approx(rows["live"]["npti"][name], abs=1e-5)
     assert abs(rows["live"]["npti"]["mean"] - rows["live"]["unedited"]["mean"]) > 1e-3, "the edit did something"
@@ -353,7 +362,8 @@ def test_a_server_is_checked(small, several, monkeypatch, tmp_path, capsys):
     with (Server(lambda n, body: expected[n - 1]["without biases"]) as server,
           pytest.raises(UserError, match="without the biases of the MLPs: this engine drops them")):
         check(server)
-    with Server(lambda n, body: "something else") as server, pytest.raises(UserError, match="0 of . answers begin .* another model"):
+    with (Server(lambda n, body: "something else") as server,
+          pytest.raises(UserError, match="0 of . answers begin .* another model")):
         check(server)
     with Server(lambda n, body: (400, "")) as server, pytest.raises(UserError, match="BadRequest"):
         check(server)

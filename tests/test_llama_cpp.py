@@ -22,7 +22,9 @@ import torch
 import identify
 import induce
 from conftest import lines_of, main_of
-from identify import CACHE, TRAITS
+from personality import TRAITS, bake, load_model
+from personality.questions import built_in_bench
+from personality.store import CACHE
 
 pytestmark = pytest.mark.slow
 TOKENS, TIE = 24, 1e-3  # tokens an answer; nats between the two likeliest tokens, below which either may come
@@ -40,8 +42,9 @@ def llama_cpp():
         with tarfile.open(max(folder.glob("llama_cpp_python-*.tar.gz"))) as package:
             package.extractall(folder, filter="data")
         sources = next(folder.glob("llama_cpp_python-*/vendor/llama.cpp"))
-        subprocess.run(["cmake", "-S", sources, "-B", folder / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF",
-                        "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"], check=True)
+        subprocess.run(["cmake", "-S", sources, "-B", folder / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+                        "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"],
+                       check=True)
         subprocess.run(["cmake", "--build", folder / "build", "--target", "llama-server"], check=True)
     return folder
 
@@ -50,11 +53,11 @@ def llama_cpp():
 def baked(tmp_path_factory):
     """The default model at extraversion +2, in float32."""
     folder = tmp_path_factory.mktemp("baked")
-    model, tokenizer = identify.load_model(None, "cpu", "float32")
+    model, tokenizer = load_model(None, "cpu", "float32")
     identify.identify(model, tokenizer, "extraversion", out=folder / "neurons", limit=16)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        main_of(induce, monkeypatch, "--trait", "extraversion", "--alpha", "2", "--neurons", folder / "neurons", "--dtype", "float32",
-                "--device", "cpu", "--save", folder / "model")
+        main_of(induce, monkeypatch, "--trait", "extraversion", "--alpha", "2", "--neurons", folder / "neurons",
+                "--dtype", "float32", "--device", "cpu", "--save", folder / "model")
     return folder / "model"
 
 
@@ -67,8 +70,8 @@ def served(llama_cpp, model, log):
     url = f"http://127.0.0.1:{port}"
     plain = ("--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32", "--ctx-size", "2048", "--parallel", "1")
     with open(log, "w") as file:
-        process = subprocess.Popen([llama_cpp / "build" / "bin" / "llama-server", "-m", model, "--port", str(port), *plain], stdout=file,
-                                   stderr=file)
+        process = subprocess.Popen([llama_cpp / "build" / "bin" / "llama-server", "-m", model, "--port", str(port), *plain],
+                                   stdout=file, stderr=file)
         try:
             for _ in range(120):
                 assert process.poll() is None, log.read_text()[-2000:]
@@ -107,8 +110,8 @@ def test_the_same_greedy_tokens(llama_cpp, baked, tmp_path):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     same, ties = 0, []
     with served(llama_cpp, converted(llama_cpp, baked, "f32"), tmp_path / "log") as url:
-        for question in (*induce.PROBES, *identify.built_in_bench().test[TRAITS[0]][:12]):
-            prompt, ours = induce.probe(model, tokenizer, question, TOKENS)
+        for question in (*bake.PROBES, *built_in_bench().test[TRAITS[0]][:12]):
+            prompt, ours = bake.probe(model, tokenizer, question, TOKENS)
             theirs, likeliest = completion(url, prompt)
             ours, theirs = ([token for token in ids if token != tokenizer.eos_token_id] for ids in (ours, theirs))
             assert len(ours) > 1, "it says something"
@@ -119,19 +122,19 @@ def test_the_same_greedy_tokens(llama_cpp, baked, tmp_path):
                 ties.append(likeliest[at][0] - likeliest[at][1])
         print(f"llama.cpp against transformers, float32: {same} of 20 greedy answers of {TOKENS} tokens are the same"
               + "".join(f"; one parts where the two likeliest tokens are {tie:.2g} nats apart" for tie in ties))
-        induce.verify_server(str(baked), f"{url}/v1", None)
+        bake.verify_server(str(baked), f"{url}/v1", None)
     assert same >= 18 and all(tie < TIE for tie in ties)
 
 
 def test_eight_bits(llama_cpp, baked, tmp_path):
     """The wider MLPs can be quantised, and the personality stays: rounding may turn an answer, but not most of them."""
     with served(llama_cpp, converted(llama_cpp, baked, "q8_0"), tmp_path / "log") as url:
-        induce.verify_server(str(baked), f"{url}/v1", None)
+        bake.verify_server(str(baked), f"{url}/v1", None)
 
 
 def test_an_engine_answers_as_the_model(llama_cpp, tmp_path, monkeypatch):
     """identify.py --engine, repetition penalty and all, against the model's own answers."""
-    model, _ = identify.load_model(None, "cpu", "float32")
+    model, _ = load_model(None, "cpu", "float32")
     base = tmp_path / "base"
     base.symlink_to(model.name_or_path)
     flags = ("--trait", "extraversion", "--limit", "4", "--dtype", "float32", "--device", "cpu")

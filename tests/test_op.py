@@ -1,20 +1,18 @@
 """neurons::glu_ against plain PyTorch: values, edits, statistics, layouts, checks, compilation."""
 
-import functools
 import math
 import re
 import shutil
 import subprocess
-import time
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-import bench
 from conftest import ROOT
-from identify import op
+from personality.observe import Statistics
+from personality.op import op
 
 ACTS = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,12 +53,13 @@ def tables(profiles, width, device="cpu", spare=3):
                     value.append(profile[j])
         ptr.append(row + [len(index)])
     value += [(0.0, 9.0, 9.0, 9.0)] * spare
-    return (torch.tensor(ptr, dtype=torch.int32, device=device), torch.tensor(index + [0] * spare, dtype=torch.int32, device=device),
+    return (torch.tensor(ptr, dtype=torch.int32, device=device),
+            torch.tensor(index + [0] * spare, dtype=torch.int32, device=device),
             torch.tensor(value, dtype=torch.float32, device=device).reshape(-1, 4))
 
 
 def reference(gate, up, act, token_profile=None, profiles=()):
-    """The contract in float64: DESIGN section 4."""
+    """The contract of csrc/neurons.h in float64."""
     a = ACTS[act](gate.double())
     u = torch.ones_like(a) if up is None else up.double()
     result = a * u
@@ -163,8 +162,8 @@ def new_statistics(groups, width, device="cpu"):
             torch.zeros(groups, 2, width, dtype=torch.float64, device=device))
 
 
-def new_log(width):
-    return torch.zeros(-(-width // op().tile), op().log_bytes, dtype=torch.uint8)
+def new_pending(width):
+    return torch.zeros(-(-width // op().tile), op().pending_bytes, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -207,8 +206,6 @@ def test_statistics_property(device, data):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("values", ("normal", "heavy", "constant", "outside"))
 def test_percentiles_within_two_percent(values, device):
-    from identify import Statistics
-
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(4000, 8, generator=generator)
     x = {"normal": x, "heavy": (x * 2).exp() * 0.05, "constant": torch.full_like(x, 0.317),
@@ -246,28 +243,28 @@ def test_shards_add_up(device):
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_log_counts_late_and_the_same(data):
-    """Calls of a few rows and of many, with counts wanted in between: with a log as without."""
+def test_pending_counts_late_and_the_same(data):
+    """Calls of a few rows and of many, with counts wanted in between: with pending as without."""
     width, groups = data.draw(st.sampled_from((1, 33, 256, 300))), data.draw(st.integers(1, 3))
-    at_once, late, log = new_statistics(groups, width), new_statistics(groups, width), new_log(width)
+    at_once, late, pending = new_statistics(groups, width), new_statistics(groups, width), new_pending(width)
     for seed, tokens in enumerate(data.draw(st.lists(st.sampled_from((0, 1, 5, 31, 64, 511, 700)), min_size=1, max_size=8))):
         gate, up = inputs(tokens, width, data.draw(st.sampled_from(DTYPES)), "cpu", seed)
         group = torch.randint(-1, groups + 1, (tokens,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
         expected = plain(gate.clone(), up, 0, None, None, None, None, group, *at_once)
-        assert torch.equal(plain(gate, up, 0, None, None, None, None, group, *late, log), expected)
+        assert torch.equal(plain(gate, up, 0, None, None, None, None, group, *late, pending), expected)
         if data.draw(st.booleans()):
-            torch.ops.neurons.drain_(*late[:2], log)
-            assert all(torch.equal(a, b) for a, b in zip(at_once, late)) and not log.any()
+            torch.ops.neurons.flush_(*late[:2], pending)
+            assert all(torch.equal(a, b) for a, b in zip(at_once, late)) and not pending.any()
     for _ in range(2):  # the second time there is nothing left
-        torch.ops.neurons.drain_(*late[:2], log)
+        torch.ops.neurons.flush_(*late[:2], pending)
         assert all(torch.equal(a, b) for a, b in zip(at_once, late))
 
 
-def test_log_counts_what_is_due_by_itself():
-    """Else a long run would lose what the log has no room for."""
-    statistics, log = new_statistics(1, 40), new_log(40)
+def test_pending_counts_what_is_due_by_itself():
+    """Else a long run would lose what pending has no room for."""
+    statistics, pending = new_statistics(1, 40), new_pending(40)
     for _ in range(100):
-        plain(torch.ones(32, 40), None, 0, None, None, None, None, torch.zeros(32, dtype=torch.int32), *statistics, log)
+        plain(torch.ones(32, 40), None, 0, None, None, None, None, torch.zeros(32, dtype=torch.int32), *statistics, pending)
     assert (statistics[0] >= 3200 - 512).all() and torch.equal(statistics[0], statistics[1].sum(-1)[0][None].int())
 
 
@@ -277,9 +274,9 @@ def test_thread_count_does_not_change_statistics():
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         gate, up = inputs(50, 1134, torch.float32)
-        statistics, log = new_statistics(1, 1134), new_log(1134)
-        plain(gate, up, 0, None, None, None, None, torch.zeros(50, dtype=torch.int32), *statistics, log)
-        torch.ops.neurons.drain_(*statistics[:2], log)
+        statistics, pending = new_statistics(1, 1134), new_pending(1134)
+        plain(gate, up, 0, None, None, None, None, torch.zeros(50, dtype=torch.int32), *statistics, pending)
+        torch.ops.neurons.flush_(*statistics[:2], pending)
         torch.set_num_threads(before)
         results.append((gate, *statistics))
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -294,7 +291,8 @@ def test_indices_out_of_range_edit_nothing(device):
     assert torch.equal(plain(gate.clone(), up, 0, profile, ptr, index, value, None, None, None, None), expected)
     ones = torch.ones(6, dtype=torch.int32, device=device)
     for wrong in (-1, 40, 2**31 - 1):
-        assert torch.equal(plain(gate.clone(), up, 0, ones, ptr, torch.full_like(index, wrong), value, None, None, None, None), expected)
+        edits = ones, ptr, torch.full_like(index, wrong), value
+        assert torch.equal(plain(gate.clone(), up, 0, *edits, None, None, None, None), expected)
     group = torch.tensor([-5, 1, 7, -1, -1, 2**31 - 1], dtype=torch.int32, device=device)
     statistics = new_statistics(1, 40, device)
     assert torch.equal(plain(gate.clone(), up, 0, None, None, None, None, group, *statistics), expected)
@@ -333,16 +331,17 @@ def test_errors_name_both_sides():
     fails(r"count: expected shape \[-1, 8\]", gate, up, 0, observed(profile, count[:, :7].contiguous(), sketch, moments))
     fails(r"sketch: expected shape \[2, 8, 304\]", gate, up, 0, observed(profile, count, sketch[:1], moments))
     fails("moments: expected dtype Double", gate, up, 0, observed(profile, count, sketch, moments.float()))
-    log = new_log(8)
-    fails("log: expected with count, sketch and moments", gate, up, 0, (*none, log))
-    fails(r"log: expected shape \[1, \d+\]", gate, up, 0, (*observed(profile, count, sketch, moments), log[:, 1:].contiguous()))
+    pending = new_pending(8)
+    fails("pending: expected with count, sketch and moments", gate, up, 0, (*none, pending))
+    fails(r"pending: expected shape \[1, \d+\]", gate, up, 0,
+          (*observed(profile, count, sketch, moments), pending[:, 1:].contiguous()))
     with pytest.raises(RuntimeError, match=r"count: expected shape \[2, 8\]"):
-        torch.ops.neurons.drain_(count[:1], sketch, log)
-    with pytest.raises(RuntimeError, match=r"log: expected shape \[1, \d+\]"):
-        torch.ops.neurons.drain_(count, sketch, new_log(300))
-    bytes = torch.zeros(log.numel() + 1, dtype=torch.uint8)[1:].view(1, -1)
-    with pytest.raises(RuntimeError, match="log: expected memory aligned"):
-        torch.ops.neurons.drain_(count, sketch, bytes)
+        torch.ops.neurons.flush_(count[:1], sketch, pending)
+    with pytest.raises(RuntimeError, match=r"pending: expected shape \[1, \d+\]"):
+        torch.ops.neurons.flush_(count, sketch, new_pending(300))
+    bytes = torch.zeros(pending.numel() + 1, dtype=torch.uint8)[1:].view(1, -1)
+    with pytest.raises(RuntimeError, match="pending: expected memory aligned"):
+        torch.ops.neurons.flush_(count, sketch, bytes)
 
 
 def test_empty_input():
@@ -355,12 +354,13 @@ def test_opcheck(device):
     edits = tables([{3: (0.0, 1.0, 0.5, 0.1)}], 40, device)
     ones, statistics = torch.ones(5, dtype=torch.int32, device=device), new_statistics(1, 40, device)
     group = torch.zeros(5, dtype=torch.int32, device=device)
+    late = [(group, *statistics, new_pending(40))] if device == "cpu" else []
     for up in (True, False):
         for edited in ((ones, *edits), (None,) * 4):
-            for observed in ((group, *statistics), (None,) * 4) + (((group, *statistics, new_log(40)),) if device == "cpu" else ()):
+            for observed in ((group, *statistics), (None,) * 4, *late):
                 gate, other = inputs(5, 40, torch.float32, device)
                 torch.library.opcheck(glu_, (gate, other if up else None, 0, *edited, *observed))
-    torch.library.opcheck(torch.ops.neurons.drain_, (*new_statistics(1, 40)[:2], new_log(40)))
+    torch.library.opcheck(torch.ops.neurons.flush_, (*new_statistics(1, 40)[:2], new_pending(40)))
 
 
 def test_no_autograd():
@@ -380,7 +380,7 @@ def test_compiles_without_copies(device):
     """Inductor calls the op on the gate that the matmul wrote: no clone of it, nor of the statistics."""
     from torch._inductor.utils import run_and_get_code
 
-    width, statistics = 64, (*new_statistics(1, 64, device), *([new_log(64)] if device == "cpu" else []))
+    width, statistics = 64, (*new_statistics(1, 64, device), *([new_pending(64)] if device == "cpu" else []))
     group = torch.zeros(4, dtype=torch.int32, device=device)
 
     def f(x, w):
@@ -396,7 +396,7 @@ def test_compiles_without_copies(device):
     result, code = run_and_get_code(torch.compile(f, fullgraph=True), x, w)
     assert torch.allclose(result, expected, rtol=1e-5, atol=1e-5)
     if device == "cpu":
-        torch.ops.neurons.drain_(*statistics[:2], statistics[3])
+        torch.ops.neurons.flush_(*statistics[:2], statistics[3])
     assert statistics[0].sum() > 0 and torch.equal(statistics[1].sum(-1), statistics[0])
     assert not re.search(r"copy_\(|\.clone\(", "".join(code))
 
@@ -467,28 +467,8 @@ def test_cuda_and_cpu_sketches_agree():
     results = []
     for device in DEVICES:
         statistics = new_statistics(1, 300, device)
-        plain(gate.clone().to(device), None, 3, None, None, None, None, torch.zeros(2000, dtype=torch.int32, device=device), *statistics)
+        group = torch.zeros(2000, dtype=torch.int32, device=device)
+        plain(gate.clone().to(device), None, 3, None, None, None, None, group, *statistics)
         results.append([tensor.cpu() for tensor in statistics])
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert torch.allclose(results[0][2], results[1][2], rtol=1e-12)
-
-
-def steps(pipe, seconds):
-    turn = bench.Turn(pipe)
-    while True:
-        time.sleep(seconds)
-        turn(torch.zeros(2, 1), None)
-
-
-def fails(pipe):
-    bench.Turn(pipe)
-    raise ValueError("on purpose")
-
-
-def test_turns():
-    """bench.py lets generations take turns, a process each; only what one does itself counts, and an error in one ends all."""
-    times = bench.in_turns({"slow": functools.partial(steps, seconds=0.03), "fast": functools.partial(steps, seconds=0.01)}, 4)
-    assert [len(times[name]) for name in ("slow", "fast")] == [4, 4]
-    assert min(times["slow"]) >= 0.03 and 0.01 <= sorted(times["fast"])[1] < 0.03, "a turn's wait for the other is left out"
-    with pytest.raises(RuntimeError, match="broken: ValueError: on purpose"):
-        bench.in_turns({"fine": functools.partial(steps, seconds=0.01), "broken": fails}, 4)

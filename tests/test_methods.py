@@ -1,4 +1,4 @@
-"""Whole characters: composition, profile files, a profile a line, DPN-LE, NPTI's released files."""
+"""From neurons to edits: NPTI, composition, DPN-LE, activation addition; released files; whole characters and profile files."""
 
 import itertools
 import json
@@ -8,12 +8,15 @@ import shutil
 import pytest
 import torch
 
-import evaluate
-import identify
 import induce
-from conftest import lines_of, main_of, run, shared_flags, tiny
-from identify import POLES, TRAITS, Neurons, UserError
-from induce import Character, Profile, composed, dpn_le, npti
+from conftest import lines_of, main_of, prompt_of, shared_flags, tiny
+from personality import POLES, Character, Neurons, Released, UserError, composed, dpn_le, npti, steer
+from personality.chat import converse
+from personality.methods import Profiles, activation_addition, mean_difference, pull, restricted, suppressed
+from personality.mlp import find_mlps
+from personality.model import answers, conversation
+from personality.neurons import NeuronFolder
+from personality.steer import Profile
 
 DEPTH, WIDTH = 2, 48
 
@@ -21,12 +24,43 @@ DEPTH, WIDTH = 2, 48
 def random_neurons(trait, seed, shape=(DEPTH, WIDTH)):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda: torch.rand((2, *shape), generator=generator)  # noqa: E731
-    return Neurons({"prob": draw(), "p50": draw() / 2, "p95": draw(), "p99": 1 + draw(), "mean": draw() - 0.5, "variance": 0.1 + draw()},
-                   {"trait": trait, "key": f"{trait}{seed}"})
+    tensors = {"prob": draw(), "p50": draw() / 2, "p95": draw(), "p99": 1 + draw(),
+               "mean": draw() - 0.5, "variance": 0.1 + draw()}
+    return Neurons(tensors, {"trait": trait, "key": f"{trait}{seed}"})
 
 
 def same(a: Profile, b: Profile) -> bool:
     return all(torch.equal(x, y) for x, y in ((a.layer, b.layer), (a.index, b.index), (a.value, b.value)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ NPTI
+
+
+@pytest.mark.parametrize("alpha", (1.5, -0.6))
+def test_npti_edits_are_the_papers(alpha):
+    """The opposite pole capped at 0, the target pole raised by alpha * p95 / (1 + exp(-10 (delta - 0.15)))."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.rand(2, 3, 40, generator=generator) for name in ("prob", "p50", "p95", "p99", "mean", "variance")}
+    ours = npti(Neurons(tensors, {"trait": "openness"}), alpha)
+    k = 0 if alpha > 0 else 1
+    expected = {}
+    for layer, index in itertools.product(range(3), range(40)):
+        delta = float(tensors["prob"][k, layer, index] - tensors["prob"][1 - k, layer, index])
+        if delta >= 0.1:
+            shift = abs(alpha) * float(tensors["p95"][k, layer, index]) / (1 + math.exp(-10 * (delta - 0.15)))
+            expected[layer, index] = [math.inf, 1.0, pytest.approx(shift, rel=1e-5), 0.0]
+        elif -delta >= 0.1:
+            expected[layer, index] = [0.0, 1.0, 0.0, 0.0]
+    assert dict(zip(zip(ours.layer.tolist(), ours.index.tolist()), ours.value.tolist())) == expected
+
+
+def test_suppression():
+    value = torch.tensor([[0.0, 1, 0, 0], [math.inf, 1, 0.5, 0]])
+    profile = Profile(torch.tensor([0, 1]), torch.tensor([2, 3]), value, "p")
+    assert suppressed(profile, "cap") is profile
+    zero, none = suppressed(profile, "zero"), suppressed(profile, "none")
+    assert zero.value.tolist() == [[math.inf, 0, 0, 0], [math.inf, 1, 0.5, 0]] and none.layer.tolist() == [1]
+    assert profile.value[0, 0] == 0, "the profile itself stays as it was"
 
 
 # ----------------------------------------------------------------------------------------------------- composition
@@ -36,7 +70,8 @@ def same(a: Profile, b: Profile) -> bool:
 def test_one_trait_alone_is_npti(alpha):
     neurons = random_neurons("openness", 0)
     others = [(random_neurons("neuroticism", 1), 0.0)]
-    assert same(composed([(neurons, alpha)]), npti(neurons, alpha)) and same(composed([(neurons, alpha), *others]), npti(neurons, alpha))
+    assert same(composed([(neurons, alpha)]), npti(neurons, alpha))
+    assert same(composed([(neurons, alpha), *others]), npti(neurons, alpha))
     assert len(composed(others)) == len(composed([])) == 0
 
 
@@ -53,7 +88,7 @@ def test_each_trait_keeps_its_own_strength():
     """The whole edit's projection on a trait's pull is what that trait's edit alone has; added up naively it is not."""
     parts = [(random_neurons("extraversion", 3), 1.0), (random_neurons("neuroticism", 4), -1.1)]
     parts[1][0].tensors["prob"] = 0.7 * parts[0][0].prob.flip(0) + 0.3 * parts[1][0].prob  # E+ with N-
-    units = [induce.pull(neurons, math.copysign(1, alpha)) for neurons, alpha in parts]
+    units = [pull(neurons, math.copysign(1, alpha)) for neurons, alpha in parts]
     assert (units[0] * units[1]).sum() > 0.3 * (units[0] ** 2).sum(), "they overlap"
     profile, total = composed(parts), torch.zeros(DEPTH, WIDTH, dtype=torch.float64)
     raised = profile.value[:, 2] > 0
@@ -80,12 +115,12 @@ def test_a_neuron_has_one_edit():
 
 def test_strengths_stay_within_bounds():
     """Two traits that are all but the same: no strength explodes or turns round."""
-    one = random_neurons("extraversion", 7)
-    other = Neurons({**one.tensors, "p95": one.p95 * 1.001}, {"trait": "neuroticism", "key": ""})
-    total = composed([(one, 1.0), (other, 1.0)]).value[:, 2].sum()
-    assert 0.9 < total / npti(one, 1.0).value[:, 2].sum() < 1.1
-    against = composed([(one, 1.0), (other, -0.999)])
-    assert against.value[:, 2].max() <= 4 * npti(one, 1.0).value[:, 2].max()
+    neurons = random_neurons("extraversion", 7)
+    twin = Neurons({**neurons.tensors, "p95": neurons.p95 * 1.001}, {"trait": "neuroticism", "key": ""})
+    total = composed([(neurons, 1.0), (twin, 1.0)]).value[:, 2].sum()
+    assert 0.9 < total / npti(neurons, 1.0).value[:, 2].sum() < 1.1
+    against = composed([(neurons, 1.0), (twin, -0.999)])
+    assert against.value[:, 2].max() <= 4 * npti(neurons, 1.0).value[:, 2].max()
 
 
 # ---------------------------------------------------------------------------------------------------------- DPN-LE
@@ -117,7 +152,7 @@ def test_dpn_le_edits_the_product(small):
     profile = Profile(torch.ones(WIDTH, dtype=torch.long), torch.arange(WIDTH),
                       torch.stack([torch.full((WIDTH,), math.inf), torch.ones(WIDTH), torch.zeros(WIDTH), bias], 1))
     ids = torch.randint(9, 90, (2, 7), generator=generator)
-    with torch.no_grad(), induce.steer(small.model, profile, where="all"):
+    with torch.no_grad(), steer(small.model, profile, where="all"):
         ours = small.model(input_ids=ids).logits
     hook = small.model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0] + bias,))
     try:
@@ -125,6 +160,69 @@ def test_dpn_le_edits_the_product(small):
             assert torch.allclose(ours, small.model(input_ids=ids).logits, atol=1e-4)
     finally:
         hook.remove()
+
+
+# ---------------------------------------------------------------------------------------------- activation addition
+
+
+def test_activation_addition_equals_a_hook(small):
+    layer, vector = 1, torch.randn(32, generator=torch.Generator().manual_seed(3))
+    asked = [conversation("w10 w11 ?"), conversation("w12 ?"), conversation("w13 w14 w15 ?")]
+    answer = lambda some: answers(small.model, small.tokenizer, some, 6)  # noqa: E731
+    plain = answer(asked)
+    with steer(small.model, [activation_addition([({layer: vector}, alpha)]) for alpha in (2.0, -2.0)], [1, 0, 2]):
+        mixed = answer(asked)
+    assert answer(asked) == plain and mixed[1] == plain[1] and mixed[0] != plain[0]
+
+    def add(sign, first):  # "generated": not in the prompt's pass, which is the longer one
+        return lambda module, args, output: output + sign * 2.0 * vector if output.shape[1] == 1 else output
+
+    for row, sign in ((0, 1), (2, -1)):
+        hook = small.model.model.layers[layer].register_forward_hook(add(sign, row))
+        try:
+            assert answer([asked[row]]) == [mixed[row]]
+        finally:
+            hook.remove()
+    assert activation_addition([({layer: vector}, 0)]).residual == {}
+
+
+def test_mean_difference_is_of_the_answers_tokens(small, made, tmp_path):
+    """By hand: one answer at a time, the layer's output at positions whose input is a token of the answer."""
+    path = made / "extraversion.answers.jsonl"
+    ours = mean_difference(small.model, small.tokenizer, path, "extraversion", layer=0, most=10)
+    rows = {pole: [] for pole in POLES}
+    for line in lines_of(path)[:10]:
+        prompt = prompt_of(small, line["question"], line["persona"])
+        with torch.no_grad():
+            output = small.model(input_ids=torch.tensor([prompt + line["ids"][:-1]]), output_hidden_states=True)
+        rows[line["pole"]].append(output.hidden_states[1][0, len(prompt):])
+    expected = torch.cat(rows["high"]).mean(0) - torch.cat(rows["low"]).mean(0)
+    assert list(ours) == [0] and torch.allclose(ours[0], expected, atol=1e-4) and expected.abs().max() > 1e-3
+    by_pole = sorted(path.read_text().splitlines(), key=lambda line: json.loads(line)["pole"] == "low")
+    (tmp_path / "sorted.jsonl").write_text("\n".join(by_pole) + "\n")
+    again = mean_difference(small.model, small.tokenizer, tmp_path / "sorted.jsonl", "extraversion", layer=0, most=10)
+    assert torch.allclose(again[0], expected, atol=1e-4), "the first of each pole"
+
+
+def test_update_changes_residual_vectors_too():
+    model = tiny()
+    make = lambda alpha: activation_addition([({1: torch.ones(32)}, alpha)])  # noqa: E731
+    ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(0))
+
+    def logits(profile):
+        with torch.no_grad(), steer(model, profile, where="all"):
+            return model(input_ids=ids).logits
+
+    expected = [logits(make(alpha)) for alpha in (-2.0, 0.0)]
+    assert not torch.equal(*expected)
+    with torch.no_grad(), steer(model, make(1.0), where="all") as steering:
+        for alpha, result in zip((-2.0, 0.0), expected):
+            steering.update(make(alpha))
+            assert torch.equal(model(input_ids=ids).logits, result)
+    beyond = activation_addition([({7: torch.ones(32)}, 1.0)])
+    with pytest.raises(UserError, match="layer 7 of a model of 2"), steer(model, beyond):
+        pass
+    assert not model.model.layers[1]._forward_hooks and find_mlps(model)
 
 
 # --------------------------------------------------------------------------------------------------- released files
@@ -143,7 +241,7 @@ def release(folder, neurons, trait="Extraversion", min_neurons=7):
 
 def test_released_files_make_the_same_profile(small, several, tmp_path):
     neurons = Neurons.load(several / "extraversion.safetensors", small.model)
-    files = induce.Released(release(tmp_path / "npti", neurons), "extraversion", small.model)
+    files = Released(release(tmp_path / "npti", neurons), "extraversion", small.model)
     for alpha in (1.4, -1.4):
         assert same(composed([(files, alpha)]), npti(neurons, alpha, min_neurons=7))
     with pytest.raises(UserError, match="no means"):
@@ -154,14 +252,14 @@ def test_released_files_make_the_same_profile(small, several, tmp_path):
     ('{"0": [[0, 3, 0.2, 0.5, 0.3], [5, 1, 0.2, 0.5, 0.3]]}', "layer 5 of a model of 2 layers .*another model"),
     ('{"0": [[0, 48, 0.2, 0.5, 0.3]]}', "neuron 48 of a model of 48"),
     ('{"0": [[0, 3, 0.2, 0.5, 0.3], [0, 3, 0.3, 0.5, 0.3]]}', "twice"),
-    ('{"0": [[0, 3, 0.2]]}', "expected an object"), ("[1, 2]", "expected an object"), ("not JSON", "expected an object"),
+    ('{"0": [[0, 3, 0.2]]}', "expected an object"), ("[1, 2]", "expected an object"), ("not JSON", "not JSON"),
     (None, "No such file")))
 def test_wrong_released_files(small, several, tmp_path, text, pattern):
     folder = release(tmp_path / "npti", Neurons.load(several / "extraversion.safetensors"))
     path = folder / "Extraversion_reversed_dict.json"
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=pattern):
-        induce.Released(folder, "extraversion", small.model)
+        Released(folder, "extraversion", small.model)
 
 
 def test_released_files_from_the_command_line(small, several, tmp_path, monkeypatch, capsys):
@@ -179,7 +277,8 @@ def test_profile_file(tmp_path):
     path = tmp_path / "ada.toml"
     path.write_text('name = "Ada"\nmethod = "dpn-le"\nlayers = [3, 9]\n[traits]\nneuroticism = -1\nOpenness = 2.5\n')
     ada = Character.read(str(path))
-    assert (ada.name, ada.method, ada.layers) == ("Ada", "dpn-le", (3, 9)) and ada.strengths == {"openness": 2.5, "neuroticism": -1.0}
+    assert (ada.name, ada.method, ada.layers) == ("Ada", "dpn-le", (3, 9))
+    assert ada.strengths == {"openness": 2.5, "neuroticism": -1.0}
     assert ada.describe() == "Ada: openness +2.5, neuroticism -1 (dpn-le)"
     path.write_text("extraversion = 1\n")
     assert Character.read(str(path)) == Character({"extraversion": 1.0})
@@ -219,9 +318,9 @@ def test_layers_restrict_all_that_is_edited():
     neurons = random_neurons("openness", 9)
     whole = npti(neurons, 1.0)
     whole.residual = {0: torch.ones(3), 1: torch.zeros(3)}
-    part = induce.restricted(whole, (1, 5))
+    part = restricted(whole, (1, 5))
     assert set(part.layer.tolist()) == {1} and list(part.residual) == [1] and len(part.value) == int((whole.layer == 1).sum()) > 0
-    assert induce.restricted(whole, None) is whole
+    assert restricted(whole, None) is whole
 
 
 def test_layers_that_hold_nothing(small, several, monkeypatch, tmp_path):
@@ -234,15 +333,22 @@ def test_chat_identifies_with_the_unedited_model(small, several, monkeypatch, tm
     """A trait that the folder lacks is identified in the middle of a chat, by the model itself; a mistake changes nothing."""
     folder = tmp_path / "neurons"
     shutil.copytree(several, folder)
-    (folder / "openness.safetensors").unlink(missing_ok=True)  # another test may have had it made
     lines = iter(["/trait openness 3", "/trait humour 1", "/alpha much", "/trait neuroticism 1e9", "/quit"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines))
-    options = []
-    monkeypatch.setattr(induce, "identify", lambda model, tokenizer, trait, out, **more: options.append(identify.answer(
-        model, tokenizer, [identify.ask("w10 w11 ?")], 6)) or shutil.copy(several / "extraversion.safetensors", folder / "openness.safetensors"))
-    plain = identify.answer(small.model, small.tokenizer, [identify.ask("w10 w11 ?")], 6)
-    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", folder, "--trait", "extraversion", "--alpha", "40", "--chat")
-    assert options == [plain]
+    said = lambda: answers(small.model, small.tokenizer, [conversation("w10 w11 ?")], 6)  # noqa: E731
+    plain, meanwhile = said(), []
+
+    def identify(trait):
+        meanwhile.append(said())
+        neurons = Neurons.load(several / "extraversion.safetensors")
+        Neurons(neurons.tensors, {**neurons.meta, "trait": trait}).save(folder / f"{trait}.safetensors")
+
+    profiles = Profiles(small.model, small.tokenizer, NeuronFolder(small.model, str(folder), identify))
+    character, args = Character({"extraversion": 40.0}), induce.parser().parse_args(["--where", "generated"])
+    with steer(small.model, profiles.of(character)):
+        assert said() != plain
+    converse(small.model, small.tokenizer, profiles, character, args)
+    assert meanwhile == [plain]
     assert capsys.readouterr().out.count("openness +3, extraversion +40") == 1
 
 
@@ -260,12 +366,14 @@ def test_list_shows_what_a_folder_holds(several, monkeypatch, capsys, tmp_path):
 def test_a_profile_a_line(small, several, monkeypatch, tmp_path, sampled):
     """Every line of a mixed batch is answered as in a batch of the same shape in which all have its profile."""
     (tmp_path / "ada.toml").write_text("extraversion = 9\n")
-    asked = [("w10 w11 ?", {"extraversion": 9, "neuroticism": -4}), ("w12 ?", str(tmp_path / "ada.toml")), ("w13 w14 w15 ?", None),
+    both = {"extraversion": 9, "neuroticism": -4}
+    asked = [("w10 w11 ?", both), ("w12 ?", str(tmp_path / "ada.toml")), ("w13 w14 w15 ?", None),
              ("w16 ?", {"traits": {"extraversion": -6}, "method": "activation"}), ("w17 w18 ?", {"neuroticism": 9})]
     more = ("--temperature", "1.5", "--seed", "3") if sampled else ()
 
     def answered(profiles, name):
-        lines = [json.dumps({"question": question, **({"profile": profile} if profile else {})}) for (question, _), profile in zip(asked, profiles)]
+        lines = [json.dumps({"question": question, **({"profile": profile} if profile else {})})
+                 for (question, _), profile in zip(asked, profiles)]
         (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
         main_of(induce, monkeypatch, *shared_flags(small), "--neurons", several, "--questions", tmp_path / "q.jsonl", "--out",
                 tmp_path / name, "--max-new-tokens", "6", "--trait", "neuroticism", "--alpha", "-9", *more)
@@ -273,11 +381,11 @@ def test_a_profile_a_line(small, several, monkeypatch, tmp_path, sampled):
 
     mixed = answered([profile for _, profile in asked], "mixed")
     assert mixed == answered([profile for _, profile in asked], "again")
-    assert [line["personality"] for line in mixed] == [{"extraversion": 9, "neuroticism": -4}, {"extraversion": 9}, {"neuroticism": -9},
-                                                       {"extraversion": -6}, {"neuroticism": 9}]
+    assert [line["personality"] for line in mixed] == [both, {"extraversion": 9}, {"neuroticism": -9}, {"extraversion": -6},
+                                                       {"neuroticism": 9}]
     different = 0
     for k, (_, profile) in enumerate(asked):
-        alone = answered([profile] * 5, "alone")
+        alone = answered([profile] * 5, f"alone{k}")
         assert alone[k] == mixed[k]
         different += sum(a["ids"] != b["ids"] for a, b in zip(alone, mixed))
     assert different, "profiles change answers"
@@ -293,102 +401,13 @@ def test_questions_without_a_profile_need_one(small, monkeypatch, tmp_path):
 
 
 def test_strength_zero_is_no_edit(small, several):
-    neurons = [Neurons.load(several / f"{trait}.safetensors", small.model) for trait in ("extraversion", "neuroticism")]
+    both = [Neurons.load(several / f"{trait}.safetensors", small.model) for trait in ("extraversion", "neuroticism")]
     ids = torch.randint(9, 90, (3, 8), generator=torch.Generator().manual_seed(1))
     results = []
-    for profile in (composed([(one, 0.0) for one in neurons]), dpn_le([(neurons[0], 0.0)]), induce.activation_addition([({0: torch.ones(32)}, 0.0)])):
-        with torch.no_grad(), induce.steer(small.model, profile, where="all"):
+    for profile in (composed([(neurons, 0.0) for neurons in both]), dpn_le([(both[0], 0.0)]),
+                    activation_addition([({0: torch.ones(32)}, 0.0)])):
+        with torch.no_grad(), steer(small.model, profile, where="all"):
             results.append(small.model(input_ids=ids).logits)
-    with torch.no_grad(), induce.steer(small.model, composed([(neurons[0], 1.0)]), [0, 0, 0], where="all"):
+    with torch.no_grad(), steer(small.model, composed([(both[0], 1.0)]), [0, 0, 0], where="all"):
         results.append(small.model(input_ids=ids).logits)
     assert all(torch.equal(result.view(torch.int32), results[0].view(torch.int32)) for result in results)
-
-
-def test_update_changes_residual_vectors_too():
-    model = tiny()
-    make = lambda alpha: induce.activation_addition([({1: torch.ones(32)}, alpha)])  # noqa: E731
-    ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(0))
-
-    def logits(profile):
-        with torch.no_grad(), induce.steer(model, profile, where="all"):
-            return model(input_ids=ids).logits
-
-    expected = [logits(make(alpha)) for alpha in (-2.0, 0.0)]
-    assert not torch.equal(*expected)
-    with torch.no_grad(), induce.steer(model, make(1.0), where="all") as steering:
-        for alpha, result in zip((-2.0, 0.0), expected):
-            steering.update(make(alpha))
-            assert torch.equal(model(input_ids=ids).logits, result)
-    with pytest.raises(UserError, match="layer 7 of a model of 2"), induce.steer(model, induce.activation_addition([({7: torch.ones(32)}, 1.0)])):
-        pass
-    assert not model.model.layers[1]._forward_hooks and identify.find_mlps(model)
-
-
-# ------------------------------------------------------------------------------------------ requested against measured
-
-
-def test_random_characters():
-    some = evaluate.random_characters(12, 1.5, 0)
-    assert some == evaluate.random_characters(12, 1.5, 0) != evaluate.random_characters(12, 1.5, 1)
-    assert len(set(some)) == 12 and all(sum(alpha != 0 for alpha in one) == 3 for one in some)
-    assert all(alpha == 0 or 0.5 <= abs(alpha) <= 1.5 for one in some for alpha in one)
-    assert all(len({alpha > 0 for alpha in of if alpha}) == 2 for of in zip(*some)), "both signs of each trait"
-
-
-def test_requested_and_measured():
-    """Planted: one way hits every strength, one drags the neighbour along, one does the opposite."""
-    condition, baseline = evaluate.Condition, {trait: 0.1 * k for k, trait in enumerate(TRAITS)}
-    means = {condition("unedited", "openness", None, None): baseline}
-    for trait in TRAITS:  # what a trait alone does: twice as far up as down
-        for pole, effect in zip(POLES, (2.0, -1.0)):
-            means[condition("npti", trait, pole, 1.5)] = {trait: baseline[trait] + effect}
-    characters = evaluate.random_characters(20, 1.5, 0)
-    for alphas in characters:
-        own = [alpha / 1.5 * (2.0 if alpha > 0 else 1.0) for alpha in alphas]
-        drag = [0.5 if alpha == 0 else 0.0 for alpha in alphas]
-        for way, effects in (("composed", own), ("added", [a + b for a, b in zip(own, drag)]), ("described", [-a for a in own])):
-            means[condition(way, None, None, alphas)] = {trait: baseline[trait] + effect for trait, effect in zip(TRAITS, effects)}
-    (first, second, third), points = evaluate.characters_measured(means, "contrast", 1.5, 0)
-    assert [row["method"] for row in (first, second, third)] == list(evaluate.WAYS) and len(points) == 3 * 20 * 5
-    assert first["error"]["mean"] == pytest.approx(0) and first["spill_over"]["mean"] == pytest.approx(0)
-    assert first["correlation"]["mean"] > 0.9 and third["correlation"]["mean"] == pytest.approx(-first["correlation"]["mean"])
-    assert second["spill_over"]["mean"] == pytest.approx(0.5) and second["error"]["mean"] == pytest.approx(0.5 * 2 / 5)
-    assert second["more_than_composed"]["spill_over"]["ci95"] == pytest.approx([0.5, 0.5])
-    assert third["more_than_composed"]["correlation"]["ci95"][1] < -1
-
-
-def test_characters_are_evaluated(small, monkeypatch, tmp_path):
-    neurons = tmp_path / "neurons"
-    for trait in TRAITS:
-        run(small, neurons, trait)()
-    command = (*shared_flags(small), "--neurons", neurons, "--bench", small.bench_dir, "--limit", "4", "--max-new-tokens", "4",
-               "--batch-size", "16", "--out", tmp_path / "out", "--method", "unedited", "--judge", "contrast", "questionnaire",
-               "--characters", "3")
-    main_of(evaluate, monkeypatch, *command)
-    answers = lines_of(tmp_path / "out" / "answers.jsonl")[1:]
-    characters = evaluate.random_characters(3, 1.5, 0)
-    loaded = {trait: Neurons.load(identify.neuron_path(neurons, trait), small.model) for trait in TRAITS}
-    for way in evaluate.WAYS:
-        mine = [one for one in answers if one["method"] == way]
-        assert {tuple(one["alpha"]) for one in mine} == set(characters) and len(mine) == 3 * 4
-        assert len({one["question"] for one in mine}) == 4
-        one = mine[0]
-        parts = [(loaded[trait], alpha) for trait, alpha in zip(TRAITS, one["alpha"])]
-        profile = (composed(parts) if way == "composed" else Profile.of([]) if way == "described" else
-                   Profile.of([edits for part in parts for edits in induce.npti_edits(*part)]))
-        with induce.steer(small.model, profile):
-            alone = identify.answer(small.model, small.tokenizer, [identify.ask(one["question"], one["persona"])], 4,
-                                    repetition_penalty=induce.REPETITION_PENALTY)
-        assert alone == [(one["answer"], one["ids"])]
-        told = one["persona"] or ""
-        assert all((evaluate.ADJECTIVES[trait][alpha < 0] in told) == (way == "described" and alpha != 0)
-                   for trait, alpha in zip(TRAITS, one["alpha"]))
-    details = json.loads((tmp_path / "out" / "details.json").read_text())
-    assert [(one["judge"], one["method"]) for one in details["characters"]] == [
-        (judge, way) for judge in ("contrast", "questionnaire") for way in evaluate.WAYS]
-    assert "requested against measured" in (tmp_path / "out" / "report.md").read_text()
-    assert "what was requested of each trait" in (tmp_path / "out" / "report.html").read_text()
-    before = (tmp_path / "out" / "scores.jsonl").read_bytes()
-    main_of(evaluate, monkeypatch, *command)  # nothing is done twice
-    assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
-    assert json.loads((tmp_path / "out" / "details.json").read_text()) == details

@@ -1,0 +1,75 @@
+"""What an edit costs in general: neutral text, a quiz, lm-evaluation-harness. Scoring passes hold no generated token, so that
+steering is with where="all" around all of these."""
+
+import contextlib
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+from .judges import log_likelihoods
+from .model import answer_ids, conversation, pad_left
+from .store import TEXTS, lines_of
+from .terminal import UserError
+
+
+def quiz_questions() -> list[tuple[str, list[str]]]:
+    """(question, four options, the right one first)."""
+    with open(TEXTS / "quiz.csv", encoding="utf-8", newline="") as file:
+        return [(question, options) for question, *options in list(csv.reader(file))[1:]]
+
+
+def neutral_pass(model, tokenizer) -> tuple[list[float], list]:
+    """Nats a token of each neutral text, and the model's first choice at each of its positions."""
+    rows = [tokenizer(text)["input_ids"] for text in lines_of("neutral.txt")]
+    ids, mask = pad_left(rows, tokenizer.pad_token_id, model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    logits = [text_logits[-len(row):-1].float() for text_logits, row in zip(logits, rows)]  # (tokens - 1, vocabulary) each
+    losses = [float(torch.nn.functional.cross_entropy(scores, ids[k, -len(scores):])) for k, scores in enumerate(logits)]
+    return losses, [scores.argmax(-1) for scores in logits]
+
+
+def quiz(model, tokenizer, system: str | None, rows: int) -> list[int]:
+    """1 for each question whose right option has the best mean log-likelihood a token of the four."""
+    ids = [[answer_ids(tokenizer, option) for option in options] for _, options in quiz_questions()]
+    turns = [conversation(question, system) for question, _ in quiz_questions()]
+    scores = log_likelihoods(model, tokenizer, turns, ids, rows).cpu() / torch.tensor([[len(row) for row in four] for four in ids])
+    return (scores.argmax(1) == 0).int().tolist()
+
+
+@contextlib.contextmanager
+def hugging_face_evaluate():
+    """lm_eval imports Hugging Face's `evaluate`, lazily; from a checkout's root that name is evaluate.py's."""
+    kept, path = sys.modules.pop("evaluate", None), sys.path[:]
+    sys.path[:] = [entry for entry in path if not (Path(entry or ".") / "evaluate.py").exists()]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        sys.modules.pop("evaluate", None)
+        if kept:
+            sys.modules["evaluate"] = kept
+
+
+def lm_eval_modules():
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError("--capability TASKS needs lm-evaluation-harness: pip install -e '.[capability]'") from error
+    return lm_eval, HFLM
+
+
+def harness(model, tokenizer, tasks: str, batch_size: int, seed: int) -> dict:
+    """lm-evaluation-harness on the model as it is steered: {task: {metric: value}}. tasks: names, commas between."""
+    with hugging_face_evaluate():
+        lm_eval, HFLM = lm_eval_modules()
+        try:
+            result = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=tasks.split(","),
+                                             random_seed=seed)
+        except Exception as error:  # an unknown task, no network for its data: the harness raises what it likes
+            raise UserError(f"lm-evaluation-harness, {tasks}: {type(error).__name__}: {error}") from error
+    return {task: {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+            for task, scores in result["results"].items()}

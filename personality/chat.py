@@ -1,0 +1,111 @@
+"""induce.py --chat: a conversation in the terminal, streamed token by token; the personality can be changed between turns."""
+
+import sys
+
+import torch
+from transformers import DynamicCache, TextStreamer
+
+from . import TRAITS
+from .methods import Character, Profiles
+from .mlp import find_mlps
+from .model import answer_text, check_length, ending, prompt_ids, sampling
+from .steer import Profile, steer
+from .terminal import CHAT_HELP, UserError, check_alpha, check_trait
+
+
+class StoppedStreamer(TextStreamer):
+    """Prints an answer as it comes; of a base model's, not the beginning of the question that it would ask itself next."""
+
+    held = ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        stop = self.tokenizer.stop_text or ""
+        self.held = (self.held + text).partition(stop)[0] if stop else self.held + text
+        could = [stop[:k] for k in range(len(stop), 0, -1)]
+        keep = 0 if stream_end else next((len(start) for start in could if self.held.endswith(start)), 0)
+        super().on_finalized_text(self.held[:len(self.held) - keep], stream_end)
+        self.held = self.held[len(self.held) - keep:]
+
+
+class Chat:
+    """One conversation: its turns, and the cache of what the model has read of them."""
+
+    def __init__(self, model, tokenizer, args):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.forget()
+
+    def forget(self) -> None:
+        self.turns = []
+        self.forget_cache()
+
+    def forget_cache(self) -> None:
+        self.cached, self.cache = [], DynamicCache(config=self.model.config)
+
+    def ask(self, line: str) -> None:
+        """Print the answer to a line; Ctrl-C stops this answer only."""
+        turns = [*self.turns, {"role": "user", "content": line}]
+        ids = prompt_ids(self.tokenizer, turns)
+        check_length(self.model, [turns], [ids], [self.args.max_new_tokens])
+        shared = next((i for i, (a, b) in enumerate(zip(self.cached, ids)) if a != b), min(len(self.cached), len(ids)))
+        try:  # what was said is not computed again
+            self.cache.crop(min(shared, len(ids) - 1))
+        except (ValueError, RuntimeError):  # a sliding window can't be cropped
+            self.forget_cache()
+        prompt, streamer = torch.tensor([ids], device=self.model.device), StoppedStreamer(self.tokenizer, True, skip_special_tokens=True)
+        options = {"do_sample": False, **ending(self.tokenizer, len(ids)), **sampling(self.args.temperature, self.args.top_p)}
+        try:
+            with torch.no_grad():
+                output = self.model.generate(
+                    input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=self.cache, streamer=streamer,
+                    max_new_tokens=self.args.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options)[0].tolist()
+        except KeyboardInterrupt:
+            print()
+            return self.forget_cache()
+        self.cached = output[:-1]  # the last token was never fed
+        self.turns = [*turns, {"role": "assistant", "content": answer_text(self.tokenizer, output[len(ids):])}]
+
+
+def changed(character: Character, latest: str, command: str, words: list[str]) -> str:
+    """Set a strength as /trait NAME [ALPHA] or /alpha NUMBER say; returns the trait that it is about."""
+    trait = check_trait(words[0]) if command == "/trait" else latest
+    alpha = words[1] if len(words) > 1 else character.strengths.get(trait, 1.0) if command == "/trait" else words[0]
+    character.strengths[trait] = check_alpha(alpha)
+    return trait
+
+
+def converse(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # what is typed need not be UTF-8
+    chat, latest = Chat(model, tokenizer, args), list(character.strengths)[-1]
+    capacity = 2 * len(TRAITS) * len(find_mlps(model)) * find_mlps(model)[0].width // 10
+    print(f"{character.describe()}    {CHAT_HELP}")
+    with steer(model, profiles.of(character), None, args.where, args.keep, args.seed, capacity) as steering:
+        while True:
+            try:
+                line = input("you: ").strip()
+            except EOFError:
+                print()
+                return
+            command, *words = line.split()[:3] if line else [""]
+            if command in ("/quit", "/exit"):
+                return
+            before = dict(character.strengths)
+            try:
+                if not command.startswith("/"):
+                    if line:
+                        chat.ask(line)
+                    continue
+                if command == "/reset":
+                    chat.forget()
+                elif command in ("/trait", "/alpha") and words:
+                    latest = changed(character, latest, command, words)
+                    steering.update(Profile.empty())  # neurons that are identified now must not be those of the personality that is on
+                    profiles.neurons[latest]
+                else:
+                    print(CHAT_HELP)
+                steering.update(profiles.of(character))
+                print(character.describe())
+            except UserError as error:
+                print(error)
+                character.strengths = before
+                steering.update(profiles.of(character))

@@ -1,0 +1,205 @@
+"""A model behind any OpenAI-compatible server, as writer, engine or judge; and replies, of which none is asked for twice."""
+
+import importlib
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from urllib.parse import urlsplit
+
+from .store import Journal
+from .terminal import UserError, say
+
+MALFORMED = 3  # tries for a reply that is not what was asked for
+MOST_BYTES = 4 << 20  # of a reply
+
+
+class NoReply(Exception):
+    """Why a server gave no usable reply. lasting: it will never take this request."""
+
+    def __init__(self, why: str, lasting: bool = False):
+        super().__init__(why)
+        self.lasting = lasting
+
+
+def checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and url.isprintable() and " " not in url:
+            return url
+    except ValueError:  # a port that is none, an IPv6 address that is none
+        pass
+    raise UserError(f"{url!r}: expected the address of an OpenAI-compatible server, as http://localhost:8000/v1")
+
+
+class Stopped(BaseException):
+    """Not an Exception, which the package openai would try again."""
+
+
+def bounded_client(openai, stopped: threading.Event):
+    """An HTTP client for the package openai that gives up a reply that never ends, in bytes or in time, and tries nothing again once
+    `stopped` is set."""
+    client = next(kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__name__ == "Client")
+    httpx = importlib.import_module(client.__module__.split(".")[0])  # or httpx2, by the version of openai
+
+    class Bounded(httpx.SyncByteStream):
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __iter__(self):
+            size, end = 0, time.monotonic() + Endpoint.TIMEOUT
+            for part in self.stream:
+                size += len(part)
+                if size > MOST_BYTES or time.monotonic() > end:
+                    raise httpx.ReadTimeout(f"a reply of more than {MOST_BYTES >> 20} MiB or {Endpoint.TIMEOUT} seconds")
+                yield part
+
+        def close(self):
+            self.stream.close()
+
+    class Transport(httpx.HTTPTransport):
+        def handle_request(self, request):
+            if stopped.is_set() and request.headers.get("x-stainless-retry-count", "0") != "0":
+                raise Stopped
+            response = super().handle_request(request)
+            response.stream = Bounded(response.stream)
+            return response
+
+    return openai.DefaultHttpxClient(transport=Transport())
+
+
+class Endpoint:
+    """The key is OPENAI_API_KEY's, never a flag's, and is written nowhere. What fails for the moment (429, 5xx, time-outs) is tried
+    again by the client of the package openai."""
+
+    TIMEOUT, CONNECT, RETRIES = 600, 10, 5  # seconds for a reply, for a first sign of life
+
+    def __init__(self, url: str, model: str | None = None, in_flight: int = 16):
+        try:
+            import openai
+        except ImportError as error:
+            raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
+        self.url, self.model, self.in_flight, self.openai, self.limit = checked_url(url), model, in_flight, openai, "max_tokens"
+        self.key, self.stopped = os.environ.get("OPENAI_API_KEY") or "", threading.Event()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise UserError("OPENAI_API_KEY holds characters that no key has")
+        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES, http_client=bounded_client(openai, self.stopped),
+                                    timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT))
+        try:
+            first = self.client.with_options(max_retries=0, timeout=self.CONNECT).models.list()
+            self.model = model or next(iter(first)).id
+        except openai.APIConnectionError as error:
+            raise UserError(f"{url}: nothing answers there ({self.shown(error)})") from error
+        except (openai.OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:
+            self.refuse(error)
+            if not model:
+                raise UserError(f"{url} lists no model ({self.shown(error)}): --served-model NAME") from error
+
+    def shown(self, error) -> str:
+        """An error's text without the key."""
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return text.replace(self.key, "***") if self.key else text
+
+    def refuse(self, error) -> None:
+        """Raise for what no later request will change."""
+        status = getattr(error, "status_code", None)
+        if status in (401, 403):
+            raise UserError(f"{self.url} refuses the key in OPENAI_API_KEY: {self.shown(error)}") from None
+        if status == 404 and self.model:
+            raise UserError(f"{self.url} has no model {self.model}: {self.shown(error)}") from None
+
+    def chat(self, messages: list[dict], fine=bool, max_tokens: int = 512, **options) -> tuple[str, bool]:
+        """(what it answers, whether it came to its end), asked for again where it is not fine(text); raises NoReply."""
+        def request(again):
+            warmer = {"temperature": 0.7} if again else {}  # at 0 it would say the same
+            choice = self.client.chat.completions.create(model=self.model, messages=messages, **{**options, **warmer, limit: max_tokens}).choices[0]
+            return (choice.message.content or "").strip(), choice.finish_reason != "length"
+
+        limit = self.limit  # another thread may change it meanwhile
+        try:
+            return self.replied(request, fine)
+        except NoReply as error:
+            if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
+                raise
+            limit = self.limit = "max_completion_tokens"  # the name that newer models of OpenAI want
+            return self.replied(request, fine)
+
+    def completion(self, ids: list[int], **options) -> tuple[str, bool]:
+        """(text, whether it came to its end) that follows the token ids of a prompt; raises NoReply."""
+        def request(again):
+            choice = self.client.completions.create(model=self.model, prompt=ids, **options).choices[0]
+            return choice.text + "", choice.finish_reason == "stop"
+
+        return self.replied(request, lambda text: True)
+
+    def replied(self, request, fine) -> tuple[str, bool]:
+        """request(again)'s reply, asked for a few times where it is malformed or not fine."""
+        for attempt in range(1, MALFORMED + 1):
+            last = attempt == MALFORMED or self.stopped.is_set()
+            try:
+                text, whole = request(attempt > 1)
+                text = text.encode("utf-8", "replace").decode()  # half an emoji can be in no file
+                if fine(text) or last:
+                    return text, whole
+            except self.openai.OpenAIError as error:
+                self.refuse(error)
+                status = getattr(error, "status_code", 500)
+                raise NoReply(self.shown(error), lasting=status < 500 and status not in (408, 409, 429)) from None
+            except (AttributeError, IndexError, TypeError, ValueError) as error:
+                if last:
+                    raise NoReply(self.shown(error)) from None
+
+    def run(self, requests: list[tuple], work, store) -> list[tuple]:
+        """store(key, work(what)) for each (key, what), in_flight of them at once; returns (key, NoReply) of the failures. What is
+        under way when this is interrupted is still stored, since it is paid for."""
+        under_way = set()  # the pool forgets a thread that is being started when an interrupt comes
+
+        def job(key, what):
+            under_way.add(key)
+            try:
+                if not self.stopped.is_set():
+                    store(key, work(what))
+            except NoReply as error:
+                return key, error
+            except UserError:
+                self.stopped.set()  # what the server takes from nobody is not asked again
+                raise
+            except Stopped:
+                return None  # what stopped it is said instead
+            finally:
+                under_way.discard(key)
+
+        failures = []
+        self.stopped.clear()
+        with ThreadPoolExecutor(self.in_flight) as pool:
+            try:
+                jobs = [pool.submit(job, *request) for request in requests]
+                for number, done in enumerate(as_completed(jobs), 1):
+                    failures += [done.result()] if done.result() else []
+                    if len(failures) == number > self.in_flight:  # nobody is there
+                        break
+            except BaseException as error:
+                self.stopped.set()  # nothing is asked for anew
+                if isinstance(error, KeyboardInterrupt):
+                    say("\nwaiting for the requests that are under way, which are paid for ...")
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
+                while under_way:
+                    time.sleep(0.01)
+        return failures
+
+
+def fill(replies: Journal, requests: list[tuple], run, refused: str | None = None) -> None:
+    """Have what is missing of (key, what) answered; run(requests, store) returns (key, NoReply) of its failures. refused: what to
+    store for a request that the server will never take; without it, such a request is an error."""
+    missing = {key: what for key, what in requests if key not in replies}
+    store = lambda key, text: replies.append({"key": key, "text": text})  # noqa: E731
+    failures = run(list(missing.items()), store) if missing else []
+    for key, failure in failures:
+        if failure.lasting and refused is not None:
+            store(key, refused)
+    lost = [key for key in missing if key not in replies]
+    if lost:
+        why = failures[0][1] if failures else "no reply came"
+        raise UserError(f"{len(lost)} of {len(missing)} requests failed ({why}); what came is kept, and the same command goes on from there")

@@ -1,0 +1,278 @@
+"""From neurons to edits: NPTI, DPN-LE, activation addition, the composition of several traits; whole characters."""
+
+import contextlib
+import math
+import random
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import POLES, TRAITS
+from .mlp import decoder_of, find_mlps
+from .model import answer_inputs, name_of, with_ids
+from .neurons import NeuronFolder, Neurons, answers_path
+from .questions import Bench, adjectives, read_answers
+from .steer import Profile, hidden_states
+from .store import read_toml
+from .terminal import UserError, say
+
+METHODS = {  # and what alpha is in each
+    "npti": "NPTI's gamma",
+    "dpn-le": "alpha times the mean difference of a neuron's product",
+    "dpn-le-weighted": "alpha times 0.75 to 1 of the mean difference of a neuron's product",
+    "activation": "alpha times the mean difference of the residual stream",
+}
+SUPPRESS = ("cap", "zero", "none")
+
+
+# --------------------------------------------------------------------------------------------------------------- NPTI
+
+
+def strength(delta, p95):
+    """What a neuron is raised by at alpha 1: p95 * f(delta), f(delta) = 1 / (1 + exp(-10 (delta - 0.15))) (NPTI, section 3.3)."""
+    return p95 * torch.sigmoid(10 * (delta - 0.15))
+
+
+def npti_edits(neurons, alpha: float, min_delta: float = 0.1, min_neurons: int | None = None) -> list[tuple]:
+    """NPTI's two sets of edits, (layer, index, cap, shift) each: neurons of the opposite pole are capped at 0, those of the
+    target pole raised by alpha times their strength (section 3.3)."""
+    if not math.isfinite(alpha):
+        raise UserError(f"alpha: expected a finite number, got {alpha}")
+    if alpha == 0:
+        return []
+    target, opposite = POLES if alpha > 0 else POLES[::-1]
+    layer, index, *_ = neurons.select(opposite, min_delta, min_neurons)
+    capped = layer, index, torch.zeros(len(layer)), torch.zeros(len(layer))
+    layer, index, delta, p95 = neurons.select(target, min_delta, min_neurons)
+    return [capped, (layer, index, torch.full((len(layer),), math.inf), abs(alpha) * strength(delta, p95))]
+
+
+def npti(neurons, alpha: float, min_delta: float = 0.1, min_neurons: int | None = None) -> Profile:
+    """The profile of one trait: alpha > 0 for its high pole, alpha < 0 for its low one, 0 for no edit at all."""
+    return Profile.of(npti_edits(neurons, alpha, min_delta, min_neurons), f"{neurons.trait} {alpha:+g}")
+
+
+def pull(neurons, sign: float, min_delta: float = 0.1, min_neurons: int | None = None):
+    """What NPTI does at alpha 1 (or -1) to every neuron for one trait, as one signed number, float64 (layers, d_ff): what a neuron
+    of the target pole is raised by, and for one of the opposite pole, which is capped, less what the opposite pole would raise it by."""
+    result = torch.zeros(neurons.shape, dtype=torch.float64)
+    for pole, direction in zip(POLES if sign > 0 else POLES[::-1], (1, -1)):
+        layer, index, delta, p95 = neurons.select(pole, min_delta, min_neurons)
+        result[layer, index] = direction * strength(delta.double(), p95.double())
+    return result
+
+
+def in_order(parts: list[tuple]) -> list[tuple]:
+    """(neurons, alpha) of those traits that have a strength, in the traits' order: so that no order of them shows in the last bit."""
+    return sorted(((neurons, alpha) for neurons, alpha in parts if alpha), key=lambda part: TRAITS.index(part[0].trait))
+
+
+def composed(parts: list[tuple], min_delta: float = 0.1, min_neurons: int | None = None, name: str = "") -> Profile:
+    """The profile of several traits at once, from (neurons, alpha) each, in any order. One trait alone is npti().
+
+    Neurons of different traits overlap (E+ with N-, say), so edits that are just added drag one trait along with another, and
+    cap a neuron for one trait that they raise for the other. Here instead:
+    1. To first order, a trait moves by the projection of the whole edit on its own pull (see there). So the strengths b are
+       those at which each trait's projection is what it would be alone: G b = diag(G) |alpha|, where G holds the pulls' inner
+       products at alpha 1. Traits that help each other are weakened, those that fight strengthened, from 0 to 2 |alpha|.
+    2. Each neuron then has one edit, by the sum of its pulls: above 0 it is raised by it, below 0 it is capped at 0.
+    """
+    parts = in_order(parts)
+    if len(parts) < 2:
+        return replace(npti(*parts[0], min_delta, min_neurons) if parts else Profile.empty(), name=name)
+    units = torch.stack([pull(neurons, math.copysign(1, alpha), min_delta, min_neurons).flatten() for neurons, alpha in parts])
+    wanted = torch.tensor([abs(alpha) for _, alpha in parts], dtype=torch.float64)
+    gram, strengths = units @ units.T, wanted.clone()
+    for _ in range(500):  # coordinate descent on b G b / 2 - b diag(G) |alpha| within the bounds
+        for k, own in enumerate(gram.diagonal().clamp(min=1e-12)):
+            strengths[k] = (wanted[k] + strengths[k] - gram[k] @ strengths / own).clamp(0, 2 * wanted[k])
+    total = (strengths[:, None] * units).sum(0).view(parts[0][0].shape)
+    return Profile.dense(name, cap=torch.where(total < 0, 0.0, math.inf), shift=total.clamp(min=0))
+
+
+# -------------------------------------------------------------------------------------------------- the other methods
+
+
+def dpn_le(parts: list[tuple], weighted: bool = False, min_effect: float = 0.1, name: str = "") -> Profile:
+    """DPN-LE's selection and edit (ACL 2026), from (neurons, alpha) each: of the layers behind the first three eighths, the
+    neurons whose difference s of the mean product between the poles is over its layer's 0.995 quantile and whose effect size
+    (Cohen's d) is at least min_effect; alpha * s is added to the product, weighted 0.75 to 1 by the rank of |d|.
+
+    The release takes s and d at the last prompt token, with d >= 0.8 or 0.3; neuron files hold them over the answers' tokens,
+    whose spread is wider: hence the lower min_effect. Several traits add up."""
+    total = 0
+    for neurons, alpha in in_order(parts):
+        if not isinstance(neurons, Neurons):
+            raise UserError("--method dpn-le needs neuron files of identify.py: the released ones hold no means")
+        difference = (neurons.mean[0] - neurons.mean[1]).double()
+        effect = (difference / ((neurons.variance[0] + neurons.variance[1]).double() / 2).sqrt().clamp(min=1e-12)).abs()
+        high = torch.quantile(difference.abs(), 0.995, dim=1, keepdim=True)
+        chosen = (difference.abs() > high) & (effect >= min_effect)
+        chosen[:round(len(chosen) * 3 / 8)] = False
+        if not bool(chosen.any()):
+            raise UserError(f"dpn-le: no neuron of {neurons.trait} has an effect of {min_effect} or more, so nothing would be "
+                            f"edited; the largest is {float(effect.max()):.3f}")
+        weight = torch.ones_like(effect)
+        if weighted and int(chosen.sum()) > 1:
+            rank = effect[chosen].argsort().argsort().double()
+            weight[chosen] = 0.75 + 0.25 * rank / (len(rank) - 1)
+        total = total + alpha * torch.where(chosen, difference * weight, 0.0)
+    return Profile.dense(name, bias=total) if torch.is_tensor(total) else Profile.empty(name)
+
+
+def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None, most: int = 64) -> dict:
+    """The direction of activation addition: {layer: float32 (hidden_size)}, the mean of a layer's output over the answers'
+    tokens under the high pole less that under the low one, from the first `most` answers, half of each pole, that identify.py
+    wrote to path. layer: by default the one in the middle. (CAA, Rimsky et al., arXiv 2312.06681, adds such a difference; repeng likewise.)"""
+    layer = len(find_mlps(model)) // 2 if layer is None else layer
+    table, _ = read_answers(path, trait)
+    poles = table["pole"]
+    first = {pole: [number for number, of in enumerate(poles) if of == pole][:most // 2] for pole in POLES}
+    if not all(first.values()):
+        raise UserError(f"{path}: no answers of both poles of {trait}")
+    items = with_ids(tokenizer, table.select(sorted(sum(first.values(), []))).to_list())
+    total, tokens = dict.fromkeys(POLES, 0), dict.fromkeys(POLES, 0)
+    for start in range(0, len(items), 16):
+        batch = items[start:start + 16]
+        inputs, counted = answer_inputs(model, tokenizer, batch, "generated")
+        output = layer_output(model, layer, inputs)  # (rows, tokens, hidden)
+        for k, item in enumerate(batch):
+            total[item["pole"]] = total[item["pole"]] + output[k][counted[k]].double().sum(0).cpu()
+            tokens[item["pole"]] += int(counted[k].sum())
+    return {layer: (total["high"] / tokens["high"] - total["low"] / tokens["low"]).float()}
+
+
+def layer_output(model, layer: int, inputs: dict):
+    seen = []
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        hook = find_mlps(model)[layer].layer.register_forward_hook(lambda module, args, output: seen.append(hidden_states(output)))
+        stack.callback(hook.remove)
+        decoder_of(model)(**inputs, use_cache=False)
+    return seen[0]
+
+
+def activation_addition(parts: list[tuple], name: str = "") -> Profile:
+    """The profile that adds alpha times a mean difference to the residual stream, from (direction, alpha) each; alpha < 0 is
+    the low pole. Several add up."""
+    profile = Profile.empty(name)
+    for direction, alpha in parts:
+        for layer, vector in direction.items() if alpha else ():
+            profile.residual[layer] = profile.residual.get(layer, 0) + alpha * vector
+    return profile
+
+
+# ---------------------------------------------------------------------------------------------------------- whole edits
+
+
+def restricted(profile: Profile, layers: tuple[int, int] | None) -> Profile:
+    """The part of a profile that lies in the layers from the first to the last, both counted."""
+    if layers is None:
+        return profile
+    first, last = layers
+    residual = {layer: vector for layer, vector in profile.residual.items() if first <= layer <= last}
+    return replace(profile.chosen((profile.layer >= first) & (profile.layer <= last)), residual=residual)
+
+
+def suppressed(profile: Profile, how: str) -> Profile:
+    """The profile with its suppressed neurons (cap 0) as NPTI has them ("cap"), removed ("zero"), or left as they are ("none")."""
+    capped = profile.value[:, 0] == 0
+    if how == "cap":
+        return profile
+    if how == "none":
+        return replace(profile.chosen(~capped), residual=profile.residual)
+    value = profile.value.clone()
+    value[capped, 0], value[capped, 1] = math.inf, 0
+    return replace(profile, value=value)
+
+
+@dataclass
+class Character:
+    """A whole personality: alpha by trait, and optionally the method, the layers (first and last) that are edited, the model
+    it was made for, and a name."""
+
+    strengths: dict
+    method: str = "npti"
+    layers: tuple | None = None
+    model: str | None = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, values, where: str, method: str = "npti") -> "Character":
+        """From what a profile file or a line of --questions holds: {"traits": {trait: alpha}, "method": ..., "layers": [first,
+        last], "model": ..., "name": ...}, or the traits alone."""
+        values = values if isinstance(values, dict) and "traits" in values else {"traits": values}
+        traits, unknown = values["traits"], set(values) - {"traits", "method", "layers", "model", "name"}
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= 1e3  # noqa: E731
+        if not isinstance(traits, dict) or not traits or not all(trait.lower() in TRAITS and number(x) for trait, x in traits.items()):
+            raise UserError(f"{where}: expected some of {', '.join(TRAITS)} with a number each, got {traits!r}")
+        if len({trait.lower() for trait in traits}) < len(traits):
+            raise UserError(f"{where}: a trait stands twice in {traits!r}")
+        if unknown:
+            raise UserError(f"{where}: expected traits, method, layers, model and name, got {sorted(unknown)}")
+        method, layers = values.get("method", method), values.get("layers")
+        if not isinstance(method, str) or method not in METHODS:
+            raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, got {method!r}")
+        if layers is not None and not (isinstance(layers, list) and len(layers) == 2 and all(isinstance(x, int) for x in layers)
+                                       and 0 <= layers[0] <= layers[1] < 1 << 31):
+            raise UserError(f"{where}: layers: expected [first, last], got {layers!r}")
+        if not isinstance(values.get("model", ""), str):
+            raise UserError(f"{where}: model: expected a name, got {values['model']!r}")
+        return cls({trait.lower(): float(x) for trait, x in traits.items()}, method, tuple(layers) if layers else None,
+                   values.get("model"), str(values.get("name", "")))
+
+    @classmethod
+    def read(cls, path: str, method: str = "npti") -> "Character":
+        """From a profile file, in TOML; method: where it names none."""
+        return cls.of(read_toml(path, "--profile "), path, method)
+
+    def opposite(self) -> "Character":
+        return replace(self, strengths={trait: -alpha for trait, alpha in self.strengths.items()}, name="")
+
+    def describe(self) -> str:
+        listed = ", ".join(f"{trait} {self.strengths[trait]:+g}" for trait in TRAITS if trait in self.strengths) or "no edit"
+        return (f"{self.name}: " if self.name else "") + listed + ("" if self.method == "npti" else f" ({self.method})")
+
+
+def described(bench: Bench, alphas: tuple, pick: random.Random) -> str:
+    """A system prompt that describes a character: of each of its traits how marked it is, and one of identify.py's personas."""
+    sentences = []
+    for trait, alpha in zip(TRAITS, alphas):
+        if alpha:
+            degree, pole = "slightly" if abs(alpha) < 0.5 else "quite" if abs(alpha) < 1 else "very", POLES[alpha < 0]
+            sentences.append(f"You are {degree} {adjectives(trait, pole)}. {pick.choice(bench.personas_for('search', trait, pole))}")
+    return " ".join(sentences)
+
+
+class Profiles:
+    """The profiles that a folder of neurons makes of characters. limits: min_delta and min_neurons of Neurons.select; suppress:
+    what becomes of the opposite pole's neurons."""
+
+    def __init__(self, model, tokenizer, neurons: NeuronFolder, limits: tuple = (0.1, None), suppress: str = "cap"):
+        self.model, self.tokenizer, self.neurons, self.limits, self.suppress, self.directions = model, tokenizer, neurons, limits, suppress, {}
+
+    def direction(self, trait: str) -> dict:
+        """A trait's mean difference, for activation addition."""
+        if trait not in self.directions:
+            if self.neurons.released:
+                raise UserError("--method activation needs the answers that identify.py keeps beside its neuron files")
+            self.neurons[trait]  # makes the answers, where they are not there yet
+            path = answers_path(self.neurons.folder, trait)
+            say(f"{trait}: the mean difference for activation addition, from {path}")
+            self.directions[trait] = mean_difference(self.model, self.tokenizer, path, trait)
+        return self.directions[trait]
+
+    def of(self, character: Character) -> Profile:
+        source, name = getattr(self.model, "source", None), character.describe()
+        if character.model and source and character.model not in (source, name_of(self.model).rpartition("/")[2]):
+            raise UserError(f"the profile {character.name or name} is for {character.model}, the model is {source}")
+        strengths = [(trait, character.strengths[trait]) for trait in TRAITS if character.strengths.get(trait)]
+        if character.method == "activation":
+            profile = activation_addition([(self.direction(trait), alpha) for trait, alpha in strengths], name)
+        else:
+            parts = [(self.neurons[trait], alpha) for trait, alpha in strengths]
+            profile = (composed(parts, *self.limits, name) if character.method == "npti" else
+                       dpn_le(parts, character.method == "dpn-le-weighted", name=name))
+        inside = suppressed(restricted(profile, character.layers), self.suppress)
+        if (len(profile) or profile.residual) and not (len(inside) or inside.residual):
+            raise UserError(f"{name}: layers {list(character.layers or ())} hold nothing of what would be edited")
+        return inside

@@ -1,0 +1,107 @@
+"""Build and load the op, torch.ops.neurons.glu_ (its contract: csrc/neurons.h).
+
+It is registered in C++, so there is no wrapper here. What is no tensor op (build facts, the sketch's bins) is on the extension
+module that op() returns.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .store import cache_folder, digest, only_run
+from .terminal import UserError, say
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE / "csrc" if (HERE / "csrc").exists() else HERE.parent / "csrc"  # of an installed package, or of a checkout
+SOURCES = ("neurons.cpp", "neurons_cpu.cpp", "neurons_cuda.cu")
+
+
+def source_digest() -> str:
+    files = [CSRC / name for name in ("neurons.h", *SOURCES)]
+    return "v" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]  # a C++ token cannot begin with a digit
+
+
+def build_arguments(cuda: bool) -> tuple[list[str], list[str], list[str]]:
+    """(source files, C++ flags, nvcc flags: none without CUDA), for setup.py and the build on first use."""
+    # no errno and no trapping: else the compiler may not vectorise comparisons. OpenMP for at::parallel_for, which without
+    # it runs on one thread; it is not linked, so that torch's own runtime and threads serve it
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", f"-DNEURONS_SOURCE={source_digest()}"]
+    files = [str(CSRC / name) for name in SOURCES]
+    if not cuda:
+        return files[:2], flags, []
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", "_").replace(" ", "_").replace("+", "")
+    if not archs and torch.cuda.is_available():
+        archs = "{}.{}".format(*torch.cuda.get_device_capability())
+    return files, [*flags, f"-DNEURONS_CUDA=v{archs}"], ["-O3"]
+
+
+def has_nvcc() -> bool:
+    return bool(os.environ.get("CUDA_HOME") or shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists())
+
+
+def check_cuda(device) -> None:
+    """Raise where the op has no CUDA kernels, and none can be compiled."""
+    built = importlib.util.find_spec("_neurons") is not None
+    if not (op().cuda if built else has_nvcc()):
+        raise UserError(f"--device {device}: the op was built without CUDA, since nvcc was not found: install the CUDA toolkit and set "
+                        "CUDA_HOME, or pass --device cpu")
+
+
+@functools.cache
+def op():
+    """Load neurons::glu_, once; returns the extension module. An installed build (`pip install --no-build-isolation .`) is used if
+    it was made of these sources; else the op is compiled, and cached."""
+    if importlib.util.find_spec("_neurons") is None:
+        return compiled()
+    import _neurons
+
+    if _neurons.source != source_digest():
+        raise UserError(f"the installed build {_neurons.__file__} is of other sources ({_neurons.source}) than {CSRC} "
+                        f"({source_digest()}): pip install --no-build-isolation . again, or pip uninstall it")
+    say(f"using the installed build of the op, {_neurons.__file__}")
+    return _neurons
+
+
+def compiled():
+    cuda = torch.cuda.is_available() and has_nvcc()  # else check_cuda() says what is missing, if a GPU is to be used
+    sources, flags, nvcc_flags = build_arguments(cuda)
+    directory = cache_folder(f"build/{digest(source_digest(), torch.__version__, sys.version_info[:2], flags, nvcc_flags)}")
+    library, done = directory / "_neurons.so", directory / "done"
+    with only_run(directory / "lock.own"):  # two runs at once: the second waits, then finds the build
+        if not (done.exists() and library.exists() and done.read_text() == str(library.stat().st_size)):  # else it was cut off
+            for left in ("lock", "_neurons.so"):  # torch's own lock, which a killed build leaves behind
+                (directory / left).unlink(missing_ok=True)
+            say("compiling the op (once for this version of torch and of csrc/, a minute or two) ...")
+            start = time.time()
+            build(sources, flags, nvcc_flags, directory, cuda)
+            done.write_text(str(library.stat().st_size))
+            say(f"compiled in {time.time() - start:.0f} s: {library}")
+    spec = importlib.util.spec_from_file_location("_neurons", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(sources, flags, nvcc_flags, directory, cuda) -> None:
+    from torch.utils import cpp_extension
+
+    try:
+        cpp_extension.load("_neurons", sources, extra_cflags=flags, extra_cuda_cflags=nvcc_flags, build_directory=str(directory),
+                           is_python_module=False, with_cuda=cuda)
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        remedy = "; ".join([line.strip() for line in text.splitlines() if "error: " in line][:3]) or text[-500:]
+        if "Python.h" in text:
+            remedy = "Python's headers are missing: install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)"
+        elif "ninja" in text.lower() and "install" in text.lower():
+            remedy = "pip install ninja"
+        elif not shutil.which(os.environ.get("CXX", "c++").split()[0]):
+            remedy = "no C++ compiler was found: install g++"
+        raise UserError(f"the op could not be compiled: {remedy}") from error

@@ -1,0 +1,198 @@
+"""Questions, personas, and the answers to them: the built-in bench, PersonalityBench's layout, files of answers."""
+
+import functools
+import hashlib
+import itertools
+import random
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import POLES, TRAITS
+from .store import TEXTS, digest, expect_texts, json_lines, read_toml, to_line
+from .terminal import UserError, say
+
+OPTIONS_OR_SCALE = re.compile(  # of an item's form: to disagree strongly with an uncle is no scale
+    r"(?mi)^\s*\(?[a-e1-5][.):] .*\n\s*\(?[a-e1-5][.):] |\(a\).*\(b\)|\bA[).] .+ B[).] |\bon a scale (of|from)\b"
+    r"|\bfrom (1|one) to (5|7|10|five|seven|ten)\b|\bagree or (strongly )?disagree\?\s*$|\bstrongly agree\b.*\bstrongly disagree\b"
+    r"|\b(how (much|strongly)|to what extent) do you (strongly )?(dis)?agree\b|\bhow (in)?accurate(ly)? does\b")
+
+
+@functools.cache
+def text_table(name: str) -> dict:
+    """A TOML file of texts/."""
+    return read_toml(TEXTS / name)
+
+
+@functools.cache
+def all_facets() -> list[dict]:
+    """The thirty facets in order: trait, name, high, low (what such people do), questions, items."""
+    return [{"trait": row["name"], **facet} for row in text_table("facets.toml")["trait"] for facet in row["facet"]]
+
+
+def facets(trait: str) -> list[dict]:
+    """The six facets of a trait."""
+    return [facet for facet in all_facets() if facet["trait"] == trait]
+
+
+def adjectives(trait: str, pole: str) -> str:
+    return next(row["adjectives"][pole] for row in text_table("facets.toml")["trait"] if row["name"] == trait)
+
+
+@dataclass
+class Bench:
+    """Questions and personas: search[trait], test[trait] lists of text; personas[trait][pole] likewise."""
+
+    name: str
+    search: dict
+    test: dict
+    personas: dict
+
+    def fingerprint(self) -> str:
+        return digest(self.search, self.test, self.personas)
+
+    def personas_for(self, use: str, trait: str, pole: str) -> list[str]:
+        """The personas of a pole that identify ("search") or the judge ("judge") uses: every fourth is the judge's, so
+        that nothing is judged by what it was made with."""
+        return [text for i, text in enumerate(self.personas[trait][pole]) if (i % 4 == 3) == (use == "judge")]
+
+    def questions(self, trait: str, split: str, limit: int) -> list[str]:
+        """Of the test questions, every third is for validation: there strengths are chosen, and nowhere else."""
+        return [text for i, text in enumerate(dict.fromkeys(self.test[trait])) if (i % 3 == 2) == (split == "validation")][:limit]
+
+
+def built_in_bench() -> Bench:
+    """288 questions a trait (216 to search, 72 to test, in other situations) and 20 personas a pole."""
+    bench, situations = Bench("built-in", {}, {}, {}), text_table("situations.toml")
+    for trait in TRAITS:
+        asked = [facet["questions"][k] for k in (0, 1) for facet in facets(trait)]
+        for use in ("search", "test"):
+            texts = [f"{situation} {question}" for situation in situations[use] for question in asked]
+            random.Random(trait).shuffle(texts)  # so that the first few are of all kinds
+            getattr(bench, use)[trait] = texts
+        bench.personas[trait] = {
+            pole: [f"You {a}. You {b}. You {c}. Speak as yourself, in the first person."
+                   for a, b, c in itertools.combinations([facet[pole] for facet in facets(trait)], 3)] for pole in POLES}
+    return bench
+
+
+def published_names(trait: str) -> dict:
+    """What the published files call the poles of a trait, by pole."""
+    return dict(zip(POLES, (trait.capitalize(), f"{trait.capitalize()}_reversed")))
+
+
+def load_bench(name: str | None) -> Bench:
+    """The built-in bench, or a directory or hub dataset id in the published layout: search/<Trait>.json and test/<Trait>.json
+    with a {"question": ...} a line, description.json with the keys <Trait> (high pole) and <Trait>_reversed (low). Fields
+    besides these do not matter. Items with options or a scale, which are no open questions, are skipped, and counted."""
+    if name is None:
+        return built_in_bench()
+    root = Path(name) if Path(name).is_dir() else hub_dataset(name)
+    bench, skipped = Bench(str(name), {}, {}, {}), 0
+    described = list(json_lines(root / "description.json"))
+    for trait in TRAITS:
+        for use in ("search", "test"):
+            path = root / use / f"{trait.capitalize()}.json"
+            lines = [line for _, line in question_lines(path)]
+            fine = [line["question"] for line in lines if not (line.get("options") or line.get("choices")
+                                                               or OPTIONS_OR_SCALE.search(line["question"]))]
+            if not fine:
+                raise UserError(f"{path}: no open question in it")
+            getattr(bench, use)[trait] = fine
+            skipped += len(lines) - len(fine)
+        bench.personas[trait] = {}
+        for pole, key in published_names(trait).items():
+            texts = [line[key] for _, line in described if isinstance(line.get(key), str) and line[key].strip()]
+            if len(texts) < 4:
+                raise UserError(f"{root / 'description.json'}: expected at least 4 lines with the key {key}, got {len(texts)}")
+            bench.personas[trait][pole] = texts
+    if skipped:
+        say(f"{name}: {skipped} items with options or a scale were skipped: they are no open questions")
+    return bench
+
+
+def question_lines(path: Path):
+    """Yield (line number, line) of a file of questions."""
+    for number, line in json_lines(path):
+        expect_texts(line, ["question"], f"{path}, line {number}")
+        if line["question"].strip():
+            yield number, line
+
+
+def hub_dataset(name: str) -> Path:
+    """The files of a dataset on the hub, or of its copy in the cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["search/*.json", "test/*.json", "description.json"]))
+    except Exception as error:  # no such id, no network: each in its own way
+        text = str(error).strip().split("\n")[0]
+        raise UserError(f"--bench {name}: neither a directory nor a dataset of the hub in reach: {type(error).__name__}: {text}") from error
+
+
+# ------------------------------------------------------------------------------------------------- questions to be asked
+
+
+def search_items(bench: Bench, trait: str, limit: int, seed: int) -> list[dict]:
+    """A trait's search questions, each under a random persona of the high and of the low pole, both next to each other: a list of
+    {pole, persona, question}."""
+    personas, items = [bench.personas_for("search", trait, pole) for pole in POLES], []
+    for question in bench.search[trait][:limit]:
+        pick = random.Random(f"{seed}/{trait}/{question}")
+        items += [{"pole": pole, "persona": pick.choice(some), "question": question} for pole, some in zip(POLES, personas)]
+    return items
+
+
+def read_answers(path: str, trait: str):
+    """(a trait's answers, a digest of them) from a file of JSON lines that something wrote: trait, pole, persona, question,
+    answer, and ids where this tool wrote them (text may tokenise otherwise). The answers are a memory-mapped `datasets` table of
+    these columns, so that memory does not grow with their text."""
+    import datasets
+
+    traits, content = set(), hashlib.sha256()
+
+    def lines():
+        for number, line in json_lines(Path(path)):
+            check_answer(line, f"{path}, line {number}")
+            traits.add(line["trait"])
+            if line["trait"].lower() == trait:
+                content.update(to_line(line))
+                yield {**{name: line[name] for name in texts}, "ids": line.get("ids") or []}
+
+    texts = ("pole", "persona", "question", "answer")
+    columns = {**dict.fromkeys(texts, datasets.Value("string")), "ids": datasets.List(datasets.Value("int64"))}
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # the table stays mapped when it is gone
+            table = datasets.Dataset.from_generator(lines, datasets.Features(columns), folder, fingerprint="answers")
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        if content.digest() == hashlib.sha256().digest():  # datasets refuses what is empty
+            raise UserError(f"{path}: no answers for {trait}; it has {sorted(traits)}") from None
+        raise
+    return table, content.hexdigest()[:16]
+
+
+def check_answer(line: dict, where: str) -> None:
+    expect_texts(line, ["trait", "pole", "persona", "question", "answer"], where)
+    ids = line.get("ids") or []
+    if line["pole"] not in POLES:
+        raise UserError(f"{where}: pole: expected high or low, got {line['pole']!r}")
+    if not isinstance(ids, list) or not all(isinstance(token, int) and abs(token) < 1 << 63 for token in ids):
+        raise UserError(f"{where}: ids: expected a list of whole numbers")
+
+
+def read_given(path: str) -> list[dict]:
+    """Answers of another source: JSON lines with the texts trait, question and answer, and pole (high, low or none)."""
+    given = []
+    for number, line in json_lines(Path(path)):
+        where = f"{path}, line {number}"
+        expect_texts(line, ["trait", "question", "answer"], where)
+        if line["trait"].lower() not in TRAITS or line.get("pole") not in (*POLES, None):
+            raise UserError(f"{where}: expected one of the five traits, and pole high, low or none, got {line['trait']!r}, {line.get('pole')!r}")
+        given.append({"trait": line["trait"].lower(), "question": line["question"], "pole": line.get("pole"), "answer": line["answer"]})
+    if not given:
+        raise UserError(f"{path}: no answers in it")
+    return given

@@ -1,0 +1,314 @@
+"""What evaluate.py shows: tables and pictures of its figures (results.py), a page, a table in the terminal."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.text import Text
+
+from . import POLES, TRAITS
+from .questions import text_table
+from .results import EDITS, WAYS, mean_of
+from .store import markdown, read_text, parse_json, rendered, write_atomically
+from .terminal import UserError, show_table
+
+COLOURS = {"unedited": "#000000", "simple": "#56B4E9", "persona": "#E69F00", "npti": "#D55E00",  # Okabe and Ito's
+           "activation": "#0072B2", "dpn-le": "#CC79A7", "given": "#009E73"}
+POLE_COLOURS = {"high": "#D55E00", "low": "#0072B2"}
+
+
+def named(row: dict, prefix: str = "") -> str:
+    method, alpha = row[prefix or "method"], row[f"{prefix}_alpha" if prefix else "alpha"]
+    return method if alpha is None else f"{method} {alpha:g}"
+
+
+def unit_of(judge: str) -> tuple[float, int, str]:
+    """(factor, decimals, words) to show a judge's scores in."""
+    return (1000, 1, "thousandths of a nat a token") if judge == "contrast" else (1, 2, "points of 1 to 5")
+
+
+def shown(value, judge: str, sign: str = "+") -> str:
+    scale, digits, _ = unit_of(judge)
+    return "" if value is None else f"{scale * value:{sign}.{digits}f}"
+
+
+def around(row: dict | None, judge: str = "", form: str | None = None, sign: str = "+") -> str:
+    """A mean with its interval, in the judge's unit or in a format of one's own."""
+    if row is None:
+        return ""
+    return "{} ({} to {})".format(*(format(value, form) if form else shown(value, judge, sign) for value in (row["mean"], *row["ci95"])))
+
+
+def optional(row: dict, name: str, form: str) -> str:
+    return "" if row.get(name) is None else format(row[name], form)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def distances(row: dict, figures: dict, sign: str) -> list[str]:
+    return [around(figures["correlation"], form=f"{sign}.2f"), *(around(figures[name], row["judge"], sign=sign) for name in ("error", "spill_over"))]
+
+
+def self_report(row: dict) -> list[str]:
+    norms = row["percentiles"] or {}
+    return [(f"{row['traits'][trait]:.2f}" + (f" ({norms[trait]:.0f})" if norms else "")) if trait in row["traits"] else "" for trait in TRAITS]
+
+
+CELLS = {  # by table: what a row of figures shows, in the order of texts/tables.toml's columns
+    "summary": lambda row: [row["trait"], named(row), row["pole"], row["judge"], row["n"], around(row, row["judge"]),
+                            f"{unit_of(row['judge'])[0] ** 2 * row['variance']:.3g}", optional(row, "perplexity", ".1f"),
+                            optional(row, "repetition", ".1%")],
+    "effects": lambda row: [row["trait"], named(row), row["judge"], row["n"], around(row, row["judge"]),
+                            "{mean:.2f} ({variance:.2f})".format(**row["paper"]) if "paper" in row else ""],
+    "between": lambda row: [row["trait"], row["judge"], named(row), named(row, "other"), row["n"], around(row, row["judge"])],
+    "fluency": lambda row: [row["trait"], named(row), row["pole"], row["n"], f"{row['perplexity']:.1f}", f"{row['repetition']:.1%}",
+                            f"{row['tokens']:.0f}", around(row["rating"], form=".2f")],
+    "characters": lambda row: [row["judge"], row["method"], row["n"], *distances(row, row, ""), optional(row, "perplexity", ".1f")],
+    "more_than_composed": lambda row: [row["judge"], row["method"], *distances(row, row["more_than_composed"], "+")],
+    "matched": lambda row: [row["trait"], row["method"], f"{row['alpha']:g}", around(row, "contrast"), optional(row, "perplexity", ".1f"),
+                            optional(row, "repetition", ".1%"), shown(row.get("spill_over"), "contrast", ""), optional(row, "added", "+.3f"),
+                            optional(row, "quiz", ".0%")],
+    "capability": lambda row: [named(row), row["trait"], row["pole"], around(row.get("added"), form="+.3f"),
+                               around(row.get("agreement"), form=".1%"), around(row["quiz"], form=".0%")],
+    "harness": lambda row: [named(row), row["trait"], row["pole"], row["task"], row["metric"], f"{row['value']:.4f}"],
+    "questionnaire": lambda row: [named(row), row["trait"], row["pole"], *self_report(row)],
+    "agreement": lambda row: [" / ".join(row["judges"]), row["trait"], row["n"], f"{row['spearman']:+.2f}"],
+    "accuracy": lambda row: [row["judge"], row["trait"], row["pairs"], f"{row['accuracy']:.0%}"],
+}
+
+
+def tables_of(found: dict):
+    """Yield (title, note, column titles, rows) of every table that the figures allow: for Markdown and HTML alike."""
+    found = {**found, "more_than_composed": [row for row in found.get("characters", ()) if row["method"] != WAYS[0]]}
+    for name, text in text_table("tables.toml").items():
+        if found.get(name):
+            yield text["title"], text["note"], text["columns"], [["" if cell is None else cell for cell in CELLS[name](row)] for row in found[name]]
+        if name == "fluency":
+            for (judge, method), cells in matrices_of(found).items():
+                measured, steered = ([trait for trait in TRAITS if trait in traits] for traits in zip(*((b, a) for a, b in cells)))
+                yield (f"Spill-over: {method}, {judge}", f"High minus low along each trait (columns) of what was steered along one (rows), in "
+                       f"{unit_of(judge)[2]}.", ["steered", *measured],
+                       [[trait, *(shown(cells.get((trait, other)), judge) for other in measured)] for trait in steered])
+
+
+def matrices_of(found: dict) -> dict:
+    """(judge, method) -> {(steered, measured): high - low}, where more than the steered trait was measured."""
+    matrices = {}
+    for row in found.get("spill_over", ()):
+        matrices.setdefault((row["judge"], named(row)), {})[row["steered"], row["measured"]] = row["mean"]
+    return {key: cells for key, cells in matrices.items() if key[1] != "simple" and len({measured for _, measured in cells}) > 1}
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def bare(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_of_first(figure, where: str, columns: int) -> None:
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc=f"outside {where} center", ncols=columns, frameon=False)
+
+
+def plot_effects(figure, rows: list[dict]) -> None:
+    traits, methods = list(dict.fromkeys(row["trait"] for row in rows)), list(dict.fromkeys(map(named, rows)))
+    scale, _, unit = unit_of(rows[0]["judge"])
+    figure.set_size_inches(8, 1.2 + 0.22 * len(rows) + 0.2 * len(traits))
+    axes = figure.subplots()
+    for row in rows:
+        k = methods.index(named(row))
+        y = traits.index(row["trait"]) + (k - (len(methods) - 1) / 2) * 0.8 / len(methods)
+        mean, low, high = (scale * value for value in (row["mean"], *row["ci95"]))
+        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="osD^v<>"[k % 7], color=COLOURS[row["method"]], capsize=3,
+                      markersize=5, label=named(row) if row["trait"] == traits[0] else None)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_yticks(range(len(traits)), traits)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"high minus low, {unit} (95 % interval)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    bare(axes)
+
+
+def plot_dose(figure, dose: list[dict]) -> None:
+    figure.set_size_inches(8, 3.6)
+    left, right = figure.subplots(1, 2)
+    for method in dict.fromkeys(row["method"] for row in dose):
+        rows = [row for row in dose if row["method"] == method]
+        alphas, style = sorted({row["alpha"] for row in rows}), {"color": COLOURS[method], "marker": "oDs"[EDITS.index(method) % 3]}
+        for trait in dict.fromkeys(row["trait"] for row in rows):
+            curve = {0: 0, **{row["alpha"]: 1000 * row["mean"] for row in rows if row["trait"] == trait}}
+            left.plot(sorted(curve), [curve[alpha] for alpha in sorted(curve)], color=COLOURS[method], alpha=0.3, linewidth=1)
+        means = {name: [mean_of(row[name] for row in rows if row["alpha"] == alpha) for alpha in alphas] for name in ("mean", "perplexity")}
+        left.plot([0, *alphas], [0, *(1000 * value for value in means["mean"])], linewidth=2, label=method, **style)
+        right.plot(alphas, means["perplexity"], linewidth=2, label=method, **style)
+    left.set_ylabel("high minus low,\nthousandths of a nat a token")
+    right.set_ylabel("perplexity of the answers\n(median; mean over poles and traits)")
+    for axes in (left, right):
+        axes.set_xlabel("alpha")
+        bare(axes)
+    left.legend(frameon=False)
+
+
+def plot_matrices(figure, matrices: dict, judge: str) -> None:
+    scale, _, unit = unit_of(judge)
+    figure.set_size_inches(3 * len(matrices) + 3, 4)
+    grids = {name: np.array([[scale * cells.get((steered, measured), np.nan) for measured in TRAITS] for steered in TRAITS])
+             for name, cells in matrices.items()}
+    most = max(np.nanmax(np.abs(grid)) for grid in grids.values())
+    for axes, (name, grid) in zip(np.atleast_1d(figure.subplots(1, len(grids), sharey=True)), grids.items()):
+        picture = axes.imshow(grid, cmap="PuOr_r", vmin=-most, vmax=most)
+        for (y, x), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                axes.text(x, y, f"{value:+.0f}" if scale > 1 else f"{value:+.2f}", ha="center", va="center", fontsize=8,
+                          color="white" if abs(value) > 0.65 * most else "black")
+        axes.set_xticks(range(len(TRAITS)), [trait[:5] + "." for trait in TRAITS], rotation=40)
+        axes.set_yticks(range(len(TRAITS)), TRAITS)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("measured")
+    figure.axes[0].set_ylabel("steered")
+    figure.colorbar(picture, ax=figure.axes, shrink=0.75, label=f"high minus low,\n{unit}")
+
+
+def plot_characters(figure, points: list[dict]) -> None:
+    scale, _, unit = unit_of(points[0]["judge"])
+    figure.set_size_inches(9, 3.6)
+    for axes, way in zip(figure.subplots(1, len(WAYS), sharey=True), WAYS):
+        for k, trait in enumerate(TRAITS):
+            some = [point for point in points if (point["method"], point["trait"]) == (way, trait)]
+            axes.scatter([point["requested"] for point in some], [scale * point["measured"] for point in some], s=22, label=trait,
+                         marker="osD^v"[k], color=("#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7")[k])
+        axes.axhline(0, color="grey", linewidth=0.6)
+        axes.axvline(0, color="grey", linewidth=0.6)
+        axes.set_title(way, fontsize=10)
+        axes.set_xlabel("requested alpha")
+        bare(axes)
+    figure.axes[0].set_ylabel(f"measured less unedited,\n{unit}")
+    legend_of_first(figure, "lower", 5)
+
+
+def plot_self_report(figure, people: list[dict]) -> None:
+    """Low, unedited and high of each steered trait, along all five."""
+    unedited = next(row["traits"] for row in people if row["method"] == "unedited")
+    edited = {(row["trait"], row["pole"]): row["traits"] for row in people if row["method"] == "npti"}
+    steered = list(dict.fromkeys(trait for trait, _ in edited))
+    figure.set_size_inches(8, 0.9 + 1.3 * len(steered))
+    for axes, trait in zip(np.atleast_1d(figure.subplots(len(steered), 1, sharex=True)), steered):
+        for label, means, colour in (("low", edited.get((trait, "low")), POLE_COLOURS["low"]), ("unedited", unedited, "#000000"),
+                                     ("high", edited.get((trait, "high")), POLE_COLOURS["high"])):
+            if means:
+                axes.plot(list(means.values()), list(means), "o", color=colour, markersize=5, label=label)
+        axes.set_title(f"{trait} steered", fontsize=10, loc="left")
+        axes.grid(axis="y", linewidth=0.4)
+        axes.invert_yaxis()
+        bare(axes)
+    figure.axes[-1].set_xlabel("mean of the items, 1 to 5")
+    legend_of_first(figure, "upper", 3)
+
+
+def plot_layers(figure, files: dict) -> None:
+    figure.set_size_inches(8, 0.9 + 1.1 * len(files))
+    for axes, (trait, neurons) in zip(np.atleast_1d(figure.subplots(len(files), 1, sharex=True)), files.items()):
+        for pole, sign in zip(POLES, (1, -1)):
+            number = neurons.select(pole)[0].bincount(minlength=neurons.shape[0]).numpy()
+            axes.bar(range(neurons.shape[0]), sign * number, color=POLE_COLOURS[pole], label=f"{pole} pole")
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set_ylabel(trait, rotation=0, ha="right", va="center")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
+        bare(axes)
+    figure.axes[-1].set_xlabel("layer")
+    legend_of_first(figure, "upper", 2)
+
+
+def drawn(draw, *arguments) -> str:
+    """A PNG in base64."""
+    figure, buffer = Figure(layout="constrained"), io.BytesIO()
+    draw(figure, *arguments)
+    figure.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def by_judge(rows) -> dict:
+    return {judge: [row for row in rows if row["judge"] == judge] for judge in dict.fromkeys(row["judge"] for row in rows)}
+
+
+def pictures_of(found: dict, files: dict):
+    """Yield (caption, picture) of every picture that the figures allow."""
+    for judge, rows in by_judge(found.get("effects", ())).items():
+        yield f"How far apart each method brings the two poles of each trait: {judge} judge.", drawn(plot_effects, rows)
+    for judge, points in by_judge(found.get("requested", ())).items():
+        yield (f"Random characters: what was requested of each trait, and what was measured; {judge}. The better the way, the more "
+               "the points rise from left to right, and the nearer to 0 they are where 0 was asked for."), drawn(plot_characters, points)
+    if found.get("dose"):
+        yield ("Dose response on the validation questions: trait (thin: single traits; thick: their mean) and fluency against "
+               "strength."), drawn(plot_dose, found["dose"])
+    matrices = matrices_of(found)
+    for judge in dict.fromkeys(judge for judge, _ in matrices):
+        some = dict([(name, cells) for (of, name), cells in matrices.items() if of == judge][:4])
+        yield (f"Spill-over: how steering one trait (row) moves each (column); {judge}. A perfect method has a dark diagonal and "
+               "nothing else."), drawn(plot_matrices, some, judge)
+    if {"unedited", "npti"} <= {row["method"] for row in found.get("questionnaire", ())}:
+        yield "Self-report of the unedited model and of NPTI's two poles, along all five traits.", drawn(plot_self_report, found["questionnaire"])
+    if files:
+        yield "Neurons that are edited, by layer: of the high pole upward, of the low pole downward.", drawn(plot_layers, files)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def write_reports(out: Path, found: dict, answers: list[dict], files: dict) -> None:
+    """summary.json, details.json (all else), report.md, report.html."""
+    examples = []
+    for trait in dict.fromkeys(line["trait"] for line in answers):
+        of_trait = [line for line in answers if line["trait"] == trait]
+        for question in list(dict.fromkeys(line["question"] for line in of_trait))[:3]:
+            examples.append((trait, question, [(f"{named(line)} {line['pole'] or ''}".strip(), line["answer"])
+                                               for line in of_trait if line["question"] == question]))
+    tables = list(tables_of(found))
+    page = rendered("page.html", head=found["head"], tables=tables, plots=list(pictures_of(found, files)), examples=examples)
+    lines = ["# Evaluation", "", found["head"], ""]
+    for title, note, columns, cells in tables:
+        lines += [f"## {title}", "", note, "", markdown(columns, cells), ""]
+    write_atomically(out / "summary.json", json.dumps(found.get("summary", []), indent=1) + "\n")
+    write_atomically(out / "details.json", json.dumps({name: rows for name, rows in found.items() if name != "summary"}, indent=1) + "\n")
+    write_atomically(out / "report.md", "\n".join(lines))
+    write_atomically(out / "report.html", page)
+
+
+def show(summary: list[dict], effects: list[dict], judge: str) -> None:
+    """Print the first judge's scores, a line a method."""
+    rows, lines = [row for row in summary if row["judge"] == judge], []
+    find = {(row["trait"], named(row), row["pole"]): row for row in rows}
+    apart = {(row["trait"], named(row)): row for row in effects if row["judge"] == judge}
+    for trait in dict.fromkeys(row["trait"] for row in rows):
+        alone = [f"{name} {shown(row['mean'], judge)}, perplexity {optional(row, 'perplexity', '.1f')}"
+                 for (of, name, pole), row in find.items() if of == trait and pole is None]
+        lines.append([Text(trait, style="bold"), "", "", "; ".join(alone), ""])
+        for name in dict.fromkeys(named(row) for row in rows if row["trait"] == trait and row["pole"]):
+            sides = [find.get((trait, name, pole)) for pole in POLES[::-1]]
+            lines.append(["  " + name, *(shown(row["mean"], judge) if row else "" for row in sides), around(apart.get((trait, name)), judge),
+                          " / ".join(optional(row, "perplexity", ".1f") for row in sides if row)])
+    show_table(f"{judge} judge, {unit_of(judge)[2]}, with 95 % intervals", ("", "low", "high", "high - low", "perplexity"), lines)
+
+
+def compare(first: str, second: str) -> None:
+    """Print two result folders side by side, as Markdown."""
+    sides, heads, lines = [], [], []
+    for folder in (first, second):
+        try:
+            rows, head = (parse_json(read_text(Path(folder) / name), str(Path(folder) / name)) for name in ("summary.json", "details.json"))
+            sides.append({(row["judge"], row["trait"], named(row), row["pole"] or ""): row for row in rows})
+            heads.append(f"{folder}: {head['head']}\n")
+            [CELLS["summary"](row) for row in rows]  # whether all can be shown
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--compare: {folder} holds no summary.json and details.json of evaluate.py ({type(error).__name__}: {error})") from error
+    print("\n".join(heads))
+    for key in dict.fromkeys([*sides[0], *sides[1]]):
+        both = [side.get(key) for side in sides]
+        fluent = [f"{optional(row, 'perplexity', '.1f')} / {optional(row, 'repetition', '.1%')}" if row else "" for row in both]
+        apart = shown(both[1]["mean"] - both[0]["mean"], key[0]) if all(both) else ""
+        lines.append([*key, *(around(row, key[0]) for row in both), apart, *fluent])
+    print(markdown(["judge", "trait", "method", "pole", first, second, "difference", f"fluency {first}", f"fluency {second}"], lines))

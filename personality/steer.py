@@ -1,0 +1,239 @@
+"""Edit a model's neurons while it runs: profiles, the tables in which the op reads them, and steer()."""
+
+import contextlib
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from .mlp import find_mlps
+from .op import op
+from .rows import Active, Rows, patched
+from .terminal import UserError
+
+
+def no_edits(number: int):
+    """float32 (number, 4): cap, scale, shift and bias that change nothing."""
+    return torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(number, 1)
+
+
+@dataclass
+class Profile:
+    """The edits of one personality over all layers. layer, index: int64 (n); value: float32 (n, 4), a row being
+    cap, scale, shift, bias of (scale * min(a, cap) + shift) * up + bias. No neuron stands twice. residual: {layer: float32
+    (hidden_size)}, what is added to the layer's output instead, by activation addition."""
+
+    layer: torch.Tensor
+    index: torch.Tensor
+    value: torch.Tensor
+    name: str = ""
+    residual: dict = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, name: str = "") -> "Profile":
+        return cls(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0, 4), name)
+
+    @classmethod
+    def of(cls, edits: list[tuple], name: str = "") -> "Profile":
+        """From (layer, index, cap, shift) tensors, one tuple a set of neurons. A neuron in several sets gets the lowest
+        cap and the sum of the shifts: capped before shifted, as in NPTI, whatever the order of the sets."""
+        if not edits:
+            return cls.empty(name)
+        layer, index, cap, shift = (torch.cat(parts) for parts in zip(*edits))
+        neurons, at = torch.unique(torch.stack([layer, index], 1), dim=0, return_inverse=True)
+        value = no_edits(len(neurons))
+        value[:, 0] = value[:, 0].scatter_reduce(0, at, cap.float(), "amin")
+        # summed in float64 and in sorted order, so that the order of the sets does not show in the last bit
+        order = torch.argsort(shift, stable=True)
+        value[:, 2] = torch.zeros(len(neurons), dtype=torch.float64).index_add(0, at[order], shift[order].double()).float()
+        return cls(neurons[:, 0], neurons[:, 1], value, name)
+
+    @classmethod
+    def dense(cls, name: str = "", **columns) -> "Profile":
+        """From tensors (layers, d_ff) by their names in an edit: cap, scale, shift, bias. A neuron is edited where one of them
+        is not what changes nothing."""
+        nothing = dict(zip(("cap", "scale", "shift", "bias"), (math.inf, 1.0, 0.0, 0.0)))
+        layer, index = torch.stack([column != nothing[what] for what, column in columns.items()]).any(0).nonzero(as_tuple=True)
+        value = no_edits(len(layer))
+        for what, column in columns.items():
+            value[:, list(nothing).index(what)] = column[layer, index].float()
+        return cls(layer, index, value, name)
+
+    def chosen(self, mask) -> "Profile":
+        """The edits where the bool tensor (n) says so, and none of the residual stream."""
+        return Profile(self.layer[mask], self.index[mask], self.value[mask], self.name)
+
+    def __len__(self):
+        return len(self.layer)
+
+
+class Tables:
+    """The edit tables of several profiles, as the op reads them. They keep their addresses and capacity, so that edits can
+    be swapped under a captured graph. layers[l]: (edit_ptr int32 (P + 1, tiles + 1), edit_index, edit_value)."""
+
+    def __init__(self, profiles: list[Profile], depth: int, width: int, device, capacity: int | None = None):
+        self.depth, self.width, self.number = depth, width, len(profiles)
+        self.tiles = -(-width // op().tile)
+        self.capacity = max(1, sum(map(len, profiles)) if capacity is None else capacity)
+        self.ptr = [torch.zeros((self.number + 1, self.tiles + 1), dtype=torch.int32, device=device) for _ in range(depth)]
+        self.index = torch.zeros(self.capacity, dtype=torch.int32, device=device)
+        self.value = torch.zeros((self.capacity, 4), device=device)
+        for tensor in (*self.ptr, self.index, self.value):
+            torch._dynamo.mark_static_address(tensor)
+        self.layers = [(ptr, self.index, self.value) for ptr in self.ptr]
+        self.fill(profiles)
+
+    def fill(self, profiles: list[Profile]) -> None:
+        """Check everything that the kernel can't, and write the tables."""
+        self.check(profiles)
+        layer = torch.cat([profile.layer for profile in profiles])
+        index = torch.cat([profile.index for profile in profiles])
+        number = torch.cat([torch.full((len(profile),), k) for k, profile in enumerate(profiles, 1)])
+        value = torch.cat([profile.value.float() for profile in profiles])
+        segment = layer * (self.number + 1) + number
+        neuron = segment * self.width + index
+        order = torch.argsort(neuron)
+        if len(order) and bool((neuron[order].diff() == 0).any()):
+            raise UserError("profiles: a neuron stands twice in a profile")
+        cell = segment * self.tiles + index // op().tile
+        count = torch.bincount(cell, minlength=self.depth * (self.number + 1) * self.tiles)
+        start = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
+        base = torch.arange(self.depth * (self.number + 1)).view(self.depth, self.number + 1, 1) * self.tiles
+        ptr = start[base + torch.arange(self.tiles + 1)].to(torch.int32)  # (layers, profiles + 1, tiles + 1)
+        for target, source in zip(self.ptr, ptr):
+            target.copy_(source)
+        self.index[:len(order)].copy_(index[order].to(torch.int32))
+        self.value[:len(order)].copy_(value[order])
+        # for thin(): the raised neurons, by layer and profile
+        self.shift = value[order][:, 2].to(self.value.device)
+        self.segment = segment[order].to(self.value.device)
+
+    def check(self, profiles: list[Profile]) -> None:
+        if not profiles:
+            raise UserError("profiles: expected at least one, got none")
+        if len(profiles) != self.number:
+            raise UserError(f"profiles: expected {self.number}, as when steering began, got {len(profiles)}")
+        total = sum(map(len, profiles))
+        if total > self.capacity:
+            raise UserError(f"profiles: {total} edits are over the capacity of {self.capacity}: steer(..., capacity={total})")
+        for profile in profiles:
+            n, name = len(profile), f"profile {profile.name!r}"
+            if profile.index.shape != (n,) or profile.value.shape != (n, 4):
+                raise UserError(f"{name}: expected index ({n},) and value ({n}, 4), got {tuple(profile.index.shape)} and "
+                                f"{tuple(profile.value.shape)}")
+            for what, numbers, most, of in (("layer", profile.layer, self.depth, "layers"), ("neuron", profile.index, self.width, "a layer")):
+                wrong = numbers[(numbers < 0) | (numbers >= most)]
+                if len(wrong):
+                    raise UserError(f"{name}: {what} {int(wrong[0])} of a model of {most} {of}")
+            if bool(profile.value.isnan().any() | profile.value[:, 1:].isinf().any() | (profile.value[:, 0] == -math.inf).any()):
+                raise UserError(f"{name}: cap, scale, shift or bias is not a finite number (a cap can be infinite)")
+
+    def thin(self, keep: float, generator) -> None:
+        """Raise a random share `keep` of each layer's neurons only. NPTI's release redraws it at every step."""
+        raised = (self.shift != 0).nonzero().flatten()
+        segment = self.segment[raised]
+        order = torch.argsort(segment + torch.rand(len(raised), generator=generator, dtype=torch.float64).to(segment.device))
+        sizes = segment.bincount()
+        rank = torch.arange(len(raised), device=segment.device) - (sizes.cumsum(0) - sizes)[segment[order]]
+        kept = raised[order][rank < (keep * sizes[segment[order]]).round()]
+        self.value[:len(self.shift), 2] = 0
+        self.value[kept, 2] = self.shift[kept]
+
+
+class Residual:
+    """Adds the profiles' residual vectors to the outputs of their layers, for the tokens that rows tells."""
+
+    def __init__(self, mlps, rows: Rows):
+        self.mlps, self.rows, self.hooks = mlps, rows, []
+
+    def tables(self, profiles: list[Profile]) -> dict:
+        """{layer: (profiles + 1, hidden)}, of what is to be put on."""
+        tables = {}
+        for number, profile in enumerate(profiles, 1):
+            for layer, vector in profile.residual.items():
+                if not 0 <= layer < len(self.mlps):
+                    raise UserError(f"profile {profile.name!r}: layer {layer} of a model of {len(self.mlps)} layers")
+                weight, hidden = self.mlps[layer].gate.weight, self.mlps[layer].hidden
+                if tuple(vector.shape) != (hidden,) or not bool(vector.isfinite().all()):
+                    raise UserError(f"profile {profile.name!r}: residual of layer {layer}: expected {hidden} finite numbers, got shape "
+                                    f"{tuple(vector.shape)}")
+                if layer not in tables:
+                    tables[layer] = torch.zeros((len(profiles) + 1, len(vector)), dtype=weight.dtype, device=weight.device)
+                tables[layer][number] = vector
+        return tables
+
+    def put(self, tables: dict) -> None:
+        self.remove()
+        for layer, table in tables.items():
+            def add(module, args, output, table=table):
+                if self.rows.tokens is None:
+                    return output
+                hidden = hidden_states(output)  # (batch, tokens, hidden)
+                hidden = hidden + table[self.rows.tokens.long()].view(hidden.shape)
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            self.hooks.append(self.mlps[layer].layer.register_forward_hook(add))
+
+    def remove(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
+
+def hidden_states(output):
+    """What a decoder layer gives on, alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Steering:
+    """What `with steer(...) as steering` gives: change profiles or rows between two generate() calls."""
+
+    def __init__(self, tables: Tables, residual: Residual, rows: Rows):
+        self.tables, self.residual, self.rows = tables, residual, rows
+
+    def update(self, profiles) -> None:
+        """Other profiles, as many as before. Edits of neurons swap under a captured graph too; residual vectors don't."""
+        profiles = as_list(profiles)
+        vectors = self.residual.tables(profiles)  # a refused update changes nothing
+        self.tables.fill(profiles)
+        self.residual.put(vectors)
+
+    def assign(self, rows) -> None:
+        self.rows.assign(rows)
+
+
+def as_list(profiles) -> list[Profile]:
+    profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
+    wrong = [type(profile).__name__ for profile in profiles if not isinstance(profile, Profile)]
+    if wrong:
+        raise UserError(f"profiles: expected Profile objects, got {wrong[0]}")
+    return profiles
+
+
+@contextlib.contextmanager
+def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed: int = 0, capacity: int | None = None):
+    """Edit the model's neurons while it runs: `with steer(model, profile): model.generate(...)`. Afterwards, also after an
+    exception, the model is untouched.
+
+    profiles: one Profile or a list. rows: for each prompt of the batch 0 (no edit) or the number, from 1, of its profile;
+    None: all have the one profile, or prompt i has profile i + 1. where: "generated" (positions whose input is a generated
+    token, as in NPTI), "all" (also the prompt, and forwards outside generate()), or a bool tensor (rows, tokens).
+    keep < 1 raises only a random share of each layer's neurons, redrawn at every step, as NPTI's release does with 0.9.
+    capacity: room for edits, if larger profiles are to follow by update().
+    """
+    if not 0 < keep <= 1:
+        raise UserError(f"keep: expected a number above 0, at most 1, got {keep}")
+    profiles, mlps = as_list(profiles), find_mlps(model)
+    tables = Tables(profiles, len(mlps), mlps[0].width, mlps[0].gate.weight.device, capacity)
+    active = Active(Rows(rows, len(profiles), 0, where), tables.layers)
+    steering = Steering(tables, Residual(mlps, active.rows), active.rows)
+    if keep < 1:
+        generator = torch.Generator().manual_seed(seed)
+        active.before_decode = lambda: tables.thin(keep, generator)
+        active.before_decode()
+    vectors = steering.residual.tables(profiles)
+    with patched(model, steering=active):
+        try:
+            steering.residual.put(vectors)
+            yield steering
+        finally:
+            steering.residual.remove()

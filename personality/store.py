@@ -1,0 +1,263 @@
+"""What is kept on disk: nothing is half written, nothing that is done is done again, one run writes at a time.
+
+Files from disk are untrusted: what they hold is checked where it is read, and an error names file, line and reason.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from array import array
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .terminal import UserError, say
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "personality-neurons"
+TEXTS = Path(__file__).resolve().parent / "texts"
+
+
+def digest(*parts) -> str:
+    """16 hexadecimal digits that tell values that JSON can hold apart."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_atomically(path: Path, data) -> None:
+    """A reader, or a run after a crash, sees the old file or the whole new one. data: text, bytes, or an iterable of bytes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of the cache, made where it is not there yet."""
+    with contextlib.suppress(OSError):
+        (CACHE / name).mkdir(parents=True, exist_ok=True)
+    if not os.access(CACHE / name, os.W_OK):
+        raise UserError(f"{CACHE / name}: can't be written to: set XDG_CACHE_HOME to a folder that can")
+    return CACHE / name
+
+
+def blocks(path: Path):
+    """Yield a file's bytes, a MiB at a time."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+@contextlib.contextmanager
+def only_run(path: Path, busy: str | None = None, wait: bool = True):
+    """Hold the lock file `path` meanwhile. Where another run holds it, this one waits, saying `busy` if there is such a text, or
+    (wait=False) raises it. A lock of a run that died is free."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise UserError(busy) from None
+        if busy:
+            say(busy)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        Path(path).unlink(missing_ok=True)  # before it is released: who waits for it then finds that the name is free
+        lock.release()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_text(path, what: str = "") -> str:
+    """A file's text; errors begin with `what` (a flag, say) and the path."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{what}{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}{path}: not UTF-8 text: can't decode byte {error.start}") from error
+
+
+def parse_json(text: str | bytes, where: str):
+    """What a JSON text holds; half a surrogate pair, which no file and no tokenizer takes, is an error too."""
+    try:
+        value = json.loads(text)
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, or nested too deep
+        raise UserError(f"{where}: not JSON: {error}") from error
+
+
+def read_toml(path, what: str = "") -> dict:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib
+
+    try:
+        return tomllib.loads(read_text(path, what))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}{path}: not TOML: {error}") from error
+
+
+def json_lines(path: Path):
+    """Yield (line number, object) of a JSON lines file."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    value = parse_json(line, f"{path}, line {number}")
+                    if not isinstance(value, dict):
+                        raise UserError(f"{path}, line {number}: expected a JSON object, got {type(value).__name__}")
+                    yield number, value
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def expect_texts(line: dict, keys, where: str) -> None:
+    wrong = [key for key in keys if not isinstance(line.get(key), str)]
+    if wrong:
+        raise UserError(f"{where}: expected the texts {', '.join(keys)}; wrong or missing: {', '.join(wrong)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- journal
+
+
+def to_line(value: dict) -> bytes:
+    """JSON of one line. Half a surrogate pair, which a model can write and no file can hold, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def whole_lines(file) -> int:
+    """Where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - (1 << 16))
+        file.seek(start)
+        last = file.read(end - start).rfind(b"\n")
+        if last >= 0:
+            return start + last + 1
+        end = start
+    return 0
+
+
+class Journal:
+    """Work that is done, a JSON object a line, in a file that only grows: what a killed run left there is not done again, and a
+    last line that it cut off goes. Only the lines' places are held in memory. Threads and processes can append to one file.
+
+    Lines with a "key" are found by it; the last line of a key counts. header: what all lines depend on, the file's first line;
+    a file with another one, or that is no journal, is refused and left as it is. is_line: whether a line holds what it should."""
+
+    def __init__(self, path: Path, header: dict | None = None, is_line=lambda line: True):
+        self.path, self.ends, self.number_of, self.is_line = Path(path), array("q", [0]), {}, is_line
+        self.first = 0 if header is None else 1
+        if header is not None:
+            header = {"personality-neurons": self.path.stem, **header}
+        if self.path.exists():
+            self.read(header)
+        if header is not None and len(self.ends) == 1:
+            self.append(header)
+
+    def read(self, header) -> None:
+        foreign = f"{self.path}: not a file of this program: move it away, or choose another --out"
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                if not line.endswith(b"\n"):
+                    if header is not None and not number and not to_line(header).startswith(line):
+                        raise UserError(foreign)
+                    break
+                try:
+                    value = json.loads(line)
+                    key = value.get("key")
+                except (ValueError, AttributeError, RecursionError):
+                    raise UserError(foreign) from None
+                if header is not None and not number and value != header:
+                    raise UserError(foreign if value.get("personality-neurons") != self.path.stem else
+                                    f"{self.path} was made with {value}, now it is {header}: choose another --out")
+                if number >= self.first and not self.is_line(value):
+                    raise UserError(f"{self.path}, line {number + 1}: not what this program writes there: {line[:100].decode(errors='replace')}")
+                self.add(len(line), key)
+        if self.path.stat().st_size > self.ends[-1]:
+            os.truncate(self.path, self.ends[-1])
+
+    def add(self, size: int, key) -> None:
+        if key is not None:
+            self.number_of[key] = len(self.ends) - 1
+        self.ends.append(self.ends[-1] + size)
+
+    def append(self, *values: dict) -> None:
+        """Write lines; they are on the disk when this returns."""
+        lines = [to_line(value) for value in values]
+        with only_run(self.path.with_name(f".{self.path.name}.lock")), open(self.path, "a+b") as file:
+            self.ends[-1] = whole_lines(file)  # others may have written meanwhile, or have died in the middle of a line
+            file.truncate(self.ends[-1])
+            try:
+                file.write(b"".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:  # a full disk
+                os.truncate(self.path, self.ends[-1])
+                raise
+            for value, line in zip(values, lines):
+                self.add(len(line), value.get("key"))
+
+    def cut(self, lines: int) -> None:
+        """Forget all but the first lines (keys stay those of what is left)."""
+        del self.ends[lines + self.first + 1:]
+        self.number_of = {key: number for key, number in self.number_of.items() if number < lines + self.first}
+        if self.path.exists():
+            os.truncate(self.path, self.ends[-1])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1 - self.first
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.number_of
+
+    def __getitem__(self, key: str) -> dict:
+        with open(self.path, "rb") as file:
+            file.seek(self.ends[self.number_of[key]])
+            return json.loads(file.readline())
+
+    def __iter__(self):
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                if number >= self.first:
+                    yield json.loads(line)
+
+
+def lines_of(name: str) -> list[str]:
+    """The lines of a file of texts/."""
+    return (TEXTS / name).read_text(encoding="utf-8").strip().split("\n")
+
+
+def rendered(template: str, **values) -> str:
+    """A template of texts/ with its values; those of an HTML page are escaped, since answers are untrusted text."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=template.endswith(".html"), keep_trailing_newline=True, trim_blocks=True)
+    return environment.from_string((TEXTS / template).read_text(encoding="utf-8")).render(**values)
+
+
+def markdown(titles, rows) -> str:
+    """A table."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(titles), ["---"] * len(titles), *cells])
+
+
+def file_key(text) -> str:
+    """The letters and digits of a text that is to be part of a file's name."""
+    return re.sub(r"\W", "", str(text))

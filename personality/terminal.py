@@ -1,0 +1,177 @@
+"""What a user meets in the terminal: errors of one line, exit codes, the flags that the scripts share, tables."""
+
+import argparse
+import contextlib
+import importlib
+import math
+import os
+import re
+import sys
+
+from . import TRAITS
+
+
+class UserError(ValueError):
+    """Something that the user can mend: one line on the terminal, exit code 2, no traceback."""
+
+
+def say(*words) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+def script(arguments, module: str) -> None:
+    """Run a script: arguments() parses its flags, and the main() of `module`, which is the script itself as something to import,
+    works with them; so wrong flags are answered before anything heavy is imported. Exit code 0, 2 for an error that the user can
+    mend, 130 for Ctrl-C."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a dash shows a question mark
+    code = 0
+    try:
+        args = arguments()
+        importlib.import_module(module).main(args)
+    except UserError as error:
+        say(f"error: {' '.join(str(error).split())}")
+        code = 2
+    except KeyboardInterrupt as error:
+        say(f"\ninterrupted{error and ': '}{error}")
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder that may not be written to
+        say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        code = 2
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def resumable():
+    """For work that the same command goes on with: script() says so when it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what was finished is kept, and the same command goes on from there") from None
+
+
+def show_table(title: str, columns, rows, lines: bool = False) -> None:
+    """Print a table. A cell that is a text is shown as it is, never as markup; one that is a rich object keeps its style.
+    lines: with rules between the cells, and as wide as the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, style="bold" if lines else ""), title_justify="left", header_style="bold",
+                  **({"show_lines": True, "expand": True} if lines else {"box": None}))
+    for column in columns:
+        table.add_column(Text(column), ratio=1 if lines else None)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    Console().print(table)
+
+
+def progress(total: int, done: int, title: str, unit: str = "answer"):
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, desc=title, unit=unit, smoothing=0.1)
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+class Flags(argparse.ArgumentParser):
+    """argparse, whose errors are one line like all others."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help)")
+
+    def parse_args(self, *given):
+        args = super().parse_args(*given)
+        for action in self._actions:
+            values = getattr(args, action.dest, None)
+            for value in values if isinstance(values, list) else [values]:
+                if value == action.const:
+                    continue  # what a flag without its text means
+                if isinstance(value, list) or isinstance(value, str) and (not value.strip() or not value.isprintable() and "\ud800" <= max(value) <= "\udfff"):
+                    self.error(f"argument {'/'.join(action.option_strings)}: expected a text, got {value!r}")
+        return args
+
+
+def refuse(args, rules) -> None:
+    """Raise the message of the first of `rules`, (whether it applies to args, message) each, that applies. {names} in a message
+    are args' values."""
+    for applies, message in rules:
+        if applies(args):
+            raise UserError(message.format(**vars(args)))
+
+
+def whole_number(least: int, most: int | None = None):
+    """The type of a flag that takes a whole number."""
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= (most or int(text)):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least}{f' to {most}' if most else ''}, got {text}")
+        return int(text)
+
+    return parse
+
+
+positive = whole_number(1)
+
+
+def number(above: float = -math.inf, to: float = math.inf):
+    """The type of a flag that takes a number above one bound, at most the other; NaN is in no range."""
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if above < float(text) <= to:
+                return float(text)
+        bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at most {to:g}"] * (to < math.inf)
+        raise argparse.ArgumentTypeError(f"expected a number {', '.join(bounds)}, got {text}")
+
+    return parse
+
+
+ALPHA = number(-1000, 1000)
+
+
+def check_alpha(text) -> float:
+    try:
+        return ALPHA(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"alpha: {error}") from None
+
+
+CHAT_HELP = "/trait NAME [ALPHA], /alpha NUMBER (of the last trait), /reset (forget the conversation), /quit"
+
+
+def check_trait(trait: str) -> str:
+    if trait.lower() not in TRAITS:
+        raise UserError(f"--trait {trait}: expected one of {', '.join(TRAITS)}")
+    return trait.lower()
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # how many write them
+
+
+def model_arguments(flags: Flags) -> None:
+    """The flags that all three scripts share."""
+    flags.add_argument("--model", help="hub id, directory or .gguf file (default: SmolLM2-135M-Instruct)")
+    flags.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    flags.add_argument("--dtype", choices=tuple(DTYPES.values()), type=lambda text: DTYPES.get(text, text),
+                       help="default: bfloat16 on a GPU, on a CPU what that is fast in")
+    flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="rows of a batch (default: %(default)s)")
+    flags.add_argument("--max-new-tokens", type=positive, default=64, metavar="N",
+                       help="length of an answer (default: %(default)s; the paper's search: 500)")
+    flags.add_argument("--seed", type=whole_number(0, (1 << 32) - 1), default=0, metavar="N", help="default: %(default)s")
+
+
+def where_argument(flags: Flags, default: str | None = "generated", note: str = "") -> None:
+    flags.add_argument("--where", choices=("generated", "all"), default=default,
+                       help=f"which tokens: the answer's, as in NPTI, or the prompt's as well (default: generated{note})")
+
+
+def bench_argument(flags: Flags) -> None:
+    flags.add_argument("--bench", metavar="DIR", help="questions and personas in PersonalityBench's layout: a folder, or a dataset of the "
+                                                      "hub (default: built in)")

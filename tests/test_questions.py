@@ -1,0 +1,173 @@
+"""Questions, personas, and the answers to them: the built-in bench, PersonalityBench's layout, the hub, files of answers."""
+
+import json
+
+import pyarrow
+import pytest
+
+from conftest import lines_of, save_bench
+from personality import POLES, TRAITS, UserError, load_bench
+from personality.questions import all_facets, built_in_bench, read_answers
+
+# -------------------------------------------------------------------------------------------------- the built-in bench
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_built_in_questions(trait):
+    bench = built_in_bench()
+    search, test = bench.search[trait], bench.test[trait]
+    assert len(set(search) | set(test)) >= 240 and len(search) + len(test) == len(set(search) | set(test))
+    assert len(test) >= 40
+    for question in search + test:
+        assert question.endswith("?") and question[0].isupper() and 20 < len(question) < 200 and question == question.strip()
+    situations = [{question.split(". ")[0] for question in part} for part in (search, test)]
+    assert not situations[0] & situations[1], "a test question is asked in a situation that was searched with"
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_built_in_personas(trait):
+    bench = built_in_bench()
+    high, low = (bench.personas[trait][pole] for pole in POLES)
+    assert len(set(high)) >= 16 and len(set(low)) >= 16 and not set(high) & set(low)
+    for pole in POLES:
+        search, judge = (bench.personas_for(use, trait, pole) for use in ("search", "judge"))
+        assert not set(search) & set(judge) and set(search) | set(judge) == set(bench.personas[trait][pole])
+        assert len(judge) >= 4
+
+
+def test_nothing_names_its_trait():
+    bench = built_in_bench()
+    names = (("openness", "open-minded", "open to"), ("conscientious",), ("extraver", "extrover", "introver"), ("agreeabl",),
+             ("neurotic",))
+    for trait, stems in zip(TRAITS, names, strict=True):
+        texts = bench.search[trait] + bench.test[trait] + bench.personas[trait]["high"] + bench.personas[trait]["low"]
+        assert not [text for text in texts for stem in stems if stem in text.lower()]
+
+
+def test_built_in_bench_is_the_same_every_time():
+    assert built_in_bench() == built_in_bench()
+
+
+def test_each_trait_has_six_facets():
+    """In the order of the traits, which a bench's cells follow."""
+    assert [row["trait"] for row in all_facets()] == [trait for trait in TRAITS for _ in range(6)]
+    assert len({row["name"] for row in all_facets()}) == 30
+
+
+# ---------------------------------------------------------------------------------------------------- a bench in files
+
+
+def test_load_bench(tmp_path):
+    bench = load_bench(save_bench(tmp_path / "bench"))
+    for trait in TRAITS:
+        name = trait.capitalize()
+        for use in ("search", "test"):
+            written = lines_of(tmp_path / "bench" / use / f"{name}.json")
+            assert getattr(bench, use)[trait] == [line["question"] for line in written]
+        described = lines_of(tmp_path / "bench" / "description.json")
+        assert bench.personas[trait] == {"high": [line[name] for line in described],
+                                         "low": [line[f"{name}_reversed"] for line in described]}
+
+
+@pytest.mark.parametrize("file, text, pattern", (
+    ("search/Openness.json", '{"question": "a ?"}\n{"question": "b ?"}\n{"question": \n', r"search/Openness.json, line 3"),
+    ("search/Openness.json", '{"question": "a ?"}\n["b ?"]\n', r"search/Openness.json, line 2: .*object, got list"),
+    ("test/Neuroticism.json", '{"question": "a ?"}\n\n{"text": "b ?"}\n', r"test/Neuroticism.json, line 3: .*text"),
+    ("test/Neuroticism.json", '{"question": 3}\n', r"test/Neuroticism.json, line 1"),
+    ("search/Extraversion.json", "", r"search/Extraversion.json"),
+    ("test/Extraversion.json", None, r"test/Extraversion.json.*No such file"),
+    ("description.json", None, r"description.json.*No such file"),
+    ("description.json", '{"Openness": "a"}\n' * 9, r"description.json.*Openness_reversed"),
+    ("description.json", b"\xff\xfe", r"description.json")))
+def test_load_bench_errors_name_file_and_line(tmp_path, file, text, pattern):
+    path = save_bench(tmp_path / "bench") / file
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=pattern):
+        load_bench(tmp_path / "bench")
+
+
+def test_options_and_scales_are_skipped(tmp_path, capsys):
+    folder = save_bench(tmp_path / "bench")
+    path = folder / "search" / "Openness.json"
+    before = load_bench(str(folder)).search["openness"]
+    more = [{"question": "Pick one:\nA. stay\nB. go\nWhich?", "id": 1}, {"question": "Which?", "options": ["a", "b"]},
+            {"question": "How accurately does this describe you: I like parties?"},
+            {"question": "I like parties. Agree or disagree?"}]
+    path.write_text(path.read_text() + "".join(json.dumps(line) + "\n" for line in more))
+    assert load_bench(str(folder)).search["openness"] == before
+    assert "4 items with options or a scale were skipped" in capsys.readouterr().err
+    path.write_text("".join(json.dumps(line) + "\n" for line in more))
+    with pytest.raises(UserError, match="Openness.json: no open question"):
+        load_bench(str(folder))
+
+
+def test_a_bench_from_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    save_bench(tmp_path / "bench")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **options: asked.append((name, options)) or str(tmp_path / "bench"))
+    bench = load_bench("someone/PersonalityBench")
+    assert bench.name == "someone/PersonalityBench" and bench.search == load_bench(str(tmp_path / "bench")).search
+    assert asked[0][1]["repo_type"] == "dataset"
+
+
+def test_a_bench_that_is_nowhere():
+    with pytest.raises(UserError, match="no-such/bench: neither a directory nor a dataset of the hub in reach"):
+        load_bench("no-such/bench")
+
+
+# ----------------------------------------------------------------------------------------------------- files of answers
+
+GOOD = {"trait": "extraversion", "pole": "low", "persona": "w9", "question": "w10 ?", "answer": "w11"}
+
+
+def test_answers_that_are_read_are_those_in_the_file(made):
+    lines = lines_of(made / "extraversion.answers.jsonl")
+    table, _ = read_answers(str(made / "extraversion.answers.jsonl"), "extraversion")
+    assert len(table) == len(lines) > 7
+    some = table.select(range(3, 7)).to_list()
+    assert some == [{name: line[name] for name in ("pole", "persona", "question", "answer", "ids")} for line in lines[3:7]]
+
+
+def test_only_the_traits_own_answers_count(tmp_path):
+    """And only they are in the digest, whatever the case of the trait; ids can be missing."""
+    path = tmp_path / "given.jsonl"
+    path.write_text(json.dumps({**GOOD, "trait": "Extraversion"}) + "\n")
+    alone, content = read_answers(str(path), "extraversion")
+    assert alone.to_list() == [{**{name: GOOD[name] for name in ("pole", "persona", "question", "answer")}, "ids": []}]
+    path.write_text(path.read_text() + json.dumps({**GOOD, "trait": "openness"}) + "\n")
+    assert read_answers(str(path), "extraversion")[1] == content and len(read_answers(str(path), "extraversion")[0]) == 1
+    path.write_text(path.read_text() + json.dumps({**GOOD, "answer": "w12"}) + "\n")
+    assert read_answers(str(path), "extraversion")[1] != content and len(read_answers(str(path), "extraversion")[0]) == 2
+
+
+def test_reading_answers_does_not_hold_their_text(tmp_path):
+    """8 MB of answers are mapped from the disk: next to nothing of them is in memory, also while one is looked at."""
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps({**GOOD, "answer": f"w{k} " * 2000, "ids": [k]}) + "\n" for k in range(1000, 2000)))
+    before = pyarrow.total_allocated_bytes()
+    table, _ = read_answers(str(path), "extraversion")
+    assert table.select([998]).to_list()[0]["ids"] == [1998] and table.cache_files
+    assert pyarrow.total_allocated_bytes() - before < path.stat().st_size / 20
+
+
+@pytest.mark.parametrize("line, pattern", (
+    (json.dumps({**GOOD, "pole": "up"}), "line 2.*'up'"),
+    (json.dumps({name: text for name, text in GOOD.items() if name != "answer"}), "line 2.*answer"),
+    (json.dumps({**GOOD, "ids": [5, "6"]}), "line 2.*ids"), (json.dumps({**GOOD, "ids": 5}), "line 2.*ids"),
+    (json.dumps({**GOOD, "ids": [1 << 70]}), "line 2.*ids"),
+    ("nonsense", "line 2"), ("[]", "line 2.*object")))
+def test_wrong_lines_of_answers_are_named(tmp_path, line, pattern):
+    (tmp_path / "given.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=f"given.jsonl.*{pattern}"):
+        read_answers(str(tmp_path / "given.jsonl"), "extraversion")
+
+
+def test_a_file_without_answers_for_a_trait_says_what_it_has(tmp_path):
+    (tmp_path / "given.jsonl").write_text(json.dumps(GOOD) + "\n")
+    with pytest.raises(UserError, match="no answers for openness.*extraversion"):
+        read_answers(str(tmp_path / "given.jsonl"), "openness")

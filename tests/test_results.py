@@ -1,0 +1,231 @@
+"""From scores to figures, on planted data: intervals, paired differences, spill-over, matched strengths, agreement, accuracy,
+characters."""
+
+import math
+import random
+import time
+
+import numpy as np
+import pytest
+
+import evaluate
+from personality import POLES, TRAITS, results
+
+
+def planted(values):
+    """Answers and score lines of the contrast judge, from {(trait, method, alpha, pole): {measured: [score by question]}}."""
+    answers, scores = [], []
+    for (trait, method, alpha, pole), measured in values.items():
+        for k in range(len(next(iter(measured.values())))):
+            key = f"{trait}{method}{alpha}{pole}{k}"
+            answers.append({"trait": trait, "method": method, "alpha": alpha, "pole": pole, "question": f"q{k}", "key": key})
+            scores.append({"answer": key, "perplexity": 2.0, "repetition": 0.0, "tokens": 5, "from": None})
+            scores += [score_line(key, of, series[k]) for of, series in measured.items()]
+    random.Random(0).shuffle(answers)
+    return answers, scores
+
+
+def score_line(key, trait, score, judge="contrast", origin=None):
+    return {"answer": key, "judge": judge, "trait": trait, "score": score, "from": origin}
+
+
+def table_of(values):
+    return results.scored(*planted(values), {"contrast": None})
+
+
+def test_interval_covers_the_mean():
+    """Of 200 samples of 40, some 95 % of the intervals hold the true mean; and they are not just wide."""
+    samples = np.random.default_rng(0).normal(3, 2, (200, 40))
+    intervals = np.array([results.interval(sample, draws=1000) for sample in samples])
+    covered = ((intervals[:, 0] <= 3) & (3 <= intervals[:, 1])).mean()
+    assert 0.88 <= covered <= 0.99
+    assert 0.8 < np.mean(intervals[:, 1] - intervals[:, 0]) / (2 * 1.96 * 2 / math.sqrt(40)) < 1.1
+    assert results.interval([0.5] * 9) == [0.5, 0.5] and results.interval([2.0]) == [2.0, 2.0]
+    assert results.interval(samples[0]) == results.interval(samples[0])
+
+
+@pytest.mark.parametrize("number", (10, 3000))
+def test_interval_is_that_of_draws_with_numpys_generator(number):
+    """A sample's interval can be had again without scipy; with many values, of which few draws are made at once, as well."""
+    values, draws, generator = np.random.default_rng(1).normal(size=number), 500, np.random.default_rng(7)
+    part = 1_000_000 // number
+    means = [values[generator.integers(0, number, (min(part, draws - k), number))].mean(1) for k in range(0, draws, part)]
+    expected = np.quantile(np.concatenate(means), (0.025, 0.975))
+    assert results.interval(values, 7, draws) == pytest.approx(list(expected), abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def test_a_score_counts_where_its_judge_is_the_one_that_is_asked():
+    """Lines of another judge, or of one at another origin, lie in the same file; replies that were no rating have no score."""
+    answers, scores = planted({("openness", "npti", 1.0, pole): {"openness": [1.0, 2.0]} for pole in POLES})
+    keys = [line["key"] for line in answers]
+    scores += [score_line(key, "openness", 9.0, origin="elsewhere") for key in keys]
+    scores += [score_line(key, trait, 4.0, "llm:big", "here") for key in keys[1:] for trait in ("openness", None)]
+    scores.append(score_line(keys[0], "openness", None, "llm:big", "here"))
+    scores.append(score_line(keys[0], "openness", 5.0, "llm:small", "here"))
+    table = results.scored(answers, scores, {"contrast": None, "llm:big": "here"})
+    assert table.judge.tolist() == ["contrast"] * 4 + ["llm:big"] * 6
+    assert sorted(table[table.judge == "contrast"].score) == [1, 1, 2, 2] and set(table[table.judge == "llm:big"].score) == {4.0}
+    assert set(table[table.judge == "llm:big"].measured) == {"openness", "fluency"}
+    assert keys[0] not in set(table[table.judge == "llm:big"].answer), "nothing is guessed"
+    judges_asked_for = results.scored(answers, scores, {"llm:big": "here", "contrast": None}).judge.tolist()
+    assert judges_asked_for == ["llm:big"] * 6 + ["contrast"] * 4, "in the order in which they were asked for"
+
+
+def test_a_question_that_was_answered_twice_counts_once():
+    answers, scores = planted({("openness", "npti", 1.0, pole): {"openness": [value, value + 2.0]}
+                               for pole, value in (("high", 1.0), ("low", 0.0))})
+    more = next(line for line in answers if line["pole"] == "high" and line["question"] == "q0")
+    answers.append({**more, "key": "more"})
+    scores.append(score_line("more", "openness", 5.0))
+    scores.append({"answer": "more", "perplexity": 8.0, "repetition": 0.5, "tokens": 9, "from": None})
+    table = results.scored(answers, scores, {"contrast": None})
+    fluent = results.fluency(results.fluency_table(answers, scores, None), table, 0)
+    high = next(row for row in results.summarise(table, fluent, 0) if row["pole"] == "high")
+    assert high["n"] == 2 and high["mean"] == pytest.approx(((1 + 5) / 2 + 3) / 2)
+    assert (high["perplexity"], high["repetition"]) == (2.0, pytest.approx(0.5 / 3)), "of the three answers: median, mean"
+    (row,) = results.effects(results.high_minus_low(table), 0)
+    assert row["n"] == 2 and row["mean"] == pytest.approx(((3 - 0) + (3 - 2)) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- effects
+
+
+def test_high_minus_low_is_paired_by_question():
+    """The questions' own level cancels: differences of 1 throughout have an interval of no width."""
+    levels = list(range(10))
+    answers, scores = planted({("openness", "npti", 1.0, pole): {"openness": [level + (pole == "high") for level in levels]}
+                               for pole in POLES})
+    table = results.scored(answers, scores, {"contrast": None})
+    rows = results.summarise(table, results.fluency(results.fluency_table(answers, scores, None), table, 0), 0)
+    effects = results.effects(results.high_minus_low(table), 0)
+    assert [(row["n"], row["mean"], row["ci95"]) for row in effects] == [(10, 1.0, [1.0, 1.0])]
+    assert {row["pole"]: row["mean"] for row in rows} == {"high": 5.5, "low": 4.5}
+    assert all(row["ci95"][1] - row["ci95"][0] > 2 for row in rows)
+
+
+def test_methods_are_compared_by_question():
+    values = {("openness", method, alpha, pole): {"openness": [(k ** 2) * sign + sign * more for k in range(8)]}
+              for method, alpha, more in (("npti", 1.0, 2), ("persona", None, 0.5)) for pole, sign in zip(POLES, (1, 0))}
+    (row,) = results.compared(results.high_minus_low(table_of(values)), 0)
+    assert (row["method"], row["other"], row["n"]) == ("npti", "persona", 8) and row["ci95"] == [1.5, 1.5] == [row["mean"]] * 2
+
+
+def test_the_papers_score_is_of_judges_that_rate():
+    answers, scores = planted({("openness", "npti", 1.0, pole): {"openness": [0.0, 0.0]} for pole in POLES})
+    rating = {"high": 4.0, "low": 1.0}
+    scores += [score_line(line["key"], "openness", rating[line["pole"]] + (line["question"] == "q1"), "llm:big")
+               for line in answers]
+    effects = results.effects(results.high_minus_low(results.scored(answers, scores, {"contrast": None, "llm:big": None})), 0)
+    paper = {"mean": 4 + 6 - 1, "variance": 0}
+    assert [(row["judge"], row.get("paper")) for row in effects] == [("contrast", None), ("llm:big", paper)]
+
+
+def test_spill_over_matrix():
+    values = {("openness", "npti", 1.0, pole): {
+        "openness": [sign * 2.0] * 3, "neuroticism": [sign * -0.5] * 3, "agreeableness": [7.0] * 3}
+        for pole, sign in zip(POLES, (1, -1))}
+    rows = results.spill_over(table_of(values))
+    assert {row["measured"]: row["mean"] for row in rows} == {"openness": 4.0, "neuroticism": -1.0, "agreeableness": 0.0}
+
+
+def test_matched_strength_is_interpolated():
+
+    def curve(method, points):
+        return [{"trait": "openness", "judge": "contrast", "method": method, "alpha": alpha, "mean": mean}
+                for alpha, mean in points]
+
+    effects = curve("npti", ((1.0, 0.1), (2.0, 0.3))) + curve("activation", ((0.5, 0.2), (1.0, 0.15), (2.0, 0.1)))
+    found = {row["method"]: row for row in results.matched_alphas(effects)}
+    assert found["npti"]["target"] == pytest.approx(0.18) and found["npti"]["alpha"] == pytest.approx(1.4)
+    assert found["activation"]["alpha"] == pytest.approx(0.45), "the weakest dose that reaches it"
+    assert results.matched_alphas(curve("npti", ((1.0, 0.1),))) == [], "nothing to match with"
+    assert results.matched_alphas(curve("npti", ((1.0, -0.1),)) + curve("activation", ((1.0, 0.1),))) == []
+    assert results.matched_alphas([]) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- judges
+
+
+def test_judges_agree_by_rank():
+    """Spearman's correlation, ties and all, over the answers that both have scored."""
+    from scipy.stats import spearmanr
+
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 9, 50).astype(float)  # with ties
+    y = x + generator.normal(0, 3, 50)
+    answers, scores = planted({("openness", "npti", 1.0, "high"): {"openness": x.tolist()}})
+    scores += [score_line(f"opennessnpti1.0high{k}", "openness", float(value), "llm:big") for k, value in enumerate(y) if k]
+    judges = {"contrast": None, "llm:big": None}
+    (row,) = results.agreement(results.scored(answers, scores, judges), list(judges))
+    assert (row["judges"], row["trait"], row["n"]) == (["contrast", "llm:big"], "openness", 49)
+    assert row["spearman"] == pytest.approx(spearmanr(x[1:], y[1:]).statistic)
+    same = [{**line, "score": 3.0} if line.get("judge") == "llm:big" else line for line in scores]
+    assert results.agreement(results.scored(answers, same, judges), list(judges)) == [], "no ranks"
+
+
+def test_accuracy_is_over_pairs():
+    given = lambda high, low: table_of({("openness", "given", None, "high"): {"openness": high},  # noqa: E731
+                                        ("openness", "given", None, "low"): {"openness": low}})
+    table = given([3.0, 1.0], [2.0, 1.0])
+    assert [(row["pairs"], row["accuracy"]) for row in results.accuracy(table)] == [(4, (1 + 1 + 0 + 0.5) / 4)]
+    table = given(list(range(5000)), [0.5] * 5000)
+    start = time.time()
+    assert results.accuracy(table)[0]["accuracy"] == pytest.approx(4999 / 5000)
+    assert time.time() - start < 2, "not pair by pair"
+
+
+def test_self_reports_are_means_of_items():
+    items = [("a", "openness", "Ideas", 1), ("b", "openness", "Values", -1), ("c", "neuroticism", "Anger", 1)]
+    unedited, high, low = ({"method": method, "trait": trait, "pole": pole, "alpha": alpha} for method, trait, pole, alpha in (
+        ("unedited", None, None, None), ("npti", "openness", "high", 1.0), ("npti", "openness", "low", 1.0)))
+    rows, people = results.questionnaire([(unedited, [3.0, 4.0, 2.0]), (high, [5.0, 4.0, 2.0]), (low, [2.0, 2.0, 3.0])], items, 0)
+    assert [(row["method"], row["trait"], row["pole"], row["n"], row["mean"], row["variance"]) for row in rows] == [
+        ("unedited", "openness", None, 2, 3.5, 0.25), ("unedited", "neuroticism", None, 1, 2.0, 0.0),
+        ("npti", "openness", "high", 2, 4.5, 0.25), ("npti", "openness", "low", 2, 2.0, 0.0)], "of all traits where none is meant"
+    facets = {"Ideas": 5.0, "Values": 4.0, "Anger": 2.0}
+    assert people[1] == {**high, "traits": {"openness": 4.5, "neuroticism": 2.0}, "facets": facets}
+    matrix = results.questionnaire_spill_over(people)
+    assert [(row["steered"], row["measured"], row["mean"]) for row in matrix] == [
+        ("openness", "openness", 2.5), ("openness", "neuroticism", -1.0)]
+
+
+# ---------------------------------------------------------------------------------------------------------- characters
+
+
+def test_requested_and_measured():
+    """Planted: one way hits every strength, one drags the neighbour along, one does the opposite."""
+    baseline = {trait: 0.1 * k for k, trait in enumerate(TRAITS)}
+    condition = lambda *values: dict(zip(results.CONDITION, values))  # noqa: E731
+    means = [(condition("unedited", "openness", None, None), baseline)]
+    for trait in TRAITS:  # what a trait alone does: twice as far up as down
+        for pole, effect in zip(POLES, (2.0, -1.0)):
+            means.append((condition("npti", trait, pole, 1.5), {trait: baseline[trait] + effect}))
+    characters = evaluate.random_characters(20, 1.5, 0)
+    for alphas in characters:
+        own = [alpha / 1.5 * (2.0 if alpha > 0 else 1.0) for alpha in alphas]
+        drag = [0.5 if alpha == 0 else 0.0 for alpha in alphas]
+        for way, effects in (("composed", own), ("added", [a + b for a, b in zip(own, drag)]), ("described", [-a for a in own])):
+            measured = {trait: baseline[trait] + effect for trait, effect in zip(TRAITS, effects)}
+            means.append((condition(way, None, None, alphas), measured))
+    (first, second, third), points = results.characters_measured(means, "contrast", 1.5, 0)
+    assert [row["method"] for row in (first, second, third)] == list(results.WAYS) and len(points) == 3 * 20 * 5
+    assert first["error"]["mean"] == pytest.approx(0) and first["spill_over"]["mean"] == pytest.approx(0)
+    assert first["correlation"]["mean"] > 0.9 and third["correlation"]["mean"] == pytest.approx(-first["correlation"]["mean"])
+    assert second["spill_over"]["mean"] == pytest.approx(0.5) and second["error"]["mean"] == pytest.approx(0.5 * 2 / 5)
+    assert second["more_than_composed"]["spill_over"]["ci95"] == pytest.approx([0.5, 0.5])
+    assert third["more_than_composed"]["correlation"]["ci95"][1] < -1
+
+
+def test_rounding_is_no_correlation():
+    """Of a way that moves nothing, but for the last bit of one measure."""
+    condition = lambda *values: dict(zip(results.CONDITION, values))  # noqa: E731
+    means = [(condition("unedited", "openness", None, None), dict.fromkeys(TRAITS, 3.0))]
+    means += [(condition("npti", trait, pole, 1.5), {trait: 3.0}) for trait in TRAITS for pole in POLES]
+    for number, alphas in enumerate(evaluate.random_characters(3, 1.5, 0)):
+        measured = dict.fromkeys(TRAITS, 3.0 + 4e-16 * (number == 1))
+        means += [(condition(way, None, None, alphas), measured) for way in results.WAYS]
+    rows, _ = results.characters_measured(means, "questionnaire", 1.5, 0)
+    assert [row["correlation"]["mean"] for row in rows] == [0.0] * 3

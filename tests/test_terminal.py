@@ -1,0 +1,132 @@
+"""The command lines: errors of one line, exit codes, help at once."""
+
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+import evaluate
+import identify
+import induce
+from conftest import ROOT, command, exit_of, shared_flags
+from personality import TRAITS
+from personality.neurons import Neurons
+from personality.terminal import UserError, script, show_table
+
+SCRIPTS = {"identify.py": identify, "induce.py": induce, "evaluate.py": evaluate}
+
+
+def one_line(script, monkeypatch, capsys, *arguments) -> str:
+    """The only line that a script says, with exit code 2."""
+    code, error = exit_of(SCRIPTS[script], monkeypatch, capsys, *arguments)
+    assert code == 2 and len(error.splitlines()) == 1 and error.startswith("error:"), error
+    return error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_trait_lists_the_five(script, monkeypatch, capsys):
+    alpha = ["--alpha", "1"] if script == "induce.py" else []
+    error = one_line(script, monkeypatch, capsys, "--trait", "charisma", *alpha)
+    assert all(text in error for text in ("charisma", *TRAITS))
+
+
+@pytest.mark.parametrize("arguments, expected", (
+    (("induce.py", "--trait", "openness", "--alpha", "nan"), "alpha"),
+    (("induce.py", "--trait", "openness", "--alpha", "strong"), "alpha"),
+    (("induce.py", "--trait", "openness", "--alpha", "1", "--alpha", "2"), "alpha"),
+    (("induce.py", "--trait", "openness"), "alpha"),
+    (("induce.py", "--trait", "openness", "--trait", "openness", "--alpha", "1"), "openness"),
+    (("induce.py", "--trait", "openness", "--alpha", "1", "--questions", "/none/such.txt"), "/none/such.txt"),
+    (("induce.py", "--trait", "openness", "--alpha", "1", "--out", "a.jsonl"), "--questions"),
+    (("induce.py", "--trait", "openness", "--alpha", "1", "--keep", "0"), "keep"),
+    (("evaluate.py", "--alpha", "-1"), "alpha"),
+    (("evaluate.py", "--alpha", "inf"), "alpha"),
+    (("evaluate.py", "--bench", "/none/such"), "/none/such"),
+    (("evaluate.py", "--method", "magic"), "magic"),
+    (("identify.py", "--bench", "/none/such"), "/none/such"),
+    (("identify.py", "--limit", "0"), "limit"),
+    (("identify.py", "--build-bench", "bench", "--trait", "openness"), "--trait"),
+    (("identify.py", "--answers", "a.jsonl", "--limit", "4"), "--limit"),
+    (("identify.py", "--device", "cpux"), "cpux"),
+    (("identify.py", "--device", "cuda:x"), "cuda:x"),
+    (("identify.py", "--device", "meta"), "meta"),
+    (("evaluate.py", "--seed", "-1"), "seed"),
+    (("identify.py", "--answers", "/none/such.jsonl"), "/none/such.jsonl"),
+    (("identify.py", "--nonsense"), "--nonsense"),
+    (("identify.py", "--model", "/none/such.gguf"), "/none/such.gguf"),
+    (("identify.py", "--model", "/none/such"), "/none/such")))
+def test_wrong_arguments_are_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert expected in one_line(*arguments[:1], monkeypatch, capsys, *arguments[1:])
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_files_are_one_line(small, made, tmp_path, monkeypatch, capsys):
+    """What shows only when the model is loaded: another model's neuron file, a damaged one, answers that are not JSON."""
+    (tmp_path / "given.jsonl").write_text("high: I love parties\n")
+    base = (*shared_flags(small), "--trait", "extraversion")
+    assert "given.jsonl" in one_line("identify.py", monkeypatch, capsys, *base, "--answers", tmp_path / "given.jsonl", "--out", tmp_path)
+    neurons = Neurons.load(made / "extraversion.safetensors")
+    foreign = {**neurons.meta, "model": "somebody/else", "fingerprint": "1x1-0"}
+    Neurons(neurons.tensors, foreign).save(tmp_path / "extraversion.safetensors")
+    error = one_line("induce.py", monkeypatch, capsys, *base, "--alpha", "1", "--neurons", tmp_path)
+    assert "somebody/else" in error and str(small.model_dir) in error
+
+
+def test_damaged_gguf_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    code, error = exit_of(induce, monkeypatch, capsys, "--trait", "openness", "--alpha", "1", "--model", tmp_path / "model.gguf")
+    assert code == 2 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error:") and "model.gguf" in error.splitlines()[-1]
+
+
+def test_exit_codes(monkeypatch, capsys):
+    """Of the whole command, in a process of its own: an error of the user's, and none."""
+    result = command("induce.py", "--trait", "charisma", "--alpha", "1")
+    assert result.returncode == 2 and result.stderr.startswith("error:") and len(result.stderr.splitlines()) == 1 and not result.stdout
+    for raised, code, words in ((KeyboardInterrupt("x is kept"), 130, "interrupted: x is kept"), (KeyboardInterrupt(), 130, "interrupted"),
+                                (OSError(28, "No space left on device", "/a/b"), 2, "/a/b: No space left on device"),
+                                (UserError("two\nlines"), 2, "error: two lines"), (None, 0, "")):
+        module = types.ModuleType("fake_script")
+
+        def main(args, raised=raised):
+            if raised:
+                raise raised
+
+        module.main = main
+        monkeypatch.setitem(sys.modules, "fake_script", module)
+        with pytest.raises(SystemExit) as ended:
+            script(lambda: None, "fake_script")
+        error = capsys.readouterr().err
+        assert ended.value.code == code and words in error and "Traceback" not in error
+
+
+def test_tables_take_text_as_text(capsys):
+    show_table("[red]t[/red]", ("[b]a", "b"), [["[/bold]x", "1"]])
+    shown = capsys.readouterr().out
+    assert "[red]t[/red]" in shown and "[b]a" in shown and "[/bold]x" in shown
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_answers_at_once(name):
+    """The best of three, since the machine may be busy."""
+    times = []
+    for _ in range(3):
+        start = time.time()
+        result = command(name, "--help")
+        times.append(time.time() - start)
+        assert result.returncode == 0 and f"python {name}" in result.stdout and "--trait" in result.stdout
+    assert min(times) < 1
+
+
+def test_help_loads_nothing_heavy():
+    """Neither torch nor what comes with it; that of all scripts in one process."""
+    code = ("import sys, runpy, contextlib, io; sys.path.insert(0, '.')\n"
+            "for name in sys.argv[1:]:\n"
+            "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+            "        sys.argv = [name, '--help']; runpy.run_path(name, run_name='__main__')\n"
+            "print({'torch', 'transformers', 'numpy', 'pandas', 'safetensors', 'rich', 'tqdm'} & set(sys.modules))")
+    result = subprocess.run([sys.executable, "-c", code, *SCRIPTS], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "set()\n" and result.stderr == ""

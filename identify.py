@@ -9,11 +9,10 @@ which induce.py turns into a personality. The method is NPTI (ICLR 2025, arXiv 2
 """
 
 import os
-from argparse import ArgumentTypeError
 
 from personality import POLES, TRAITS
-from personality.terminal import (Flags, UserError, bench_argument, check_trait, model_arguments, positive, refuse, resumable, say, script,
-                                  where_argument, whole_number)
+from personality.terminal import (Flags, UserError, bench_argument, check_trait, model_arguments, positive, progress, refuse,
+                                  resumable, say, script, where_argument)
 
 LIMIT, SIZE = 128, 360  # search questions: asked, and built
 
@@ -23,18 +22,21 @@ def parser() -> Flags:
     flags.add_argument("--trait", nargs="+", metavar="T", help="default: all five, or those that --answers FILE has")
     bench_argument(flags)
     flags.add_argument("--limit", type=positive, metavar="N", help=f"search questions a trait (default: {LIMIT})")
-    flags.add_argument("--answers", metavar="FILE", help="read answers (JSON lines: trait, pole, persona, question, answer) "
-                                                         "instead of generating them")
-    flags.add_argument("--engine", metavar="URL", help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) "
-                                                       "write the answers; key: $OPENAI_API_KEY")
+    flags.add_argument("--answers", metavar="FILE",
+                       help="read answers (JSON lines: trait, pole, persona, question, answer) instead of generating them")
+    flags.add_argument("--engine", metavar="URL",
+                       help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) write the answers; key: "
+                            "$OPENAI_API_KEY")
     flags.add_argument("--build-bench", metavar="DIR", help="have a model write a bench, and stop there")
     flags.add_argument("--size", type=positive, metavar="N",
                        help=f"of --build-bench: search questions a trait (default: {SIZE}; PersonalityBench: 36000)")
     flags.add_argument("--writer", metavar="MODEL_OR_URL", default=os.environ.get("OPENAI_BASE_URL") or None,
-                       help="of --build-bench: as --model takes it, or an OpenAI-compatible server (default: $OPENAI_BASE_URL, else --model)")
+                       help="of --build-bench: as --model takes it, or an OpenAI-compatible server (default: $OPENAI_BASE_URL, "
+                            "else --model)")
     flags.add_argument("--served-model", metavar="NAME", default=os.environ.get("OPENAI_MODEL") or None,
                        help="what --engine or --writer URL calls the model (default: $OPENAI_MODEL, else the first that it lists)")
-    flags.add_argument("--in-flight", type=positive, default=16, metavar="N", help="requests to a server at once (default: %(default)s)")
+    flags.add_argument("--in-flight", type=positive, default=16, metavar="N",
+                       help="requests to a server at once (default: %(default)s)")
     flags.add_argument("--out", default="neurons", metavar="DIR", help="default: %(default)s")
     where_argument(flags)
     model_arguments(flags)
@@ -46,11 +48,13 @@ RULES = [(lambda args, name=name: args.build_bench and getattr(args, name),
          for name in ("trait", "bench", "limit", "answers", "engine")] + [
     (lambda args: args.build_bench and os.environ.get("WORLD_SIZE", "1") != "1",
      "--build-bench: one process is enough (--in-flight N), torchrun would pay for each request several times"),
-    (lambda args: args.size and not args.build_bench, "--size N goes with --build-bench DIR; --limit N is the number of questions that are asked"),
+    (lambda args: args.size and not args.build_bench,
+     "--size N goes with --build-bench DIR; --limit N is the number of questions that are asked"),
     (lambda args: args.max_new_tokens == 1 and args.where == "generated" and not args.answers and not args.build_bench,
      "--max-new-tokens 1: no generated token is ever an input then, so there is nothing to count: 2 at least"),
     (lambda args: args.answers and args.engine, "--answers FILE has the answers already: --engine goes without it"),
-    (lambda args: args.answers and args.limit, "--answers FILE has questions and answers, all of which count: --limit goes without it")]
+    (lambda args: args.answers and args.limit,
+     "--answers FILE has questions and answers, all of which count: --limit goes without it")]
 
 
 def arguments():
@@ -63,11 +67,7 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "identify")  # imports this file, which needs torch from here on, and runs main()
 
-import hashlib  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import signal  # noqa: E402
-import time  # noqa: E402
+import contextlib, hashlib, itertools, json, re, signal, time  # noqa: E401, E402
 from dataclasses import dataclass  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -75,16 +75,15 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from personality.endpoint import Endpoint, fill  # noqa: E402
-from personality.model import (SEARCH_PENALTY, answer_ids, answer_inputs, answer_text, answers, conversation, dtype_of, fingerprint,  # noqa: E402
-                               load_model, out_of_memory, prompt_ids, with_ids)
 from personality.mlp import decoder_of  # noqa: E402
+from personality.model import (SEARCH_PENALTY, answer_ids, answer_inputs, answer_text, answers, conversation,  # noqa: E402
+                               dtype_of, fingerprint, load_model, out_of_memory, prompt_ids, with_ids)
 from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show_neurons  # noqa: E402
 from personality.observe import Statistics, observe  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
-from personality.store import Journal, blocks, digest, file_key, json_lines, only_run, write_atomically  # noqa: E402
+from personality.store import Journal, digest, json_lines, only_run, to_line, write_atomically  # noqa: E402
 
 
 def groups_of(items: list[dict]) -> list[int]:
@@ -94,16 +93,16 @@ def groups_of(items: list[dict]) -> list[int]:
 
 def generate_batch(model, tokenizer, items: list[dict], statistics: Statistics, args) -> list[dict]:
     """Ask, and observe while the answers are written."""
+    asked = [conversation(item["question"], item["persona"]) for item in items]
     with observe(model, statistics, groups_of(items), args.where):
-        found = answers(model, tokenizer, [conversation(item["question"], item["persona"]) for item in items], args.max_new_tokens,
-                        repetition_penalty=SEARCH_PENALTY)
-    return [{**item, "answer": text, "ids": ids} for item, (text, ids) in zip(items, found)]
+        written = answers(model, tokenizer, asked, args.max_new_tokens, repetition_penalty=SEARCH_PENALTY)
+    return [{**item, "answer": text, "ids": ids} for item, (text, ids) in zip(items, written)]
 
 
 def read_batches(model, tokenizer, items: list[dict], statistics: Statistics, where: str, size: int) -> None:
-    """Forward passes over answers that are there, observing the same positions as generate_batch; like lengths together, so
-    that little is padding."""
-    items = sorted(items, key=lambda item: len(item["persona"]) + len(item["question"]) + 4 * len(item["ids"]))  # by characters, about
+    """Forward passes over answers that are there, observing the same positions as generate_batch; like lengths (in characters,
+    about) together, so that little is padding."""
+    items = sorted(items, key=lambda item: len(item["persona"]) + len(item["question"]) + 4 * len(item["ids"]))
     for start in range(0, len(items), size):
         batch = items[start:start + size]
         inputs, counted = answer_inputs(model, tokenizer, batch, where)
@@ -117,27 +116,24 @@ class Engine:
     def __init__(self, endpoint: Endpoint, tokenizer, args):
         self.endpoint, self.tokenizer, self.replies = endpoint, tokenizer, Journal(Path(args.out) / "engine.replies.jsonl")
         # by both names: vLLM's and SGLang's, and llama.cpp's, which looks back 64 tokens only if not told otherwise
-        self.options = {"max_tokens": args.max_new_tokens, "temperature": 0,
-                        "extra_body": {"repetition_penalty": SEARCH_PENALTY, "repeat_penalty": SEARCH_PENALTY, "repeat_last_n": 8192},
+        penalty = {"repetition_penalty": SEARCH_PENALTY, "repeat_penalty": SEARCH_PENALTY, "repeat_last_n": 8192}
+        self.options = {"max_tokens": args.max_new_tokens, "temperature": 0, "extra_body": penalty,
                         **({"stop": [tokenizer.stop_text]} if tokenizer.stop_text else {})}
 
     def answer(self, items: list[dict]) -> list[dict]:
         prompts = [prompt_ids(self.tokenizer, conversation(item["question"], item["persona"])) for item in items]
         keys = [digest(self.endpoint.model, ids, self.options) for ids in prompts]
-        fill(self.replies, list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(
-            requests, lambda ids: json.dumps(self.endpoint.completion(ids, **self.options)), store))
-        answered = []
-        for key, item in zip(keys, items):
-            text, ended = json.loads(self.replies[key]["text"])
-            ids = answer_ids(self.tokenizer, text.strip()) + [self.tokenizer.eos_token_id] * ended
-            if len(ids) > self.options["max_tokens"]:  # it wrote on
-                ids = ids[:self.options["max_tokens"]]
-                text = answer_text(self.tokenizer, ids)
-            answered.append({**item, "answer": text.strip(), "ids": ids})
-        return answered
+        work = lambda ids: json.dumps(self.endpoint.completion(ids, **self.options))  # noqa: E731
+        fill(self.replies, list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(requests, work, store))
+        return [{**item, **self.cut(*json.loads(self.replies[key]["text"]))} for key, item in zip(keys, items)]
 
-
-# ------------------------------------------------------------------------------------------------- several processes
+    def cut(self, text: str, ended: bool) -> dict:
+        """The answer and the ids of a reply; a server may have written on."""
+        ids, most = answer_ids(self.tokenizer, text.strip()) + [self.tokenizer.eos_token_id] * ended, self.options["max_tokens"]
+        if len(ids) > most:
+            ids = ids[:most]
+            text = answer_text(self.tokenizer, ids)
+        return {"answer": text.strip(), "ids": ids}
 
 
 @dataclass
@@ -147,21 +143,25 @@ class World:
     rank: int = 0
     size: int = 1
 
-    def ended(self) -> str:
-        return f"rank {self.rank}: another rank has ended. What was finished is kept: the same command goes on"
-
     @classmethod
     def join(cls) -> "World":
-        try:
-            world = cls(*(whole_number(least)(os.environ.get(name, str(least))) for name, least in (("RANK", 0), ("WORLD_SIZE", 1))))
-        except ArgumentTypeError as error:
-            raise UserError(f"RANK and WORLD_SIZE, as torchrun sets them: {error}") from None
-        if world.rank >= world.size or (world.size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
-            raise UserError(f"RANK {world.rank} of WORLD_SIZE {world.size}, MASTER_ADDR and MASTER_PORT: expected as torchrun sets them")
+        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (re.fullmatch("[0-9]{1,9},[0-9]{1,9}", f"{rank},{size}") and int(rank) < int(size) and
+                (int(size) == 1 or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys())):
+            raise UserError(f"RANK {rank} of WORLD_SIZE {size}, MASTER_ADDR and MASTER_PORT: expected as torchrun sets them")
+        world = cls(int(rank), int(size))
         if world.size > 1:
             signal.signal(signal.SIGTERM, lambda *_: (say(world.ended()), os._exit(143)))
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # one rank may wait long for another
         return world
+
+    def ended(self) -> str:
+        return f"rank {self.rank}: another rank has ended. What was finished is kept: the same command goes on"
+
+    def say(self, text: str) -> None:
+        """One process speaks."""
+        if not self.rank:
+            say(text)
 
     def share(self, number: int, step: int) -> range:
         """This process's part of `number` items, in whole steps: what is in a batch shows in the last bits of a forward, so the
@@ -187,9 +187,6 @@ class World:
             raise UserError(self.ended()) from error
 
 
-# --------------------------------------------------------------------------------------------------------- one trait
-
-
 class Run:
     """The identification of one trait, which can be killed at any moment: state is the statistics, the number of answers done, and
     the schedule, saved together. schedule: [first item, batch size] pairs; a batch that is too large for the memory adds one, and
@@ -212,89 +209,76 @@ class Run:
             "fingerprint": fingerprint(model), "trait": trait, "where": args.where, "template": digest(tokenizer.chat_template),
             "bench": args.answers or bench.name, "questions": len(self.items) // 2, "bench_fingerprint": content,
             "max_new_tokens": args.max_new_tokens, "repetition_penalty": SEARCH_PENALTY, "batch_size": args.batch_size,
-            "dtype": dtype_of(model), "device": model.device.type, "seed": args.seed, **({"engine": endpoint.model} if endpoint else {})}
+            "dtype": dtype_of(model), "device": model.device.type, "seed": args.seed,
+            **({"engine": endpoint.model} if endpoint else {})}
         self.key = digest(self.meta)
-        self.reads = bool(args.answers or endpoint)
-        self.share = world.share(len(self.items), self.step(args.batch_size))
-        # named by what is run, so that a run with other options leaves these alone
-        self.saved = self.file_of(world.rank, "state.safetensors")
         self.engine = Engine(endpoint, tokenizer, args) if endpoint else None
-
-    def step(self, size: int) -> int:
-        """Answers that are done, and saved, together."""
-        return size * (self.READ_AT_ONCE if self.reads else 1)
+        self.at_once = self.READ_AT_ONCE if args.answers or endpoint else 1  # batches that are done, and saved, together
+        self.share = world.share(len(self.items), args.batch_size * self.at_once)
+        self.saved = self.file_of(world.rank, "state.safetensors")
 
     def file_of(self, rank: int, what: str) -> Path:
+        """Named by what is run, so that a run with other options leaves it alone."""
         of = f".{rank}of{self.world.size}" if self.world.size > 1 else ""
         return self.path.with_name(f".{self.trait}.{self.key}{of}.{what}")
 
     def identify(self) -> Neurons:
         """The neuron file: the one that is there, if it was made of the same, else a new one."""
         with only_run(self.file_of(self.world.rank, "lock"), f"{self.path}: another run makes it, this one waits"):
-            neurons = self.finished()
-            if not neurons:
+            there = self.file_there()
+            if there and there.key == self.key:
+                self.world.say(f"{self.path} is there, made with the same model, questions and options")
+            else:
                 self.go_on()
                 self.world.add_up(self.statistics)
                 if not self.world.rank:
-                    tokens = self.statistics.tokens.tolist()
-                    if not all(tokens):
-                        raise UserError(f"{self.trait}: {tokens[0]} tokens were counted under the high pole, {tokens[1]} under the low one: "
-                                        "neurons are told apart by both")
-                    neurons = Neurons(self.statistics.summary(), {**self.meta, "key": self.key, "tokens": tokens}, str(self.path))
-                    self.set_aside()
-                    neurons.save(self.path)
-            elif not self.world.rank:
-                say(f"{self.path} is there, made with the same model, questions and options")
+                    self.write()
             self.world.wait()
             if not self.world.rank:
                 self.collect_answers()
             self.world.wait()
-        return neurons or Neurons.load(self.path)
+        return Neurons.load(self.path)
 
-    def finished(self) -> Neurons | None:
-        """The neuron file, if it is there with just these options."""
-        try:
-            neurons = Neurons.load(self.path)
-        except UserError:
-            return None
-        return neurons if neurons.meta.get("key") == self.key else None
+    def file_there(self) -> Neurons | None:
+        """The neuron file that is there and whole, of whatever options."""
+        with contextlib.suppress(UserError):
+            return Neurons.load(self.path)
 
-    def set_aside(self) -> None:
-        """Keep what a run with other options made here under a name that says which."""
-        if not self.path.exists():
-            return
-        try:
-            other = file_key(Neurons.load(self.path).key)
-        except UserError:  # damaged, but its answers may be whole
-            other = "damaged-" + hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
-        for path in (self.answers, self.path):  # in this order: a run that was killed between them comes by here again
-            if path.exists():
-                os.replace(path, path.with_name(path.name.replace(self.trait, f"{self.trait}.{other}", 1)))
-        say(f"{self.path} was of other options: it is {self.trait}.{other}.safetensors now")
+    def write(self) -> None:
+        """Write the neuron file. What a run with other options made is kept under a name that says which."""
+        tokens = self.statistics.tokens.tolist()
+        if not all(tokens):
+            raise UserError(f"{self.trait}: {tokens[0]} tokens were counted under the high pole, {tokens[1]} under the low one: "
+                            "neurons are told apart by both")
+        if self.path.exists():
+            there = self.file_there()  # where it is damaged, its answers may be whole
+            other = re.sub(r"\W", "", there.key) if there else f"damaged-{hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]}"
+            for path in (self.answers, self.path):  # in this order: a run that was killed between them comes by here again
+                if path.exists():
+                    os.replace(path, path.with_name(path.name.replace(self.trait, f"{self.trait}.{other}", 1)))
+            say(f"{self.path} was of other options: it is {self.trait}.{other}.safetensors now")
+        Neurons(self.statistics.summary(), {**self.meta, "key": self.key, "tokens": tokens}).save(self.path)
 
     def collect_answers(self) -> None:
-        """Put the ranks' answers into one file. After the neuron file: a run that was killed between the two comes by here again."""
-        parts = [part for rank in range(self.world.size) if (part := self.file_of(rank, "answers.part")).exists()]
-        # a run of fewer processes can have left a part, which is not all
-        if sum(block.count(b"\n") for part in parts for block in blocks(part)) == len(self.items):
-            write_atomically(self.answers, itertools.chain.from_iterable(map(blocks, parts)))
+        """Put the ranks' answers into one file, after the neuron file: who was killed between the two comes by here again."""
+        paths = [self.file_of(rank, "answers.part") for rank in range(self.world.size)]
+        parts = [Journal(path) for path in paths if path.exists()]
+        if sum(map(len, parts)) == len(self.items):  # not those that a run of fewer processes has left
+            write_atomically(self.answers, map(to_line, itertools.chain(*parts)))
         elif not self.answers.exists():
             raise UserError(f"{self.answers}: the answers are not all there any more; {self.path} is whole")
         for left in self.path.parent.glob(f".*{self.key}*"):
             if not left.name.endswith("lock"):
                 left.unlink(missing_ok=True)
 
-    # -- the answers, batch by batch
-
     def go_on(self) -> None:
-        """Do what is left."""
+        """Do what is left of the answers, batch by batch."""
         self.statistics, self.part = Statistics.of(self.model, len(POLES)), Journal(self.file_of(self.world.rank, "answers.part"))
-        if self.resume() and not self.world.rank:
-            say(f"going on with {self.trait} after {self.done} of {len(self.share)} answers")
-        last, pause = time.time(), self.PAUSE
+        if self.resume():
+            self.world.say(f"going on with {self.trait} after {self.done} of {len(self.share)} answers")
         title = self.trait if self.world.size == 1 else f"{self.trait}, 1 of {self.world.size}"
-        with resumable(), tqdm(total=len(self.share), initial=self.done, desc=title, unit="answer", smoothing=0.1,
-                               disable=self.world.rank > 0) as bar:
+        due = time.time() + self.PAUSE
+        with resumable(), progress(len(self.share), self.done, title, hidden=self.world.rank > 0) as bar:
             while self.done < len(self.share):
                 try:
                     self.batch()
@@ -302,41 +286,38 @@ class Run:
                     if not out_of_memory(error):
                         raise
                     self.halve(error)
-                if time.time() - last >= pause:
-                    start = time.time()
+                start = time.time()
+                if start >= due:
                     self.save()
-                    last = time.time()
-                    pause = self.PAUSE and max(self.PAUSE, 30 * (last - start))  # at most 3 % of the time goes into saving
-                bar.n = self.done
-                bar.refresh()
+                    due = time.time() + (self.PAUSE and max(self.PAUSE, 30 * (time.time() - start)))  # at most 3 % of the time
+                bar.update(self.done - bar.n)
         if self.world.size > 1:
             self.save()  # before it waits for the others
 
     def batch(self) -> None:
-        place = max(k for k, (first, _) in enumerate(self.schedule) if first <= self.done)
-        size = self.schedule[place][1]
-        ends = [first for first, _ in self.schedule[place + 1:]] + [len(self.share)]
-        where = self.share[self.done:min(self.done + self.step(size), ends[0])]
-        items = self.items.select(where).to_list() if self.args.answers else self.items[where.start:where.stop]
-        if self.reads:
+        size = [size for first, size in self.schedule if first <= self.done][-1]
+        end = min([self.done + size * self.at_once, len(self.share)] + [first for first, _ in self.schedule if first > self.done])
+        where = self.share[self.done:end]
+        items = [self.items[k] for k in where]
+        if self.args.answers or self.engine:
             items = self.engine.answer(items) if self.engine else with_ids(self.tokenizer, items)
             read_batches(self.model, self.tokenizer, items, self.statistics, self.args.where, size)
         else:
             items = generate_batch(self.model, self.tokenizer, items, self.statistics, self.args)
         layer = self.statistics.broken_layer()
         if layer is not None:
-            raise UserError(f"layer {layer} gave NaN or infinite activations in the answers {where.start + 1} to {where.stop}: try --dtype "
-                            "float32")
-        self.part.append(*({"trait": self.trait, **{name: item[name] for name in ("pole", "persona", "question", "answer", "ids")}}
-                           for item in items))
-        self.done += len(items)
+            raise UserError(f"layer {layer} gave NaN or infinite activations in the answers {where.start + 1} to {where.stop}: "
+                            "try --dtype float32")
+        names = ("pole", "persona", "question", "answer", "ids")
+        self.part.append(*({"trait": self.trait, **{name: item[name] for name in names}} for item in items))
+        self.done = end
 
     def halve(self, error) -> None:
         """Go on with batches half as large."""
         size = self.schedule[-1][1] // 2
         if not size:
-            raise UserError(f"out of memory with a batch of one: --max-new-tokens below {self.args.max_new_tokens} or a smaller model "
-                            "may help") from error
+            raise UserError(f"out of memory with a batch of one: --max-new-tokens below {self.args.max_new_tokens} or a smaller "
+                            "model may help") from error
         schedule = [*self.schedule, [self.done, size]]
         self.resume()  # the failed batch is in the statistics by half: back to what was saved
         self.schedule = schedule
@@ -377,7 +358,7 @@ def main(args) -> None:
     if args.build_bench:
         from personality.write_bench import build_bench
 
-        return build_bench(args)
+        return build_bench(args, args.size or SIZE)
     traits = args.traits or TRAITS
     if args.answers:  # what can't be read is said before the model is loaded
         there = {str(line.get("trait")).lower() for _, line in json_lines(Path(args.answers))}
@@ -389,8 +370,9 @@ def main(args) -> None:
     if world.size > 1 and args.device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     model, tokenizer = load_model(args.model, args.device, args.dtype)
-    if endpoint and not world.rank:
-        say(f"{endpoint.model} at {args.engine} answers, {model.source} reads: nothing vouches for their being the same model")
+    if endpoint:
+        world.say(f"{endpoint.model} at {args.engine} answers, {model.source} reads: nothing vouches for their being the same "
+                  "model")
     for trait in traits:
         neurons = Run(model, tokenizer, bench, trait, args, world, endpoint).identify()
         if not world.rank:

@@ -37,14 +37,14 @@ class Stopped(BaseException):
 
 
 def bounded_client(openai, stopped: threading.Event):
-    """An HTTP client for the package openai that gives up a reply that never ends, in bytes or in time, and tries nothing again once
-    `stopped` is set."""
+    """An HTTP client for the package openai that gives up a reply that never ends, in bytes or in time, and tries nothing again
+    once `stopped` is set."""
     client = next(kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__name__ == "Client")
     httpx = importlib.import_module(client.__module__.split(".")[0])  # or httpx2, by the version of openai
 
     class Bounded(httpx.SyncByteStream):
-        def __init__(self, stream):
-            self.stream = stream
+        def __init__(self, response):
+            self.stream, response.stream = response.stream, self
 
         def __iter__(self):
             size, end = 0, time.monotonic() + Endpoint.TIMEOUT
@@ -57,15 +57,11 @@ def bounded_client(openai, stopped: threading.Event):
         def close(self):
             self.stream.close()
 
-    class Transport(httpx.HTTPTransport):
-        def handle_request(self, request):
-            if stopped.is_set() and request.headers.get("x-stainless-retry-count", "0") != "0":
-                raise Stopped
-            response = super().handle_request(request)
-            response.stream = Bounded(response.stream)
-            return response
+    def check(request):
+        if stopped.is_set() and request.headers.get("x-stainless-retry-count", "0") != "0":
+            raise Stopped
 
-    return openai.DefaultHttpxClient(transport=Transport())
+    return openai.DefaultHttpxClient(event_hooks={"request": [check], "response": [Bounded]})
 
 
 class Endpoint:
@@ -79,15 +75,16 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
-        self.url, self.model, self.in_flight, self.openai, self.limit = checked_url(url), model, in_flight, openai, "max_tokens"
-        self.key, self.stopped = os.environ.get("OPENAI_API_KEY") or "", threading.Event()
+        self.url, self.model, self.in_flight, self.openai = checked_url(url), model, in_flight, openai
+        self.limit, self.key, self.stopped = "max_tokens", os.environ.get("OPENAI_API_KEY") or "", threading.Event()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has")
-        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES, http_client=bounded_client(openai, self.stopped),
-                                    timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT))
+        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES,
+                                    timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT),
+                                    http_client=bounded_client(openai, self.stopped))
         try:
-            first = self.client.with_options(max_retries=0, timeout=self.CONNECT).models.list()
-            self.model = model or next(iter(first)).id
+            listed = self.client.with_options(max_retries=0, timeout=self.CONNECT).models.list()
+            self.model = model or next(iter(listed)).id
         except openai.APIConnectionError as error:
             raise UserError(f"{url}: nothing answers there ({self.shown(error)})") from error
         except (openai.OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:
@@ -97,8 +94,8 @@ class Endpoint:
 
     def shown(self, error) -> str:
         """An error's text without the key."""
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        return text.replace(self.key, "***") if self.key else text
+        text = " ".join(str(error).replace(self.key or "***", "***").split())
+        return f"{type(error).__name__}: {text[:160]}"
 
     def refuse(self, error) -> None:
         """Raise for what no later request will change."""
@@ -111,8 +108,8 @@ class Endpoint:
     def chat(self, messages: list[dict], fine=bool, max_tokens: int = 512, **options) -> tuple[str, bool]:
         """(what it answers, whether it came to its end), asked for again where it is not fine(text); raises NoReply."""
         def request(again):
-            warmer = {"temperature": 0.7} if again else {}  # at 0 it would say the same
-            choice = self.client.chat.completions.create(model=self.model, messages=messages, **{**options, **warmer, limit: max_tokens}).choices[0]
+            given = {**options, limit: max_tokens, **({"temperature": 0.7} if again else {})}  # at 0 it would say the same
+            choice = self.client.chat.completions.create(model=self.model, messages=messages, **given).choices[0]
             return (choice.message.content or "").strip(), choice.finish_reason != "length"
 
         limit = self.limit  # another thread may change it meanwhile
@@ -193,8 +190,10 @@ class Endpoint:
 def fill(replies: Journal, requests: list[tuple], run, refused: str | None = None) -> None:
     """Have what is missing of (key, what) answered; run(requests, store) returns (key, NoReply) of its failures. refused: what to
     store for a request that the server will never take; without it, such a request is an error."""
+    def store(key, text):
+        replies.append({"key": key, "text": text})
+
     missing = {key: what for key, what in requests if key not in replies}
-    store = lambda key, text: replies.append({"key": key, "text": text})  # noqa: E731
     failures = run(list(missing.items()), store) if missing else []
     for key, failure in failures:
         if failure.lasting and refused is not None:
@@ -202,4 +201,5 @@ def fill(replies: Journal, requests: list[tuple], run, refused: str | None = Non
     lost = [key for key in missing if key not in replies]
     if lost:
         why = failures[0][1] if failures else "no reply came"
-        raise UserError(f"{len(lost)} of {len(missing)} requests failed ({why}); what came is kept, and the same command goes on from there")
+        raise UserError(f"{len(lost)} of {len(missing)} requests failed ({why}); what came is kept, and the same command goes on "
+                        "from there")

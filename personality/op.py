@@ -24,8 +24,8 @@ SOURCES = ("neurons.cpp", "neurons_cpu.cpp", "neurons_cuda.cu")
 
 
 def source_digest() -> str:
-    files = [CSRC / name for name in ("neurons.h", *SOURCES)]
-    return "v" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]  # a C++ token cannot begin with a digit
+    content = b"".join((CSRC / name).read_bytes() for name in ("neurons.h", *SOURCES))
+    return "v" + hashlib.sha256(content).hexdigest()[:12]  # a C++ token cannot begin with a digit
 
 
 def build_arguments(cuda: bool) -> tuple[list[str], list[str], list[str]]:
@@ -50,8 +50,8 @@ def check_cuda(device) -> None:
     """Raise where the op has no CUDA kernels, and none can be compiled."""
     built = importlib.util.find_spec("_neurons") is not None
     if not (op().cuda if built else has_nvcc()):
-        raise UserError(f"--device {device}: the op was built without CUDA, since nvcc was not found: install the CUDA toolkit and set "
-                        "CUDA_HOME, or pass --device cpu")
+        raise UserError(f"--device {device}: the op was built without CUDA, since nvcc was not found: install the CUDA toolkit and "
+                        "set CUDA_HOME, or pass --device cpu")
 
 
 @functools.cache
@@ -70,8 +70,8 @@ def op():
 
 
 def compiled():
-    cuda = torch.cuda.is_available() and has_nvcc()  # else check_cuda() says what is missing, if a GPU is to be used
-    sources, flags, nvcc_flags = build_arguments(cuda)
+    # without nvcc check_cuda() says what is missing, if a GPU is to be used
+    sources, flags, nvcc_flags = build_arguments(torch.cuda.is_available() and has_nvcc())
     directory = cache_folder(f"build/{digest(source_digest(), torch.__version__, sys.version_info[:2], flags, nvcc_flags)}")
     library, done = directory / "_neurons.so", directory / "done"
     with only_run(directory / "lock.own"):  # two runs at once: the second waits, then finds the build
@@ -80,7 +80,7 @@ def compiled():
                 (directory / left).unlink(missing_ok=True)
             say("compiling the op (once for this version of torch and of csrc/, a minute or two) ...")
             start = time.time()
-            build(sources, flags, nvcc_flags, directory, cuda)
+            build(sources, flags, nvcc_flags, directory)
             done.write_text(str(library.stat().st_size))
             say(f"compiled in {time.time() - start:.0f} s: {library}")
     spec = importlib.util.spec_from_file_location("_neurons", library)
@@ -89,12 +89,12 @@ def compiled():
     return module
 
 
-def build(sources, flags, nvcc_flags, directory, cuda) -> None:
+def build(sources: list[str], flags: list[str], nvcc_flags: list[str], directory: Path) -> None:
     from torch.utils import cpp_extension
 
     try:
         cpp_extension.load("_neurons", sources, extra_cflags=flags, extra_cuda_cflags=nvcc_flags, build_directory=str(directory),
-                           is_python_module=False, with_cuda=cuda)
+                           is_python_module=False, with_cuda=bool(nvcc_flags))
     except (RuntimeError, OSError) as error:
         text = str(error)
         remedy = "; ".join([line.strip() for line in text.splitlines() if "error: " in line][:3]) or text[-500:]

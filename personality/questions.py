@@ -93,14 +93,8 @@ def load_bench(name: str | None) -> Bench:
     described = list(json_lines(root / "description.json"))
     for trait in TRAITS:
         for use in ("search", "test"):
-            path = root / use / f"{trait.capitalize()}.json"
-            lines = [line for _, line in question_lines(path)]
-            fine = [line["question"] for line in lines if not (line.get("options") or line.get("choices")
-                                                               or OPTIONS_OR_SCALE.search(line["question"]))]
-            if not fine:
-                raise UserError(f"{path}: no open question in it")
-            getattr(bench, use)[trait] = fine
-            skipped += len(lines) - len(fine)
+            getattr(bench, use)[trait], closed = open_questions(root / use / f"{trait.capitalize()}.json")
+            skipped += closed
         bench.personas[trait] = {}
         for pole, key in published_names(trait).items():
             texts = [line[key] for _, line in described if isinstance(line.get(key), str) and line[key].strip()]
@@ -112,26 +106,29 @@ def load_bench(name: str | None) -> Bench:
     return bench
 
 
-def question_lines(path: Path):
-    """Yield (line number, line) of a file of questions."""
+def open_questions(path: Path) -> tuple[list[str], int]:
+    """The open questions of a file, and how many others are in it."""
+    questions, skipped = [], []
     for number, line in json_lines(path):
         expect_texts(line, ["question"], f"{path}, line {number}")
+        closed = line.get("options") or line.get("choices") or OPTIONS_OR_SCALE.search(line["question"])
         if line["question"].strip():
-            yield number, line
+            (skipped if closed else questions).append(line["question"])
+    if not questions:
+        raise UserError(f"{path}: no open question in it")
+    return questions, len(skipped)
 
 
 def hub_dataset(name: str) -> Path:
     """The files of a dataset on the hub, or of its copy in the cache."""
     from huggingface_hub import snapshot_download
 
+    files = ["search/*.json", "test/*.json", "description.json"]
     try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["search/*.json", "test/*.json", "description.json"]))
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=files))
     except Exception as error:  # no such id, no network: each in its own way
-        text = str(error).strip().split("\n")[0]
-        raise UserError(f"--bench {name}: neither a directory nor a dataset of the hub in reach: {type(error).__name__}: {text}") from error
-
-
-# ------------------------------------------------------------------------------------------------- questions to be asked
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(f"--bench {name}: neither a directory nor a dataset of the hub in reach: {why}") from error
 
 
 def search_items(bench: Bench, trait: str, limit: int, seed: int) -> list[dict]:
@@ -140,7 +137,7 @@ def search_items(bench: Bench, trait: str, limit: int, seed: int) -> list[dict]:
     personas, items = [bench.personas_for("search", trait, pole) for pole in POLES], []
     for question in bench.search[trait][:limit]:
         pick = random.Random(f"{seed}/{trait}/{question}")
-        items += [{"pole": pole, "persona": pick.choice(some), "question": question} for pole, some in zip(POLES, personas)]
+        items += [{"pole": pole, "persona": pick.choice(of_pole), "question": question} for pole, of_pole in zip(POLES, personas)]
     return items
 
 
@@ -151,27 +148,24 @@ def read_answers(path: str, trait: str):
     import datasets
 
     traits, content = set(), hashlib.sha256()
+    for number, line in json_lines(Path(path)):
+        check_answer(line, f"{path}, line {number}")
+        traits.add(line["trait"])
+        if line["trait"].lower() == trait:
+            content.update(to_line(line))
+    if trait not in map(str.lower, traits):
+        raise UserError(f"{path}: no answers for {trait}; it has {sorted(traits)}")
+    texts = ("pole", "persona", "question", "answer")
 
-    def lines():
-        for number, line in json_lines(Path(path)):
-            check_answer(line, f"{path}, line {number}")
-            traits.add(line["trait"])
+    def rows():
+        for _, line in json_lines(Path(path)):
             if line["trait"].lower() == trait:
-                content.update(to_line(line))
                 yield {**{name: line[name] for name in texts}, "ids": line.get("ids") or []}
 
-    texts = ("pole", "persona", "question", "answer")
     columns = {**dict.fromkeys(texts, datasets.Value("string")), "ids": datasets.List(datasets.Value("int64"))}
     datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory() as folder:  # the table stays mapped when it is gone
-            table = datasets.Dataset.from_generator(lines, datasets.Features(columns), folder, fingerprint="answers")
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        if content.digest() == hashlib.sha256().digest():  # datasets refuses what is empty
-            raise UserError(f"{path}: no answers for {trait}; it has {sorted(traits)}") from None
-        raise
+    with tempfile.TemporaryDirectory() as folder:  # the table stays mapped when it is gone
+        table = datasets.Dataset.from_generator(rows, datasets.Features(columns), folder, fingerprint="answers")
     return table, content.hexdigest()[:16]
 
 
@@ -190,9 +184,11 @@ def read_given(path: str) -> list[dict]:
     for number, line in json_lines(Path(path)):
         where = f"{path}, line {number}"
         expect_texts(line, ["trait", "question", "answer"], where)
-        if line["trait"].lower() not in TRAITS or line.get("pole") not in (*POLES, None):
-            raise UserError(f"{where}: expected one of the five traits, and pole high, low or none, got {line['trait']!r}, {line.get('pole')!r}")
-        given.append({"trait": line["trait"].lower(), "question": line["question"], "pole": line.get("pole"), "answer": line["answer"]})
+        trait, pole = line["trait"].lower(), line.get("pole")
+        if trait not in TRAITS or pole not in (*POLES, None):
+            raise UserError(f"{where}: expected one of the five traits, and pole high, low or none, got {line['trait']!r}, "
+                            f"{pole!r}")
+        given.append({"trait": trait, "question": line["question"], "pole": pole, "answer": line["answer"]})
     if not given:
         raise UserError(f"{path}: no answers in it")
     return given

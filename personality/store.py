@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from array import array
 from pathlib import Path
 
@@ -47,16 +46,9 @@ def cache_folder(name: str) -> Path:
     return CACHE / name
 
 
-def blocks(path: Path):
-    """Yield a file's bytes, a MiB at a time."""
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            yield block
-
-
 @contextlib.contextmanager
 def only_run(path: Path, busy: str | None = None, wait: bool = True):
-    """Hold the lock file `path` meanwhile. Where another run holds it, this one waits, saying `busy` if there is such a text, or
+    """Hold the lock file `path` meanwhile. Where another run holds it, this one says `busy`, if that is given, and waits, or
     (wait=False) raises it. A lock of a run that died is free."""
     lock = FileLock(path)
     try:
@@ -104,11 +96,10 @@ def read_toml(path, what: str = "") -> dict:
     except ImportError:  # Python 3.10
         import tomli as tomllib
 
+    text = read_text(path, what)
     try:
-        return tomllib.loads(read_text(path, what))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{what}{path}: not TOML: {error}") from error
 
 
@@ -133,25 +124,32 @@ def expect_texts(line: dict, keys, where: str) -> None:
         raise UserError(f"{where}: expected the texts {', '.join(keys)}; wrong or missing: {', '.join(wrong)}")
 
 
+def lines_of(name: str) -> list[str]:
+    """The lines of a file of texts/."""
+    return read_text(TEXTS / name).strip().split("\n")
+
+
+def rendered(template: str, **values) -> str:
+    """A template of texts/ with its values; those of an HTML page are escaped, since answers are untrusted text."""
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEXTS), autoescape=jinja2.select_autoescape(),
+                                     keep_trailing_newline=True, trim_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
+def markdown(titles, rows) -> str:
+    """A table."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(titles), ["---"] * len(titles), *cells])
+
+
 # ------------------------------------------------------------------------------------------------------------- journal
 
 
 def to_line(value: dict) -> bytes:
     """JSON of one line. Half a surrogate pair, which a model can write and no file can hold, becomes a question mark."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
-
-def whole_lines(file) -> int:
-    """Where the last whole line of a file ends."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - (1 << 16))
-        file.seek(start)
-        last = file.read(end - start).rfind(b"\n")
-        if last >= 0:
-            return start + last + 1
-        end = start
-    return 0
 
 
 class Journal:
@@ -163,20 +161,19 @@ class Journal:
 
     def __init__(self, path: Path, header: dict | None = None, is_line=lambda line: True):
         self.path, self.ends, self.number_of, self.is_line = Path(path), array("q", [0]), {}, is_line
-        self.first = 0 if header is None else 1
-        if header is not None:
-            header = {"personality-neurons": self.path.stem, **header}
+        self.first = 0 if header is None else 1  # the number of the first line behind the header
+        header = {"personality-neurons": self.path.stem, **(header or {})}
         if self.path.exists():
             self.read(header)
-        if header is not None and len(self.ends) == 1:
+        if self.first and len(self.ends) == 1:
             self.append(header)
 
-    def read(self, header) -> None:
+    def read(self, header: dict) -> None:
         foreign = f"{self.path}: not a file of this program: move it away, or choose another --out"
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
                 if not line.endswith(b"\n"):
-                    if header is not None and not number and not to_line(header).startswith(line):
+                    if number < self.first and not to_line(header).startswith(line):
                         raise UserError(foreign)
                     break
                 try:
@@ -184,11 +181,12 @@ class Journal:
                     key = value.get("key")
                 except (ValueError, AttributeError, RecursionError):
                     raise UserError(foreign) from None
-                if header is not None and not number and value != header:
+                if number < self.first and value != header:
                     raise UserError(foreign if value.get("personality-neurons") != self.path.stem else
                                     f"{self.path} was made with {value}, now it is {header}: choose another --out")
                 if number >= self.first and not self.is_line(value):
-                    raise UserError(f"{self.path}, line {number + 1}: not what this program writes there: {line[:100].decode(errors='replace')}")
+                    text = line[:100].decode(errors="replace")
+                    raise UserError(f"{self.path}, line {number + 1}: not what this program writes there: {text}")
                 self.add(len(line), key)
         if self.path.stat().st_size > self.ends[-1]:
             os.truncate(self.path, self.ends[-1])
@@ -202,7 +200,9 @@ class Journal:
         """Write lines; they are on the disk when this returns."""
         lines = [to_line(value) for value in values]
         with only_run(self.path.with_name(f".{self.path.name}.lock")), open(self.path, "a+b") as file:
-            self.ends[-1] = whole_lines(file)  # others may have written meanwhile, or have died in the middle of a line
+            # others may have written meanwhile, or have died in the middle of a line
+            start = file.seek(min(self.ends[-1], file.seek(0, os.SEEK_END)))
+            self.ends[-1] = start + file.read().rfind(b"\n") + 1
             file.truncate(self.ends[-1])
             try:
                 file.write(b"".join(lines))
@@ -215,7 +215,7 @@ class Journal:
                 self.add(len(line), value.get("key"))
 
     def cut(self, lines: int) -> None:
-        """Forget all but the first lines (keys stay those of what is left)."""
+        """Forget all but the first lines."""
         del self.ends[lines + self.first + 1:]
         self.number_of = {key: number for key, number in self.number_of.items() if number < lines + self.first}
         if self.path.exists():
@@ -237,27 +237,3 @@ class Journal:
             for number, line in enumerate(file):
                 if number >= self.first:
                     yield json.loads(line)
-
-
-def lines_of(name: str) -> list[str]:
-    """The lines of a file of texts/."""
-    return (TEXTS / name).read_text(encoding="utf-8").strip().split("\n")
-
-
-def rendered(template: str, **values) -> str:
-    """A template of texts/ with its values; those of an HTML page are escaped, since answers are untrusted text."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=template.endswith(".html"), keep_trailing_newline=True, trim_blocks=True)
-    return environment.from_string((TEXTS / template).read_text(encoding="utf-8")).render(**values)
-
-
-def markdown(titles, rows) -> str:
-    """A table."""
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [list(titles), ["---"] * len(titles), *cells])
-
-
-def file_key(text) -> str:
-    """The letters and digits of a text that is to be part of a file's name."""
-    return re.sub(r"\W", "", str(text))

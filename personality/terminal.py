@@ -20,9 +20,9 @@ def say(*words) -> None:
 
 
 def script(arguments, module: str) -> None:
-    """Run a script: arguments() parses its flags, and the main() of `module`, which is the script itself as something to import,
-    works with them; so wrong flags are answered before anything heavy is imported. Exit code 0, 2 for an error that the user can
-    mend, 130 for Ctrl-C."""
+    """Run a script: arguments() parses its flags, then `module`, which is the script itself, is imported and its main() works with
+    them: wrong flags are answered before anything heavy is imported. Exit code 0, 2 for an error that the user can mend, 130 for
+    Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -70,10 +70,11 @@ def show_table(title: str, columns, rows, lines: bool = False) -> None:
     Console().print(table)
 
 
-def progress(total: int, done: int, title: str, unit: str = "answer"):
+def progress(total: int, done: int, title: str, unit: str = "answer", hidden: bool = False):
+    """A bar to be used in `with`."""
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc=title, unit=unit, smoothing=0.1)
+    return tqdm(total=total, initial=done, desc=title, unit=unit, smoothing=0.1, disable=hidden)
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
@@ -92,10 +93,11 @@ class Flags(argparse.ArgumentParser):
         args = super().parse_args(*given)
         for action in self._actions:
             values = getattr(args, action.dest, None)
-            for value in values if isinstance(values, list) else [values]:
-                if value == action.const:
-                    continue  # what a flag without its text means
-                if isinstance(value, list) or isinstance(value, str) and (not value.strip() or not value.isprintable() and "\ud800" <= max(value) <= "\udfff"):
+            several = isinstance(values, list) and (values or action.nargs or values is action.default)
+            for value in values if several else [values]:
+                wrong = not value.strip() or re.search(r"[\ud800-\udfff]", value) if isinstance(value, str) else (
+                    isinstance(value, list))  # what --flag=-- is in Python 3.11
+                if wrong and value != action.const:  # const: what a flag without its text means
                     self.error(f"argument {'/'.join(action.option_strings)}: expected a text, got {value!r}")
         return args
 
@@ -173,5 +175,6 @@ def where_argument(flags: Flags, default: str | None = "generated", note: str = 
 
 
 def bench_argument(flags: Flags) -> None:
-    flags.add_argument("--bench", metavar="DIR", help="questions and personas in PersonalityBench's layout: a folder, or a dataset of the "
-                                                      "hub (default: built in)")
+    flags.add_argument("--bench", metavar="DIR",
+                       help="questions and personas in PersonalityBench's layout: a folder, or a dataset of the hub (default: "
+                            "built in)")

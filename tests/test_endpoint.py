@@ -1,5 +1,6 @@
 """A model behind an OpenAI-compatible server: one that stumbles, refuses, or is not there; Ctrl-C; nothing is asked for twice."""
 
+import json
 import os
 import signal
 import threading
@@ -75,11 +76,14 @@ def test_an_error_that_lasts_is_what_is_said_of_several(tmp_path):
         assert len(server.seen) <= 16, "no tries that would bring nothing"
 
 
-def test_an_error_does_not_tell_the_key(tmp_path):
-    with Server(lambda n, body: (401, '{"error": {"message": "Incorrect API key provided: sk-secret-of-the-test."}}')) as server:
+@pytest.mark.parametrize("more", (0, 105))
+def test_an_error_does_not_tell_the_key(tmp_path, more):
+    """Nor the beginning of it, where a long error is cut off."""
+    said = json.dumps({"error": {"message": "." * more + "Incorrect API key provided: sk-secret-of-the-test."}})
+    with Server(lambda n, body: (401, said)) as server:
         with pytest.raises(UserError, match=r"Incorrect API key provided: \*\*\*") as refused:
             asked(Endpoint(server.url), Journal(tmp_path / "replies.jsonl"), 1)
-    assert "sk-secret" not in str(refused.value)
+    assert "sk-" not in str(refused.value)
 
 
 def test_what_is_refused_is_kept_where_that_is_wanted(tmp_path):
@@ -134,6 +138,14 @@ def test_newer_models_name_the_limit_otherwise():
         failures = endpoint.run([(k, str(k)) for k in range(20)], work, said.__setitem__)
         assert len(server.seen) == 8 + 20, "once is enough to learn it"
     assert not failures and set(said.values()) == {"fine"} and len(said) == 20
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch):
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Server(lambda n, body: "fine") as server:
+        monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+        assert Endpoint("http://nowhere.invalid/v1").chat(conversation("w10 ?")) == ("fine", True)
 
 
 def test_a_reply_that_is_not_fine_is_asked_for_again_and_warmer():

@@ -136,7 +136,7 @@ def test_hostile_context(small, made, tmp_path, monkeypatch, capsys, script, mor
     (induce, ("--trait", "openness", "--alpha", "1", "--save", ""), "--save"), (identify, ("--answers", ""), "--answers"),
     (identify, ("--engine", ""), "--engine"), (identify, ("--max-new-tokens", "1", "--trait", "openness"), "nothing to count"),
     (identify, ("--engine", "http://localhost:99999/v1"), "address"), (identify, ("--engine", "http://[::zz]/v1"), "address"),
-    (identify, ("--engine", "localhost:8000"), "address"), (identify, ("--engine", "http://local\thost/"), "address"),
+    (identify, ("--engine=--",), "expected"), (identify, ("--engine", "localhost:8000"), "address"), (identify, ("--engine", "http://local\thost/"), "address"),
     (identify, ("--limit", "٣"), "--limit"), (evaluate, ("--dose", "nan"), "--dose"), (evaluate, ("--judge-model", "/none/such"), "--judge-model"),
 ))
 def test_hostile_command_lines(small, tmp_path, monkeypatch, capsys, script, arguments, pattern):

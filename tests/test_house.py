@@ -9,17 +9,17 @@ import pytest
 from conftest import ROOT, command
 
 # From low to high: a module may import only those that stand before it. The README draws the same.
-ROOMS = ("terminal", "store", "op", "mlp", "rows", "observe", "steer", "gguf", "model", "questions", "neurons", "methods", "endpoint", "judges",
-         "capability", "results", "report", "write_bench", "bake", "chat")
+ROOMS = ("terminal", "store", "op", "mlp", "rows", "observe", "steer", "gguf", "model", "questions", "neurons", "methods",
+         "endpoint", "judges", "capability", "results", "report", "write_bench", "bake", "chat")
 SCRIPTS = {"identify": 400, "induce": 350, "evaluate": 450}
 FILES = [ROOT / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "personality").glob("*.py"))
 HEAVY = {"torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "datasets", "safetensors", "rich", "tqdm"}
 
 
-def imports_of(path: Path) -> set[str]:
-    """The modules that a file imports, wherever in it; of the package as "personality.NAME"."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(path: Path, top_only: bool = False) -> set[str]:
+    """The modules that a file imports, wherever in it or (top_only) when it is imported; of the package as "personality.NAME"."""
+    tree, found = ast.parse(path.read_text()), set()
+    for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -35,10 +35,11 @@ def test_every_room_has_its_place():
     assert places == sorted(places), "the README draws another order"
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", ("__init__", *ROOMS))
 def test_a_room_imports_only_lower_ones(room):
-    known = imports_of(ROOT / "personality" / f"{room}.py")
-    above = [other for other in ROOMS[ROOMS.index(room):] if f"personality.{other}" in known]
+    """So there is no cycle; what `import personality` itself runs stands below all rooms."""
+    known, order = imports_of(ROOT / "personality" / f"{room}.py"), ("__init__", *ROOMS)
+    above = [other for other in order[order.index(room):] if f"personality.{other}" in known]
     assert not above, f"{room} imports {above}"
     assert not known & set(SCRIPTS), "a module imports a script"
 
@@ -72,8 +73,7 @@ def test_help_imports_nothing_heavy(script, monkeypatch, capsys):
         node.module for node in early if isinstance(node, ast.ImportFrom)}
     assert names <= {"argparse", "os", "personality", "personality.terminal"}
     for room in ("__init__", "terminal"):
-        top = {node.names[0].name.split(".")[0] for node in ast.parse((ROOT / "personality" / f"{room}.py").read_text()).body
-               if isinstance(node, ast.Import)}
+        top = {name.split(".")[0] for name in imports_of(ROOT / "personality" / f"{room}.py", top_only=True)} - {"personality"}
         assert not top & HEAVY and top <= sys.stdlib_module_names
 
 

@@ -26,32 +26,32 @@ from personality.terminal import UserError
 
 def test_answers_are_of_every_question_under_both_poles(small, made):
     written = lines_of(made / "extraversion.answers.jsonl")
-    asked = [(one["question"], one["pole"]) for one in written]
+    asked = [(line["question"], line["pole"]) for line in written]
     assert asked == [(question, pole) for question in small.bench.search["extraversion"] for pole in POLES]
-    for one in written:
-        assert set(one) == {"trait", "pole", "persona", "question", "answer", "ids"} and one["trait"] == "extraversion"
-        assert one["persona"] in small.bench.personas_for("search", "extraversion", one["pole"])
-        assert small.tokenizer.decode(one["ids"], skip_special_tokens=True) == one["answer"]
-        expected = answers(small.model, small.tokenizer, [conversation(one["question"], one["persona"])], 6,
-                                   repetition_penalty=1.1)
-        assert expected == [(one["answer"], one["ids"])]
-    assert len({one["persona"] for one in written}) > 4
+    for line in written:
+        assert set(line) == {"trait", "pole", "persona", "question", "answer", "ids"} and line["trait"] == "extraversion"
+        assert line["persona"] in small.bench.personas_for("search", "extraversion", line["pole"])
+        assert small.tokenizer.decode(line["ids"], skip_special_tokens=True) == line["answer"]
+        expected = answers(small.model, small.tokenizer, [conversation(line["question"], line["persona"])], 6,
+                           repetition_penalty=1.1)
+        assert expected == [(line["answer"], line["ids"])]
+    assert len({line["persona"] for line in written}) > 4
 
 
 def test_prob_is_the_share_of_generated_tokens(small, made):
     """Recomputed with a hook on an unpatched model, by forward passes over the answers."""
     neurons = Neurons.load(made / "extraversion.safetensors", small.model)
     fired, tokens = torch.zeros(2, 2, 48), torch.zeros(2)
-    for one in lines_of(made / "extraversion.answers.jsonl"):
-        prompt = prompt_of(small, one["question"], one["persona"])
-        seen, pole = [], POLES.index(one["pole"])
+    for line in lines_of(made / "extraversion.answers.jsonl"):
+        prompt = prompt_of(small, line["question"], line["persona"])
+        seen, pole = [], POLES.index(line["pole"])
         hook = lambda module, args, output: seen.append(output[0, len(prompt):] > 0)  # noqa: E731, B023
         handles = [layer.mlp.gate_proj.register_forward_hook(hook) for layer in small.model.model.layers]
-        small.model(input_ids=torch.tensor([prompt + one["ids"][:-1]]))
+        small.model(input_ids=torch.tensor([prompt + line["ids"][:-1]]))
         for handle in handles:
             handle.remove()
         fired[pole] += torch.stack(seen).sum(1)
-        tokens[pole] += len(one["ids"]) - 1
+        tokens[pole] += len(line["ids"]) - 1
     assert (neurons.prob - fired / tokens[:, None, None]).abs().max() < 1.5 / tokens.min()  # one may lie on the edge
     assert (neurons.prob - fired / tokens[:, None, None]).abs().mean() < 1e-3
 
@@ -61,15 +61,15 @@ def test_reading_answers_gives_the_same_as_generating_them(small, tmp_path, wher
     run(small, tmp_path / "a", where=where).identify()
     written = str(tmp_path / "a" / "extraversion.answers.jsonl")
     run(small, tmp_path / "b", where=where, answers=written, batch_size=5).identify()
-    one, two = (Neurons.load(tmp_path / name / "extraversion.safetensors") for name in "ab")
-    assert one.meta["tokens"] == two.meta["tokens"]
-    least = min(one.meta["tokens"])
-    assert (one.prob - two.prob).abs().max() < 1.5 / least and (one.prob != two.prob).float().mean() < 0.02
+    first, second = (Neurons.load(tmp_path / name / "extraversion.safetensors") for name in "ab")
+    assert first.meta["tokens"] == second.meta["tokens"]
+    least = min(first.meta["tokens"])
+    assert (first.prob - second.prob).abs().max() < 1.5 / least and (first.prob != second.prob).float().mean() < 0.02
     for name in ("p50", "p95", "p99"):
-        a, b = one.tensors[name].float(), two.tensors[name].float()
+        a, b = first.tensors[name].float(), second.tensors[name].float()
         assert ((a - b).abs() <= 0.05 * a).float().mean() > 0.98
     for name in ("mean", "variance"):
-        assert torch.allclose(one.tensors[name], two.tensors[name], atol=1e-4, rtol=1e-3)
+        assert torch.allclose(first.tensors[name], second.tensors[name], atol=1e-4, rtol=1e-3)
     ours, theirs = (lines_of(tmp_path / name / "extraversion.answers.jsonl") for name in "ab")
     assert ours == theirs
 
@@ -77,8 +77,8 @@ def test_reading_answers_gives_the_same_as_generating_them(small, tmp_path, wher
 def test_where_all_counts_the_prompt_too(small, made, tmp_path):
     run(small, tmp_path, where="all").identify()
     both = [Neurons.load(folder / "extraversion.safetensors").meta["tokens"] for folder in (made, tmp_path)]
-    prompts = [sum(len(prompt_of(small, one["question"], one["persona"]))
-                   for one in lines_of(made / "extraversion.answers.jsonl") if one["pole"] == pole) for pole in POLES]
+    prompts = [sum(len(prompt_of(small, line["question"], line["persona"]))
+                   for line in lines_of(made / "extraversion.answers.jsonl") if line["pole"] == pole) for pole in POLES]
     assert both[1] == [a + b for a, b in zip(both[0], prompts)]
 
 
@@ -290,7 +290,8 @@ def test_interrupted_run_with_other_options_spares_what_is_finished(small, made,
 
 
 def short_of_memory(small, job, item, size, error=torch.OutOfMemoryError("CUDA out of memory"), interrupt_after=math.inf):
-    """Do the job on a machine that has no room for `size` rows from the given item on; returns (items done, rows) of each batch."""
+    """Do the job on a machine that has no room for `size` rows from the given item on; returns (items done, rows)
+    of each batch."""
     sizes = []
 
     def begin(number, rows):
@@ -320,7 +321,8 @@ def test_out_of_memory_halves_the_batch(small, made, tmp_path, eager_saving, err
 def test_out_of_memory_then_killed_ends_the_same(small, tmp_path, monkeypatch):
     """The batch schedule is part of the state: when state was saved, and whether the run was killed, does not show."""
     results = {}
-    for name, pause, stop in (("straight", 0, math.inf), ("killed after", 0, 14), ("killed before", 0, 4), ("seldom saved", 1e9, math.inf)):
+    for name, pause, stop in (("straight", 0, math.inf), ("killed after", 0, 14), ("killed before", 0, 4),
+                              ("seldom saved", 1e9, math.inf)):
         monkeypatch.setattr(identify.Run, "PAUSE", pause)
         if stop < math.inf:
             with pytest.raises(KeyboardInterrupt):

@@ -28,19 +28,19 @@ def test_induce_file_of_questions(small, made, monkeypatch, tmp_path):
     for alpha in ("8", "-8", "0"):
         main_of(induce, monkeypatch, *flags, "--alpha", alpha, "--out", tmp_path / f"{alpha}.jsonl")
     high, low, none = (lines_of(tmp_path / f"{alpha}.jsonl") for alpha in ("8", "-8", "0"))
-    assert [one["question"] for one in high] == ["w10 w11 ?", "w12 ?", "w13 w14 w15 ?"]
+    assert [line["question"] for line in high] == ["w10 w11 ?", "w12 ?", "w13 w14 w15 ?"]
     assert high[0]["personality"] == {"extraversion": 8.0} and low[0]["personality"] == {"extraversion": -8.0}
-    plain = [ids for _, ids in plain_answers(small, [one["question"] for one in high], 8)]
-    assert [one["ids"] for one in none] == plain
-    assert [one["ids"] for one in high] != plain and [one["ids"] for one in low] != [one["ids"] for one in high]
-    assert all(one["ids"][0] == ids[0] for one, ids in zip(high, plain)), "the prompt's pass is not edited"
+    plain = [ids for _, ids in plain_answers(small, [line["question"] for line in high], 8)]
+    assert [line["ids"] for line in none] == plain
+    assert [line["ids"] for line in high] != plain and [line["ids"] for line in low] != [line["ids"] for line in high]
+    assert all(line["ids"][0] == ids[0] for line, ids in zip(high, plain)), "the prompt's pass is not edited"
 
 
 @pytest.mark.parametrize("sampled", ((), ("--temperature", "1")))
 def test_a_file_of_questions_goes_on_where_it_was(small, made, monkeypatch, tmp_path, sampled, capsys):
     (tmp_path / "q.txt").write_text("".join(f"w1{k} w2{k} ?\n" for k in range(7)))
-    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt",
-             "--max-new-tokens", "8", "--batch-size", "2", *sampled)
+    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2",
+             "--questions", tmp_path / "q.txt", "--max-new-tokens", "8", "--batch-size", "2", *sampled)
     main_of(induce, monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
     asked, out, forward = [], tmp_path / "new" / "out.jsonl", LlamaModel.forward
 
@@ -66,8 +66,8 @@ def test_questions_through_a_pipe(small, made, monkeypatch, tmp_path, capsys):
     read, write = os.pipe()
     os.write(write, '{"question": "w10\u2028w11 ?"}\nw12 ?\n'.encode())
     os.close(write)
-    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "1", "--questions", f"/dev/fd/{read}",
-            "--max-new-tokens", "2")
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "1",
+            "--questions", f"/dev/fd/{read}", "--max-new-tokens", "2")
     os.close(read)
     assert [json.loads(line)["question"] for line in capsys.readouterr().out.split("\n") if line] == ["w10\u2028w11 ?", "w12 ?"]
 
@@ -89,3 +89,20 @@ def test_missing_neuron_file_is_made_first(small, monkeypatch, tmp_path, capsys,
     assert "identified first" in capsys.readouterr().err
     assert Neurons.load(tmp_path / "new" / "openness.safetensors").meta["where"] == "generated"
     assert Neurons.load(tmp_path / "new" / "openness.safetensors", tiny()).meta["trait"] == "openness"
+
+
+@pytest.mark.parametrize("flags, expected", (
+    (("--rank", "4"), "--rank goes with --save DIR"), (("--verify",), "--verify goes with --save DIR"),
+    (("--verify-server", "http://127.0.0.1:9"), "--verify-server goes with --save DIR"),
+    (("--out", "a.jsonl"), "--out FILE goes with --questions FILE"),
+    (("--save", "a", "--out", "b"), "--out FILE goes with --questions FILE"),
+    (("--save", "a", "-q", "w10 ?"), "not allowed with argument"), (("--save", "a", "--list"), "not allowed with argument"),
+    (("--save", "a", "--where", "generated"), "can't tell prompt from answer"),
+    (("--save", "a", "--keep", "0.9"), "can't draw neurons"),
+    (("--save", "a", "--suppress", "cap"), "can't cap an activation")))
+def test_flags_that_do_not_go_together(monkeypatch, tmp_path, flags, expected):
+    """Said before anything is loaded or written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=expected):
+        main_of(induce, monkeypatch, "--trait", "openness", "--alpha", "1", *flags)
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,8 @@ from conftest import TEMPLATE, lines_of, run, save_model
 from identify import identify
 from personality.methods import npti
 from personality.mlp import find_mlps
-from personality.model import DEFAULT_MODEL, answer, answers, as_published, conversation, default_dtype, default_model, load_model, render
+from personality.model import (DEFAULT_MODEL, answer, answers, as_published, conversation, default_dtype, default_model,
+                               load_model, render)
 from personality.steer import steer
 
 
@@ -89,7 +90,7 @@ def test_a_base_model_ends_where_it_asks_itself(small, base, monkeypatch, tmp_pa
     first = run(small, tmp_path / "a", model=base)
     a, b = first.identify(), run(small, tmp_path / "b", model=base, answers=str(first.answers)).identify()
     assert a.meta["tokens"] == b.meta["tokens"] and torch.equal(a.prob, b.prob)
-    assert any(word in tokenizer.decode(one["ids"]) and word not in one["answer"] for one in lines_of(first.answers))
+    assert any(word in tokenizer.decode(line["ids"]) and word not in line["answer"] for line in lines_of(first.answers))
 
 
 def test_a_base_model_is_saved_as_it_was(base, tmp_path):

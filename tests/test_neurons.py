@@ -30,7 +30,7 @@ def test_neuron_file_holds_all_of_both_poles(small, made):
     assert meta["seed"] == 0 and meta["max_new_tokens"] == 6 and meta["questions"] == 12
     assert meta["bench"] == str(small.bench_dir)
     assert meta["template"] and meta["bench_fingerprint"] and meta["dtype"] == "float32" and "revision" in meta
-    assert meta["tokens"] == [sum(len(one["ids"]) - 1 for one in answers if one["pole"] == pole) for pole in POLES]
+    assert meta["tokens"] == [sum(len(line["ids"]) - 1 for line in answers if line["pole"] == pole) for pole in POLES]
     assert not [path for path in made.iterdir() if path.name.startswith(".")], "state is left behind"
 
 

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from personality import store
-from personality.store import Journal, cache_folder, digest, json_lines, markdown, only_run, parse_json, read_text, read_toml, write_atomically
+from personality.store import (Journal, cache_folder, digest, json_lines, markdown, only_run, parse_json, read_text, read_toml,
+                               write_atomically)
 from personality.terminal import UserError
 
 # ------------------------------------------------------------------------------------------------------------- journal
@@ -62,8 +63,8 @@ def test_a_header_that_was_cut_off_is_written_anew(tmp_path):
         assert len(Journal(path, {"seed": 1})) == 0 and path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("text", ("my own notes\n", '{"question": "precious, and no end of line"}', '{"text": "of another tool"}\n', "[1]\n",
-                                  '{"personality-neurons": "other", "seed": 1}\n'))
+@pytest.mark.parametrize("text", ("my own notes\n", '{"question": "precious, and no end of line"}',
+                                  '{"text": "of another tool"}\n', "[1]\n", '{"personality-neurons": "other", "seed": 1}\n'))
 def test_a_foreign_file_is_left_as_it_is(tmp_path, text):
     (tmp_path / "answers.jsonl").write_text(text)
     with pytest.raises(UserError, match="answers.jsonl: not a file of this program"):
@@ -120,11 +121,17 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 
 def test_threads_append(tmp_path):
     journal = Journal(tmp_path / "j.jsonl")
-    threads = [threading.Thread(target=lambda k=k: [journal.append({"key": f"{k}.{n}", "n": n}) for n in range(20)]) for k in range(6)]
+
+    def write(k):
+        for n in range(20):
+            journal.append({"key": f"{k}.{n}", "n": n})
+
+    threads = [threading.Thread(target=write, args=(k,)) for k in range(6)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     for journal in (journal, Journal(tmp_path / "j.jsonl")):
-        assert len(journal) == 120 and all(journal[f"{k}.{n}"] == {"key": f"{k}.{n}", "n": n} for k in range(6) for n in range(20))
+        assert len(journal) == 120
+        assert all(journal[f"{k}.{n}"] == {"key": f"{k}.{n}", "n": n} for k in range(6) for n in range(20))
 
 
 def write_lines(path, name):
@@ -221,8 +228,9 @@ def test_lines_of_json(tmp_path):
     assert list(json_lines(path)) == [(1, {"a": 1}), (4, {"a": "é😀"})]
 
 
-@pytest.mark.parametrize("line, reason", ((b"{broken", "not JSON"), (b"[1]", "expected a JSON object, got list"), (b"\xff\xfe", "not JSON"),
-                                          (b"[" * 100_000, "not JSON"), (b'{"a": "\\ud83d"}', "not JSON")))
+@pytest.mark.parametrize("line, reason", ((b"{broken", "not JSON"), (b"[1]", "expected a JSON object, got list"),
+                                          (b"\xff\xfe", "not JSON"), (b"[" * 100_000, "not JSON"),
+                                          (b'{"a": "\\ud83d"}', "not JSON")))
 def test_wrong_lines_name_file_and_line(tmp_path, line, reason):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + line + b"\n")
     with pytest.raises(UserError, match=f"a.jsonl, line 2: {reason}"):

@@ -67,7 +67,8 @@ def test_wrong_files_are_one_line(small, made, tmp_path, monkeypatch, capsys):
     """What shows only when the model is loaded: another model's neuron file, a damaged one, answers that are not JSON."""
     (tmp_path / "given.jsonl").write_text("high: I love parties\n")
     base = (*shared_flags(small), "--trait", "extraversion")
-    assert "given.jsonl" in one_line("identify.py", monkeypatch, capsys, *base, "--answers", tmp_path / "given.jsonl", "--out", tmp_path)
+    error = one_line("identify.py", monkeypatch, capsys, *base, "--answers", tmp_path / "given.jsonl", "--out", tmp_path)
+    assert "given.jsonl" in error
     neurons = Neurons.load(made / "extraversion.safetensors")
     foreign = {**neurons.meta, "model": "somebody/else", "fingerprint": "1x1-0"}
     Neurons(neurons.tensors, foreign).save(tmp_path / "extraversion.safetensors")
@@ -85,8 +86,10 @@ def test_damaged_gguf_is_one_line(tmp_path, monkeypatch, capsys):
 def test_exit_codes(monkeypatch, capsys):
     """Of the whole command, in a process of its own: an error of the user's, and none."""
     result = command("induce.py", "--trait", "charisma", "--alpha", "1")
-    assert result.returncode == 2 and result.stderr.startswith("error:") and len(result.stderr.splitlines()) == 1 and not result.stdout
-    for raised, code, words in ((KeyboardInterrupt("x is kept"), 130, "interrupted: x is kept"), (KeyboardInterrupt(), 130, "interrupted"),
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith("error:") and len(result.stderr.splitlines()) == 1
+    for raised, code, words in ((KeyboardInterrupt("x is kept"), 130, "interrupted: x is kept"),
+                                (KeyboardInterrupt(), 130, "interrupted"),
                                 (OSError(28, "No space left on device", "/a/b"), 2, "/a/b: No space left on device"),
                                 (UserError("two\nlines"), 2, "error: two lines"), (None, 0, "")):
         module = types.ModuleType("fake_script")

@@ -43,6 +43,8 @@ def bounded_client(openai, stopped: threading.Event):
     httpx = importlib.import_module(client.__module__.split(".")[0])  # or httpx2, by the version of openai
 
     class Bounded(httpx.SyncByteStream):
+        """Puts itself in the place of a response's stream."""
+
         def __init__(self, response):
             self.stream, response.stream = response.stream, self
 
@@ -94,8 +96,8 @@ class Endpoint:
 
     def shown(self, error) -> str:
         """An error's text without the key."""
-        text = " ".join(str(error).replace(self.key or "***", "***").split())
-        return f"{type(error).__name__}: {text[:160]}"
+        text = str(error).replace(self.key, "***") if self.key else str(error)
+        return f"{type(error).__name__}: {' '.join(text.split())[:160]}"
 
     def refuse(self, error) -> None:
         """Raise for what no later request will change."""

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -95,7 +96,7 @@ def build(sources: list[str], flags: list[str], nvcc_flags: list[str], directory
     try:
         cpp_extension.load("_neurons", sources, extra_cflags=flags, extra_cuda_cflags=nvcc_flags, build_directory=str(directory),
                            is_python_module=False, with_cuda=bool(nvcc_flags))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         text = str(error)
         remedy = "; ".join([line.strip() for line in text.splitlines() if "error: " in line][:3]) or text[-500:]
         if "Python.h" in text:

@@ -118,7 +118,7 @@ def json_lines(path: Path):
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def expect_texts(line: dict, keys, where: str) -> None:
+def expect_texts(line: dict, keys: list[str], where: str) -> None:
     wrong = [key for key in keys if not isinstance(line.get(key), str)]
     if wrong:
         raise UserError(f"{where}: expected the texts {', '.join(keys)}; wrong or missing: {', '.join(wrong)}")

@@ -77,9 +77,6 @@ def progress(total: int, done: int, title: str, unit: str = "answer", hidden: bo
     return tqdm(total=total, initial=done, desc=title, unit=unit, smoothing=0.1, disable=hidden)
 
 
-# -------------------------------------------------------------------------------------------------------------- flags
-
-
 class Flags(argparse.ArgumentParser):
     """argparse, whose errors are one line like all others."""
 
@@ -95,8 +92,8 @@ class Flags(argparse.ArgumentParser):
             values = getattr(args, action.dest, None)
             several = isinstance(values, list) and (values or action.nargs or values is action.default)
             for value in values if several else [values]:
-                wrong = not value.strip() or re.search(r"[\ud800-\udfff]", value) if isinstance(value, str) else (
-                    isinstance(value, list))  # what --flag=-- is in Python 3.11
+                wrong = (isinstance(value, list)  # what --flag=-- is in Python 3.11
+                         or isinstance(value, str) and (not value.strip() or re.search(r"[\ud800-\udfff]", value)))
                 if wrong and value != action.const:  # const: what a flag without its text means
                     self.error(f"argument {'/'.join(action.option_strings)}: expected a text, got {value!r}")
         return args

@@ -10,22 +10,27 @@ import random
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import identify
 import induce
 from conftest import Server, command, exit_of, main_of, save_bench, shared_flags
-from personality import TRAITS
+from personality import TRAITS, Statistics, observe
+from personality.bake import clear_leftovers
 from personality.endpoint import Endpoint, NoReply
 from personality.judges import read_inventory
 from personality.methods import Character
 from personality.model import answers, conversation, load_model
 from personality.neurons import Neurons
+from personality.op import build, build_arguments
 from personality.questions import load_bench, read_answers, read_given
 from personality.results import is_answer
 from personality.store import Journal
@@ -125,6 +130,29 @@ def test_hostile_context(small, made, tmp_path, monkeypatch, capsys, script, mor
     place = ("--out", tmp_path / "out") if script is not induce else ("--neurons", made)
     line = refused(script, monkeypatch, capsys, *shared_flags(small), *more, *place, "--max-new-tokens", "600")
     assert "beyond this model's context of 512" in line
+
+
+def test_hostile_architecture():
+    """One whose MLP looks plain, and wants more than its input when it is called."""
+    model = transformers.MptForCausalLM(transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=97)).eval()
+    with pytest.raises(UserError, match=r"layer 0, ffn \(MptMLP\) can't be called as down"), observe(model, Statistics.of(model)):
+        pass
+    assert not model.__dict__.get("_neurons_patch") and "forward" not in vars(model.transformer.blocks[0].ffn)
+
+
+def test_hostile_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(UserError, match="the op could not be compiled: .*/bin/false"):
+        build(*build_arguments(False), tmp_path)
+
+
+def test_hostile_leftovers(tmp_path):
+    """Of a --save that was killed: a whole model, hidden. That of a process that is still there stays."""
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    for name in (f".baked.{dead}", f".baked.{dead}.old", f".baked.{os.getpid()}", ".baked.notes", f".other.{dead}"):
+        (tmp_path / name).mkdir()
+    clear_leftovers(tmp_path / "baked")
+    assert {path.name for path in tmp_path.iterdir()} == {f".baked.{os.getpid()}", ".baked.notes", f".other.{dead}"}
 
 
 # ------------------------------------------------------------------------------------------------- command lines

@@ -47,10 +47,12 @@ class Chat:
         ids = prompt_ids(self.tokenizer, turns)
         check_length(self.model, [turns], [ids], [self.args.max_new_tokens])
         shared = next((i for i, (a, b) in enumerate(zip(self.cached, ids)) if a != b), min(len(self.cached), len(ids)))
-        try:  # what was said is not computed again
-            self.cache.crop(min(shared, len(ids) - 1))
-        except (ValueError, RuntimeError):  # a sliding window can't be cropped
-            self.forget_cache()
+        shared = min(shared, len(ids) - 1)
+        if shared < len(self.cached):  # what was said is not computed again; a negative number: so many tokens go
+            try:
+                self.cache.crop(shared - len(self.cached))
+            except (ValueError, RuntimeError):  # a sliding window can't be cropped
+                self.forget_cache()
         prompt, streamer = torch.tensor([ids], device=self.model.device), StoppedStreamer(self.tokenizer, True, skip_special_tokens=True)
         options = {"do_sample": False, **ending(self.tokenizer, len(ids)), **sampling(self.args.temperature, self.args.top_p)}
         try:

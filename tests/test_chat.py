@@ -1,7 +1,13 @@
 """induce.py --chat: a conversation with commands."""
 
+from types import SimpleNamespace
+
+import pytest
+
 import induce
-from conftest import main_of, plain_answers, shared_flags
+from conftest import main_of, plain_answers, shared_flags, tiny
+from personality.chat import Chat
+from personality.model import TEST_PENALTY, answers, prompt_ids
 
 
 def test_chat(small, made, monkeypatch, capsys):
@@ -25,3 +31,53 @@ def test_chat(small, made, monkeypatch, capsys):
     assert asked[1][0][:len(asked[0][1]) - 1] == asked[0][1][:-1], "the second turn holds the first"
     assert asked[2][0] == asked[0][0] == asked[3][0], "/reset forgets"
     assert asked[3][1][len(asked[3][0]):] == plain_answers(small, ["w10 w11 ?"], 5)[0][1], "alpha 0 is the model itself"
+
+
+def asked_afresh(model, tokenizer, turns):
+    """What the model says to a conversation of which it has read nothing yet."""
+    return answers(model, tokenizer, [turns], 6, repetition_penalty=TEST_PENALTY)[0][0]
+
+
+@pytest.mark.parametrize("family, options", (("llama", {}), ("mistral", {"sliding_window": 4}),
+                                             ("gemma2", {"sliding_window": 64})))
+def test_what_is_read_already_does_not_show(small, family, options):
+    """Nor where the cache can't be cut back, as with a sliding window."""
+    model, tokenizer = tiny(family, **options), small.tokenizer
+    chat = Chat(model, tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None))
+    for line in ("w10 w11 w12 ?", "w13 ?", "w14 w15 ?", "w16 ?"):
+        if line == "w16 ?":
+            del chat.turns[2:]  # the prompt does not begin as before: so it is where a template writes earlier answers otherwise
+        before = list(chat.turns)
+        chat.ask(line)
+        assert chat.turns[:-1] == [*before, {"role": "user", "content": line}]
+        assert chat.turns[-1] == {"role": "assistant", "content": asked_afresh(model, tokenizer, chat.turns[:-1])}
+
+
+def test_what_was_said_is_not_computed_again(small):
+    chat, read = Chat(small.model, small.tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None)), []
+    handle = small.model.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]),
+                                                         with_kwargs=True)
+    chat.ask("w10 w11 w12 ?")
+    known = len(chat.cached)
+    chat.ask("w13 ?")
+    handle.remove()
+    prompt = len(prompt_ids(small.tokenizer, chat.turns[:-1]))
+    assert read[0] + 5 == known and max(read[1:]) <= prompt - read[0], "the first question is read again"
+
+
+def test_control_c_stops_one_answer_only(small):
+    chat = Chat(small.model, small.tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None))
+    chat.ask("w10 w11 ?")
+    before, steps = list(chat.turns), []
+
+    def interrupt(*_):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    handle = small.model.model.register_forward_pre_hook(interrupt)
+    chat.ask("w12 ?")
+    handle.remove()
+    assert len(steps) == 3 and chat.turns == before, "what was not answered was not said"
+    chat.ask("w13 ?")
+    assert chat.turns[-1]["content"] == asked_afresh(small.model, small.tokenizer, chat.turns[:-1])

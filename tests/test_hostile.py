@@ -124,10 +124,11 @@ def test_hostile_generation_options_are_overruled(small, tmp_path):
 
 
 @pytest.mark.parametrize("script, more", ((identify, ("--trait", "openness")), (induce, ("--trait", "openness", "--alpha", "1")),
-                                          (evaluate, ("--trait", "openness"))))
+                                          (evaluate, ("--trait", "extraversion"))))
 def test_hostile_context(small, made, tmp_path, monkeypatch, capsys, script, more):
     """The tiny model has 512 positions."""
-    place = ("--out", tmp_path / "out") if script is not induce else ("--neurons", made)
+    place = ("--out", tmp_path / "out") if script is identify else ("--neurons", made)
+    place += ("--out", tmp_path / "out") if script is evaluate else ()
     line = refused(script, monkeypatch, capsys, *shared_flags(small), *more, *place, "--max-new-tokens", "600")
     assert "beyond this model's context of 512" in line
 

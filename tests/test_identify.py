@@ -332,6 +332,13 @@ def test_out_of_memory_then_killed_ends_the_same(small, tmp_path, monkeypatch):
     assert all(result == results["straight"] for result in results.values())
 
 
+def test_a_batch_size_that_fits_is_remembered(small, tmp_path, eager_saving):
+    """Also where a run goes on with more memory: what is in a batch shows in the last bits."""
+    with pytest.raises(KeyboardInterrupt):
+        short_of_memory(small, run(small, tmp_path), 8, 3, interrupt_after=14)
+    assert short_of_memory(small, run(small, tmp_path), 99, 99) == [(done, 2) for done in range(14, 24, 2)]
+
+
 def test_a_batch_of_one_that_is_too_large_says_so(small, tmp_path):
     with pytest.raises(UserError, match="out of memory with a batch of one: --max-new-tokens below 6"):
         short_of_memory(small, run(small, tmp_path), 0, 1)

@@ -62,6 +62,14 @@ def test_a_file_of_questions_goes_on_where_it_was(small, made, monkeypatch, tmp_
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and list(out.parent.iterdir()) == [out]
 
 
+def test_each_batch_is_sampled_anew(small, made, monkeypatch, tmp_path):
+    (tmp_path / "q.txt").write_text("w10 w11 ?\n" * 4)
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "1",
+            "--temperature", "1", "--questions", tmp_path / "q.txt", "--out", tmp_path / "out.jsonl", "--max-new-tokens", "8", "--batch-size", "2")
+    answers = [line["ids"] for line in lines_of(tmp_path / "out.jsonl")]
+    assert answers[:2] != answers[2:]
+
+
 def test_questions_through_a_pipe(small, made, monkeypatch, tmp_path, capsys):
     read, write = os.pipe()
     os.write(write, '{"question": "w10\u2028w11 ?"}\nw12 ?\n'.encode())

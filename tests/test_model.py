@@ -7,12 +7,12 @@ import torch
 
 import induce
 import personality.op as op_module
-from conftest import TEMPLATE, lines_of, run, save_model
+from conftest import TEMPLATE, lines_of, run, save_model, tiny
 from identify import identify
 from personality.methods import npti
 from personality.mlp import find_mlps
 from personality.model import (DEFAULT_MODEL, answer, answers, as_published, conversation, default_dtype, default_model,
-                               load_model, render)
+                               fingerprint, load_model, render)
 from personality.steer import steer
 
 
@@ -42,6 +42,18 @@ def test_answer_equals_one_by_one(small):
         assert answers(small.model, small.tokenizer, [turns], 8) == [(text, ids)]
         assert len(ids) == 8 or ids[-1] == small.tokenizer.eos_token_id
         assert text == small.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_fingerprint_sees_biases_and_no_embeddings():
+    """Baking adds biases; embeddings are held once in one file of a model, and twice in another."""
+    plain, biased = tiny(), tiny(mlp_bias=True)
+    biased.load_state_dict(plain.state_dict(), strict=False)
+    assert fingerprint(biased) != fingerprint(plain)
+    mine = fingerprint(plain)
+    with torch.no_grad():
+        plain.get_input_embeddings().weight.neg_()
+        plain.get_output_embeddings().weight.neg_()
+    assert fingerprint(plain) == mine
 
 
 def test_the_default_model(tmp_path):

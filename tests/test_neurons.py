@@ -34,6 +34,16 @@ def test_neuron_file_holds_all_of_both_poles(small, made):
     assert not [path for path in made.iterdir() if path.name.startswith(".")], "state is left behind"
 
 
+@pytest.mark.parametrize("pole", POLES)
+def test_only_neurons_that_fire_more_often_are_selected(made, pole):
+    """However many are asked for: of a pole's neurons, never one that fires more often under the other."""
+    neurons, k = Neurons.load(made / "extraversion.safetensors"), POLES.index(pole)
+    layer, index, delta, p95 = neurons.select(pole, min_neurons=10 ** 6)
+    more = neurons.prob[k] > neurons.prob[1 - k]
+    assert 0 < len(layer) == int(more.sum()) < more.numel() and more[layer, index].all()
+    assert torch.equal(p95, neurons.p95[k][layer, index]) and torch.equal(delta, delta.sort(descending=True).values)
+
+
 def test_table_that_is_shown(made, capsys):
     show_neurons(Neurons.load(made / "extraversion.safetensors"))
     text = capsys.readouterr().out

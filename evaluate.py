@@ -12,8 +12,8 @@ that matches another method's, is chosen on questions of their own ("validation"
 """
 
 from personality import POLES, TRAITS
-from personality.terminal import (Flags, UserError, bench_argument, check_trait, model_arguments, number, positive, progress, refuse, resumable,
-                                  say, script, where_argument)
+from personality.terminal import (Flags, UserError, bench_argument, check_trait, model_arguments, number, positive, progress,
+                                  refuse, resumable, say, script, where_argument)
 
 METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
 JUDGES = ("contrast", "llm", "questionnaire")
@@ -23,45 +23,46 @@ STRENGTH = number(0, 100)  # above 0: both poles are measured
 
 def parser() -> Flags:
     flags = Flags(__doc__)
-    flags.add_argument("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
-    flags.add_argument("--alpha", action="append", type=STRENGTH, metavar="A",
-                       help="strength of the edits, again for several (default: 1.5)")
-    flags.add_argument("--method", nargs="+", choices=METHODS, help="default: " + " ".join(METHODS[:4]))
-    flags.add_argument("--judge", nargs="+", choices=JUDGES, help="default: contrast")
-    flags.add_argument("--judge-model", metavar="M",
-                       help="what judges, contrast and llm, as --model takes it (default: --model): the base model of a baked one, "
-                            "say; with --judge-url the name of the judge llm there")
-    flags.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server for the judge llm; key: $OPENAI_API_KEY")
-    flags.add_argument("--inventory", metavar="FILE",
-                       help="of the judge questionnaire: a table with the columns item, key, facet (default: 60 built-in items)")
-    flags.add_argument("--spill-over", type=positive, nargs="?", const=4, metavar="N",
-                       help="judge the answers to the first N questions (default: %(const)s) along all five traits")
-    flags.add_argument("--dose", nargs="*", type=STRENGTH, metavar="A",
-                       help="dose response on the validation questions, and the methods at matched strength "
-                            f"(default: {' '.join(f'{dose:g}' for dose in DOSES)})")
-    flags.add_argument("--capability", nargs="?", const="", metavar="TASKS",
-                       help="what the edits cost in general: offline, or with lm-evaluation-harness's tasks (gsm8k,mmlu)")
-    flags.add_argument("--full", action="store_true", help="all of the above, with every method and judge")
-    flags.add_argument("--characters", type=positive, nargs="?", const=12, metavar="N",
-                       help="N random characters over five traits (default: %(const)s), requested against measured: composed, with "
-                            "the edits just added up, and described in a prompt")
-    flags.add_argument("--answers", metavar="FILE", help="judge these (JSON lines: trait, pole, question, answer), generate none")
-    flags.add_argument("--compare", nargs=2, metavar="DIR", help="set two result folders side by side")
-    flags.add_argument("--neurons", default="neurons", metavar="DIR", help="default: %(default)s; made where it lacks a trait")
+    add, doses = flags.add_argument, " ".join(f"{dose:g}" for dose in DOSES)
+    add("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
+    add("--alpha", action="append", type=STRENGTH, metavar="A", help="strength of the edits, again for several (default: 1.5)")
+    add("--method", nargs="+", choices=METHODS, help="default: " + " ".join(METHODS[:4]))
+    add("--judge", nargs="+", choices=JUDGES, help="default: contrast")
+    add("--judge-model", metavar="M",
+        help="what judges, contrast and llm, as --model takes it (default: --model): the base model of a baked one, say; with "
+             "--judge-url the name of the judge llm there")
+    add("--judge-url", metavar="URL", help="an OpenAI-compatible server for the judge llm; key: $OPENAI_API_KEY")
+    add("--inventory", metavar="FILE",
+        help="of the judge questionnaire: a table with the columns item, key, facet (default: 60 built-in items)")
+    add("--spill-over", type=positive, nargs="?", const=4, metavar="N",
+        help="judge the answers to the first N questions (default: %(const)s) along all five traits")
+    add("--dose", nargs="*", type=STRENGTH, metavar="A",
+        help=f"dose response on the validation questions, and the methods at matched strength (default: {doses})")
+    add("--capability", nargs="?", const="", metavar="TASKS",
+        help="what the edits cost in general: offline, or with lm-evaluation-harness's tasks (gsm8k,mmlu)")
+    add("--full", action="store_true", help="all of the above, with every method and judge")
+    add("--characters", type=positive, nargs="?", const=12, metavar="N",
+        help="N random characters over five traits (default: %(const)s), requested against measured: composed, with the edits just "
+             "added up, and described in a prompt")
+    add("--answers", metavar="FILE", help="judge these (JSON lines: trait, pole, question, answer), generate none")
+    add("--compare", nargs=2, metavar="DIR", help="set two result folders side by side")
+    add("--neurons", default="neurons", metavar="DIR", help="default: %(default)s; made where it lacks a trait")
     where_argument(flags)
-    flags.add_argument("--suppress", choices=("cap", "zero", "none"), default="cap",
-                       help="the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or left alone (default: %(default)s)")
+    add("--suppress", choices=("cap", "zero", "none"), default="cap",
+        help="the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or left alone (default: %(default)s)")
     bench_argument(flags)
-    flags.add_argument("--limit", type=positive, default=10, metavar="N", help="test questions a trait (default: %(default)s)")
-    flags.add_argument("--out", default="results", metavar="DIR", help="default: %(default)s")
+    add("--limit", type=positive, default=10, metavar="N", help="test questions a trait (default: %(default)s)")
+    add("--out", default="results", metavar="DIR", help="default: %(default)s")
     model_arguments(flags)
     return flags
 
 
-RULES = [(lambda args, flag=flag, judge=judge: getattr(args, flag) and judge not in args.judge,
-          f"--{flag.replace('_', '-')} is for the judge {judge}: --judge contrast {judge}")
-         for flag, judge in (("judge_url", "llm"), ("inventory", "questionnaire"))] + [
-    (lambda args: args.neurons.startswith("npti:"), "--neurons npti:DIR is for induce.py: evaluate.py needs the files and answers of identify.py"),
+RULES = [
+    (lambda args: args.judge_url and "llm" not in args.judge, "--judge-url is for the judge llm: --judge contrast llm"),
+    (lambda args: args.inventory and "questionnaire" not in args.judge,
+     "--inventory is for the judge questionnaire: --judge contrast questionnaire"),
+    (lambda args: args.neurons.startswith("npti:"),
+     "--neurons npti:DIR is for induce.py: evaluate.py needs the files and answers of identify.py"),
     (lambda args: args.judge_url and not args.judge_model, "--judge-url needs --judge-model, the name of the model there"),
     (lambda args: args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose or args.characters),
      "--answers: a questionnaire, capability, doses and characters need the model that wrote them")]
@@ -83,36 +84,32 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "evaluate")  # imports this file, which needs torch from here on, and runs main()
 
-import contextlib  # noqa: E402
-import functools  # noqa: E402
-import random  # noqa: E402
-import time  # noqa: E402
-from collections import namedtuple  # noqa: E402
+import contextlib, functools, itertools, random, time  # noqa: E401, E402
 from pathlib import Path  # noqa: E402
 
 from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
-from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles, rate_answers,  # noqa: E402
-                                read_inventory, rubric, self_report)
+from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
+                                rate_answers, read_inventory, rubric, self_report)
 from personality.methods import Character, Profiles, described, npti_edits, suppressed  # noqa: E402
-from personality.model import (TEST_PENALTY, answer_ids, answers, conversation, dtype_of, fingerprint, load_model, name_of,  # noqa: E402
-                               without_stop)
+from personality.model import (TEST_PENALTY, answer_ids, answers, conversation, dtype_of, fingerprint, load_model,  # noqa: E402
+                               name_of, without_stop)
 from personality.neurons import NeuronFolder  # noqa: E402
 from personality.questions import Bench, adjectives, load_bench, read_given  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
-from personality.results import EDITS, WAYS, condition_of, is_answer, is_cost, is_report, is_score, mean_of, same_edit  # noqa: E402
+from personality.results import (EDITS, WAYS, Condition, condition_of, distinct, is_answer, is_cost, is_report,  # noqa: E402
+                                 is_score, mean_of, of_edit, only)
 from personality.steer import Profile, steer  # noqa: E402
 from personality.store import Journal, digest, lines_of, only_run  # noqa: E402
 
 STEERED = (*EDITS, *WAYS[:2])
-Condition = namedtuple("Condition", results.CONDITION)  # of a character: alpha is a tuple over TRAITS, trait and pole are None
 
 
 # --------------------------------------------------------------------------------------------------- what is asked of whom
 
 
-def grid(bench: Bench, trait: str, methods, alphas: dict, questions: list[str], seed: int) -> list[dict]:
-    """Every cell of a trait's evaluation: question, method, pole, alpha and the persona in the prompt. alphas: by method."""
+def grid(bench: Bench, trait: str, methods, alphas, questions: list[str], seed: int) -> list[dict]:
+    """Every cell of a trait's evaluation: question, method, pole, alpha (of edits) and the persona in the prompt."""
     cells = []
     for question in questions:
         pick = random.Random(f"{seed}/{trait}/{question}")
@@ -124,28 +121,31 @@ def grid(bench: Bench, trait: str, methods, alphas: dict, questions: list[str], 
                     persona = f"You are {'an' if word[0] in 'aeiou' else 'a'} {word} person."
                 elif method == "persona":  # P2: one of those that identify used, not the judge's
                     persona = pick.choice(bench.personas_for("search", trait, pole))
-                for alpha in alphas[method] if method in EDITS else (None,):
-                    cells.append({"trait": trait, "question": question, "method": method, "pole": pole, "alpha": alpha,
-                                  "persona": persona})
+                cells += [{"trait": trait, "question": question, "method": method, "pole": pole, "alpha": alpha, "persona": persona}
+                          for alpha in (alphas if method in EDITS else (None,))]
     return cells
 
 
 def random_characters(number: int, most: float, seed: int) -> list[tuple]:
     """Alphas over TRAITS: three traits of a character are between a third of `most` and all of it, of either sign, two are 0."""
-    pick, made = random.Random(f"{seed}/characters"), []
+    pick, characters = random.Random(f"{seed}/characters"), []
     for _ in range(number):
         chosen = pick.sample(TRAITS, 3)
-        made.append(tuple(round(pick.choice((-1, 1)) * pick.uniform(most / 3, most), 2) if trait in chosen else 0.0 for trait in TRAITS))
-    return made
+        characters.append(tuple(round(pick.choice((-1, 1)) * pick.uniform(most / 3, most), 2) if trait in chosen else 0.0
+                                for trait in TRAITS))
+    return characters
 
 
 def character_cells(bench: Bench, characters: list[tuple], alpha: float, questions: list[str], seed: int) -> list[dict]:
     """Every question of every character in every way; and, to hold them against, unedited and of each trait alone."""
-    alone = [cell for trait in TRAITS for cell in grid(bench, trait, ["npti"], {"npti": [alpha]}, questions, seed)]
-    return grid(bench, TRAITS[0], ["unedited"], {}, questions, seed) + alone + [
-        {"trait": TRAITS[0], "question": question, "method": way, "pole": None, "alpha": list(alphas), "persona":
-         described(bench, alphas, random.Random(f"{seed}/{alphas}/{question}")) if way == "described" else None}
-        for way in WAYS for alphas in characters for question in questions]
+    cells = grid(bench, TRAITS[0], ["unedited"], [], questions, seed)
+    for trait in TRAITS:
+        cells += grid(bench, trait, ["npti"], [alpha], questions, seed)
+    for way, alphas, question in itertools.product(WAYS, characters, questions):
+        pick = random.Random(f"{seed}/{alphas}/{question}")
+        cells.append({"trait": TRAITS[0], "question": question, "method": way, "pole": None, "alpha": list(alphas),
+                      "persona": described(bench, alphas, pick) if way == "described" else None})
+    return cells
 
 
 # ---------------------------------------------------------------------------------------------------- the model as others
@@ -160,23 +160,21 @@ class Personalities:
         self.neurons = NeuronFolder(model, args.neurons, functools.partial(identify, model, tokenizer, **options))
         self.profiles = Profiles(model, tokenizer, self.neurons, suppress=args.suppress)
 
-    def identify(self, methods, traits) -> None:
-        """Have the neurons of what is to be edited, made now where there are none."""
-        for trait in traits if set(methods) & set(STEERED) else ():
-            self.neurons[trait]
-
     def profile(self, condition: Condition) -> Profile:
-        if condition.method == "added":
-            return suppressed(Profile.of([edits for trait, alpha in zip(TRAITS, condition.alpha)
-                                          for edits in npti_edits(self.neurons[trait], alpha)]), self.args.suppress)
-        if condition.method == "composed":
-            return self.profiles.of(Character(dict(zip(TRAITS, condition.alpha))))
-        return self.profiles.of(Character({condition.trait: condition.alpha if condition.pole == "high" else -condition.alpha}, condition.method))
+        method, trait, pole, alpha = condition
+        if method == "composed":
+            return self.profiles.of(Character(dict(zip(TRAITS, alpha))))
+        if method == "added":
+            edits = [edits for trait, own in zip(TRAITS, alpha) for edits in npti_edits(self.neurons[trait], own)]
+            return suppressed(Profile.of(edits), self.args.suppress)
+        return self.profiles.of(Character({trait: alpha if pole == "high" else -alpha}, method))
 
     def key(self, condition: Condition) -> str | None:
         """What a method's edits come from, for the keys of what is made with them."""
-        traits = [condition.trait] if condition.method in EDITS else TRAITS if condition.method in STEERED else []
-        return f"{condition.method}/{'/'.join(self.neurons[trait].key for trait in traits)}" if traits else None
+        if condition.method not in STEERED:
+            return None
+        traits = [condition.trait] if condition.trait else TRAITS
+        return f"{condition.method}/{'/'.join(self.neurons[trait].key for trait in traits)}"
 
     def steered(self, condition: Condition):
         """A context in which every row of the model has the condition's edits; prompts do nothing here."""
@@ -188,29 +186,29 @@ class Personalities:
             return described(self.bench, condition.alpha, random.Random(f"{self.args.seed}/{condition.alpha}"))
         if condition.method not in ("simple", "persona"):
             return None
-        cells = grid(self.bench, condition.trait, [condition.method], {}, ["a questionnaire"], self.args.seed)
+        cells = grid(self.bench, condition.trait, [condition.method], [], ["a questionnaire"], self.args.seed)
         return next(cell["persona"] for cell in cells if cell["pole"] == condition.pole)
 
     def answer(self, cells: list[dict], journal: Journal, title: str) -> list[dict]:
         """Answer what is not answered yet. All methods, poles and alphas share batches: each row has its own edits."""
-        cells = [{"key": digest(cell, self.key(Condition(**condition_of(cell)))), **cell} for cell in cells]
+        cells = [{"key": digest(cell, self.key(condition_of(cell))), **cell} for cell in cells]
         todo = [cell for cell in cells if cell["key"] not in journal]
-        conditions = [Condition(**condition_of(cell)) for cell in todo]
-        number_of = {condition: k for k, condition in enumerate(dict.fromkeys(c for c in conditions if c.method in STEERED), 1)}
-        profiles = [self.profile(condition) for condition in number_of] or [Profile.empty()]
+        steered = dict.fromkeys(condition for condition in map(condition_of, todo) if condition.method in STEERED)
+        number_of = {condition: number for number, condition in enumerate(steered, 1)}
+        profiles = [self.profile(condition) for condition in steered] or [Profile.empty()]
         with progress(len(cells), len(cells) - len(todo), title) as bar:
             for start in range(0, len(todo), self.args.batch_size):
                 batch = todo[start:start + self.args.batch_size]
-                rows = [number_of.get(condition, 0) for condition in conditions[start:start + self.args.batch_size]]
-                with steer(self.model, profiles, rows, self.args.where):
-                    found = answers(self.model, self.tokenizer, [conversation(cell["question"], cell["persona"]) for cell in batch],
-                                    self.args.max_new_tokens, repetition_penalty=TEST_PENALTY)
-                journal.append(*({**cell, "answer": text, "ids": without_stop(self.tokenizer, ids)} for cell, (text, ids) in zip(batch, found)))
+                asked = [conversation(cell["question"], cell["persona"]) for cell in batch]
+                with steer(self.model, profiles, [number_of.get(condition_of(cell), 0) for cell in batch], self.args.where):
+                    said = answers(self.model, self.tokenizer, asked, self.args.max_new_tokens, repetition_penalty=TEST_PENALTY)
+                journal.append(*({**cell, "answer": text, "ids": without_stop(self.tokenizer, ids)}
+                                 for cell, (text, ids) in zip(batch, said)))
                 bar.update(len(batch))
         return [journal[cell["key"]] for cell in cells]
 
-    def measure(self, conditions: list[Condition], work: str, journal: Journal, measure) -> list[dict]:
-        """measure(condition) under each condition's edits, of which none is done twice: their lines in the journal."""
+    def measure(self, conditions: list[Condition], work: str, journal: Journal, measure) -> list[tuple[dict, dict]]:
+        """(condition, its line in the journal) of measure(condition) under each condition's edits, of which none is done twice."""
         keys = [digest(work, condition, self.key(condition)) for condition in conditions]
         with progress(len(conditions), 0, work, "personality") as bar:
             for condition, key in zip(conditions, keys):
@@ -218,7 +216,7 @@ class Personalities:
                     with self.steered(condition):
                         journal.append({"key": key, "condition": condition, **measure(condition)})
                 bar.update()
-        return [journal[key] for key in keys]
+        return [(condition._asdict(), journal[key]) for condition, key in zip(conditions, keys)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the evaluation
@@ -233,69 +231,67 @@ class Evaluation:
         self.answers, self.scores = journal("answers", is_answer), journal("scores", is_score)
         self.reports = journal("questionnaire", is_report, items=digest(args.items)) if "questionnaire" in args.judge else None
         self.costs = journal("capability", is_cost) if args.capability is not None else None
+        self.origins = {"contrast": contrast.origin, **({rater.name: rater.origin} if rater else {})}
 
-    def cells(self, split: str, methods, alphas: dict, limit: int, traits=None) -> list[dict]:
+    def cells(self, split: str, methods, alphas, limit: int, traits=None) -> list[dict]:
         bench, seed = self.people.bench, self.args.seed
         return [cell for trait in traits or self.args.trait
                 for cell in grid(bench, trait, methods, alphas, bench.questions(trait, split, limit), seed)]
 
-    def scored(self, made: list[dict]):
-        """(the table of scores, the table of fluency) of answers."""
-        origins = {{"llm": self.rater and self.rater.name}.get(name, name): self.rater.origin if name == "llm" else self.contrast.origin
-                   for name in dict.fromkeys(["contrast", *self.args.judge]) if name != "questionnaire"}
-        return results.scored(made, self.scores, origins), results.fluency_table(made, self.scores, self.contrast.origin)
+    def tables(self, made: list[dict], judges=("contrast",)):
+        """(scores by these judges, fluency) of answers."""
+        table = results.scored(made, self.scores, self.origins)
+        return table[table.judge.isin(judges)], results.fluency_table(made, self.scores, self.contrast.origin)
 
-    def judged(self, made: list[dict], traits, title: str) -> tuple[list[dict], list[dict]]:
+    def judged(self, made: list[dict], title: str) -> tuple[list[dict], list[dict]]:
         """(summary, effects) of answers by the contrast judge."""
-        self.contrast.judge(made, self.scores, traits, title)
-        table, fluent = self.scored(made)
-        table = table[table.judge == "contrast"]
-        fluent = results.fluency(fluent, table, self.args.seed)
-        return results.summarise(table, fluent, self.args.seed), results.effects(results.high_minus_low(table), self.args.seed)
+        self.contrast.judge(made, self.scores, [], title)
+        (table, fluent), seed = self.tables(made), self.args.seed
+        summary = results.summarise(table, results.fluency(fluent, table, seed), seed)
+        return summary, results.effects(results.high_minus_low(table), seed)
 
     def given(self) -> list[dict]:
         """The answers of --answers FILE."""
-        lines = [{**line, "method": "given", "alpha": None, "persona": None} for line in read_given(self.args.answers)]
         tokenizer = self.people.tokenizer
-        return [{"key": digest(number, line), **line, "ids": answer_ids(tokenizer, line["answer"])} for number, line in enumerate(lines)]
+        lines = [{**line, "method": "given", "alpha": None, "persona": None} for line in read_given(self.args.answers)]
+        return [{"key": digest(k, line), **line, "ids": answer_ids(tokenizer, line["answer"])} for k, line in enumerate(lines)]
 
     def doses(self) -> list[dict]:
         """The effects of the strengths, on the validation questions."""
         methods = [method for method in EDITS if method in self.args.method]
-        cells = self.cells("validation", methods, dict.fromkeys(EDITS, self.args.dose), max(1, self.args.limit // 2))
-        summary, effects = self.judged(self.people.answer(cells, self.answers, "doses: answers"), [], "doses: judging")
-        return [{**row, "perplexity": mean_of(side["perplexity"] for side in summary if same_edit(side, row))} for row in effects]
+        cells = self.cells("validation", methods, self.args.dose, max(1, self.args.limit // 2))
+        summary, effects = self.judged(self.people.answer(cells, self.answers, "doses: answers"), "doses: judging")
+        return [{**row, "perplexity": mean_of(side["perplexity"] for side in of_edit(summary, row))} for row in effects]
 
-    def test(self, made: list[dict]) -> dict:
-        """Every judge of texts on the test questions' answers."""
+    def test(self, made: list[dict]) -> tuple[dict, dict]:
+        """(figures, what could not be rated) of every judge of texts on the test questions' answers."""
         seed = self.args.seed
         self.contrast.judge(made, self.scores, [], "judging")  # its fluency is every judge's
         failed = rate_answers(self.rater, made, self.scores) if self.rater else {}
         judges = [self.rater.name if name == "llm" else name for name in self.args.judge if name != "questionnaire"]
-        table, fluent = self.scored(made)
-        table = table[table.judge.isin(judges)]
+        table, fluent = self.tables(made, judges)
         fluent, apart = results.fluency(fluent, table, seed), results.high_minus_low(table)
-        return {"failed": failed, "summary": results.summarise(table, fluent, seed), "effects": results.effects(apart, seed),
+        return {"summary": results.summarise(table, fluent, seed), "effects": results.effects(apart, seed),
                 "between": results.compared(apart, seed), "fluency": fluent, "agreement": results.agreement(table, judges),
-                "accuracy": results.accuracy(table) if self.args.answers else []}
+                "accuracy": results.accuracy(table) if self.args.answers else []}, failed
 
     def spill_over(self, made: list[dict]) -> list[dict]:
         """The matrix, from the answers to each trait's first few questions."""
-        first = {trait: list(dict.fromkeys(line["question"] for line in made if line["trait"] == trait))[:self.args.spill_over] for trait in TRAITS}
-        some = [line for line in made if line["question"] in first[line["trait"]] and line["method"] not in ("unedited", "simple")]
-        self.contrast.judge(some, self.scores, TRAITS, "spill-over")
-        return results.spill_over(self.scored(some)[0])
+        first = {trait: distinct(only(made, trait=trait), "question")[:self.args.spill_over] for trait in TRAITS}
+        made = [line for line in made if line["question"] in first[line["trait"]] and line["method"] not in ("unedited", "simple")]
+        self.contrast.judge(made, self.scores, TRAITS, "spill-over")
+        return results.spill_over(self.tables(made)[0])
 
     def questionnaire(self, conditions: list[Condition]) -> tuple[list[dict], list[dict]]:
         """(rows for summary.json, by personality) of the self-reports."""
         people, items = self.people, self.args.items
         lines = people.measure(conditions, "questionnaire", self.reports, lambda condition: {
             "items": self_report(people.model, people.tokenizer, items, people.system(condition), self.args.batch_size)})
-        rows, found = results.questionnaire([(condition._asdict(), line["items"]) for condition, line in zip(conditions, lines)], items, self.args.seed)
-        return rows, [{**one, "percentiles": percentiles(one["traits"], len(items))} for one in found]
+        rows, reported = results.questionnaire([(condition, line["items"]) for condition, line in lines], items, self.args.seed)
+        return rows, [{**person, "percentiles": percentiles(person["traits"], len(items))} for person in reported]
 
     def capability(self, conditions: list[Condition]) -> list[dict]:
-        """What an edit costs in general: nats added a token on neutral text, agreement with the unedited model's first choice, the quiz."""
+        """What an edit costs: nats added a token on neutral text, agreement with the unedited first choices, the quiz."""
         people, args = self.people, self.args
         losses, choices = capability.neutral_pass(people.model, people.tokenizer)
 
@@ -307,67 +303,64 @@ class Evaluation:
                            "agreement": [float((a == b).float().mean()) for a, b in zip(chosen, choices)]}
             return result
 
-        lines = people.measure(conditions, "capability", self.costs, measure)
-        return [{**condition._asdict(), **{name: results.estimate(line[name], args.seed) for name in ("added", "agreement", "quiz") if name in line}}
-                for condition, line in zip(conditions, lines)]
+        return [{**condition, **{name: results.estimate(line[name], args.seed)
+                                 for name in ("added", "agreement", "quiz") if name in line}}
+                for condition, line in people.measure(conditions, "capability", self.costs, measure)]
 
     def harness(self, conditions: list[Condition]) -> list[dict]:
         people, tasks = self.people, self.args.capability
         conditions = [condition for condition in conditions if condition.method in ("unedited", *EDITS)]
         lines = people.measure(conditions, f"lm_eval {tasks}", self.costs, lambda condition: {"tasks": capability.harness(
             people.model, people.tokenizer, tasks, self.args.batch_size, self.args.seed)})
-        return [{**condition._asdict(), "task": task, "metric": metric, "value": value} for condition, line in zip(conditions, lines)
+        return [{**condition, "task": task, "metric": metric, "value": value} for condition, line in lines
                 for task, scores in line["tasks"].items() for metric, value in scores.items()]
 
     def matched(self, chosen: list[dict]) -> list[dict]:
         """The methods at matched strength: the test questions' effect and price."""
-        made = [line for row in chosen for line in self.people.answer(
-            self.cells("test", [row["method"]], {row["method"]: [row["alpha"]]}, self.args.limit, [row["trait"]]), self.answers,
-            f"matched {row['method']}, {row['trait']}")]
-        summary, effects = self.judged(made, [], "matched: judging")
+        made = []
+        for row in chosen:
+            cells = self.cells("test", [row["method"]], [row["alpha"]], self.args.limit, [row["trait"]])
+            made += self.people.answer(cells, self.answers, f"matched {row['method']}, {row['trait']}")
+        summary, effects = self.judged(made, "matched: judging")
         spilt = self.spill_over(made) if self.args.spill_over else []
         edits = [Condition(row["method"], row["trait"], pole, row["alpha"]) for row in chosen for pole in POLES]
         costs = self.capability(edits) if self.costs is not None else []
-        rows = []
-        for row in chosen:
-            effect = next(effect for effect in effects if same_edit(effect, row))
-            row = {**row, **{name: effect[name] for name in ("mean", "ci95", "n")}}
-            row |= {name: mean_of(side[name] for side in summary if same_edit(side, row)) for name in ("perplexity", "repetition")}
-            others = [abs(cell["mean"]) for cell in spilt if same_edit({**cell, "trait": cell["steered"]}, row) and cell["measured"] != row["trait"]]
-            row |= {"spill_over": mean_of(others)} if others else {}
-            row |= {name: mean_of(cost[name]["mean"] for cost in costs if same_edit(cost, row)) for name in ("added", "quiz") if costs}
-            rows.append(row)
-        return rows
+        return [results.at_matched_strength(row, effects, summary, spilt, costs) for row in chosen]
 
     def characters(self) -> dict:
         """Random characters, requested against measured."""
         people, args, alpha = self.people, self.args, max(self.args.alpha)
-        of_traits = zip(*(people.bench.questions(trait, "test", args.limit) for trait in TRAITS))
-        questions = list(dict.fromkeys(text for some in of_traits for text in some))[:args.limit]
+        of_traits = [people.bench.questions(trait, "test", args.limit) for trait in TRAITS]
+        questions = list(dict.fromkeys(itertools.chain(*zip(*of_traits))))[:args.limit]
         cells = character_cells(people.bench, random_characters(args.characters, alpha, args.seed), alpha, questions, args.seed)
         made = people.answer(cells, self.answers, "characters")
-        alone = [line for line in made if line["method"] == "npti"]  # of which its own trait is wanted
         self.contrast.judge([line for line in made if line["method"] != "npti"], self.scores, TRAITS, "characters: judging")
-        self.contrast.judge(alone, self.scores, [], "traits alone: judging")
-        table, fluent = self.scored(made)
-        means = [(condition, {trait: mean_of(results.per_question(rows[rows.measured == trait])) for trait in rows.measured.unique()})
-                 for condition, rows in results.grouped(table[table.judge == "contrast"], results.CONDITION)]
+        self.contrast.judge(only(made, method="npti"), self.scores, [], "traits alone: judging")  # along its own trait
+        table, fluent = self.tables(made)
+        means = [(condition, {trait: mean_of(results.per_question(own)) for trait, own in rows.groupby("measured", sort=False)})
+                 for condition, rows in results.grouped(table, results.CONDITION)]
         rows, points = results.characters_measured(means, "contrast", alpha, args.seed)
         perplexity = fluent.groupby(["method", "alpha"], sort=False, dropna=False).perplexity.median().groupby("method").mean()
         rows = [{**row, "perplexity": float(perplexity[row["method"]])} for row in rows]
         if self.reports is not None:
-            conditions = [Condition(**{**condition, "trait": condition["trait"] if condition["pole"] else None}) for condition, _ in means]
-            reported = [(condition._asdict(), one["traits"]) for condition, one in zip(conditions, self.questionnaire(conditions)[1])]
+            _, people = self.questionnaire([whole(condition_of(condition)) for condition, _ in means])
+            reported = [(person, person["traits"]) for person in people]
             more = results.characters_measured(reported, "questionnaire", alpha, args.seed)
             rows, points = rows + more[0], points + more[1]
         return {"characters": rows, "requested": points}
 
 
+def whole(condition: Condition) -> Condition:
+    """Of the personality itself: the unedited model is the same one for all traits."""
+    return condition if condition.pole else condition._replace(trait=None)
+
+
 def head_line(run: Evaluation, made_with: dict) -> str:
     """What the figures are of, in one line."""
     args, model = run.args, run.people.model
+    alphas = ", ".join(f"{alpha:g}" for alpha in args.alpha)
     made = f"answers of {args.answers}, " if args.answers else (
-        f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, alpha {', '.join(f'{alpha:g}' for alpha in args.alpha)}, seed {args.seed}; ")
+        f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, alpha {alphas}, seed {args.seed}; ")
     head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {made}judges: {', '.join(args.judge)}"
     if run.rater:
         lost = sum(line["score"] is None for line in run.scores if line.get("judge") == run.rater.name)
@@ -385,38 +378,37 @@ def evaluate(args) -> None:
                  "bench": bench.fingerprint(), "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if (args.where, args.suppress) != ("generated", "cap"):
         made_with["edits"] = f"--where {args.where} --suppress {args.suppress}"
-    other = args.judge_model and not args.judge_url
-    reader = load_model(args.judge_model, args.device, args.dtype, "--judge-model") if other else (model, tokenizer)
-    contrast = ContrastJudge(*reader, bench, args.batch_size, None if reader[0] is model else tokenizer)
+    local = args.judge_model and not args.judge_url
+    reader = load_model(args.judge_model, args.device, args.dtype, "--judge-model") if local else (model, tokenizer)
+    contrast = ContrastJudge(*reader, bench, args.batch_size, tokenizer if local else None)
     rater = None
-    if "llm" in args.judge:
-        rater = EndpointJudge(args.judge_url, args.judge_model, args.batch_size) if args.judge_url else LocalJudge(*reader, min(args.batch_size, 32))
+    if args.judge_url:
+        rater = EndpointJudge(args.judge_url, args.judge_model, args.batch_size)
+    elif "llm" in args.judge:
+        rater = LocalJudge(*reader, min(args.batch_size, 32))
     people = Personalities(model, tokenizer, bench, args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with only_run(Path(args.out) / ".lock", f"--out {args.out}: another run is writing it", wait=False):
         run = Evaluation(people, contrast, rater, args, made_with)
-        if not args.answers:
-            people.identify(args.method, args.trait)
-            people.identify(WAYS if args.characters else (), TRAITS)
-        steps(run, args, lambda found, made: write_reports(run.out, {"head": head_line(run, made_with), **found}, made, people.neurons.files))
+        edited = [trait for trait in args.trait if set(args.method) & set(EDITS)] + list(TRAITS if args.characters else ())
+        for trait in edited if not args.answers else ():
+            people.neurons[trait]  # made now, where it is not there yet
+        steps(run, args, lambda found, made: write_reports(
+            run.out, {"head": head_line(run, made_with), **found}, made, people.neurons.files))
 
 
 def steps(run: Evaluation, args, write) -> None:
     """All that is asked for, cheapest first; reports are written before the long steps, and at the end."""
     dose = run.doses() if args.dose and set(EDITS) & set(args.method) else []
     made = run.given() if args.answers else run.people.answer(
-        run.cells("test", args.method, dict.fromkeys(EDITS, args.alpha), args.limit), run.answers, "answers")
-    found = {"dose": dose, **run.test(made)}
-    failed = found.pop("failed")
-    found["spill_over"] = run.spill_over(made) if args.spill_over else []
+        run.cells("test", args.method, args.alpha, args.limit), run.answers, "answers")
+    figures, failed = run.test(made)
+    found = {"dose": dose, **figures, "spill_over": run.spill_over(made) if args.spill_over else []}
     write(found, made)
-    # of the personalities themselves: the unedited model is the same one for all traits
-    conditions = list(dict.fromkeys(Condition(**{**condition_of(line), **({} if line["pole"] else {"trait": None})}) for line in made))
+    conditions = list(dict.fromkeys(whole(condition_of(line)) for line in made))
     if "questionnaire" in args.judge:
         rows, found["questionnaire"] = run.questionnaire(conditions)
-        fluent = {(row["trait"], row["method"], row["pole"], row["alpha"]): row for row in found["summary"]}
-        like = lambda row: fluent.get((row["trait"], row["method"], row["pole"], row["alpha"]), {})  # noqa: E731
-        found["summary"] = found["summary"] + [{**row, **{name: like(row).get(name) for name in ("perplexity", "repetition")}} for row in rows]
+        found["summary"] = found["summary"] + results.with_fluency(rows, found["summary"])
         found["spill_over"] = found["spill_over"] + results.questionnaire_spill_over(found["questionnaire"])
     if chosen := results.matched_alphas(dose):
         found["matched"] = run.matched(chosen)

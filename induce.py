@@ -14,8 +14,8 @@ pole. Where there is no neuron file yet, it is made first. The method is NPTI (I
 import os
 
 from personality import TRAITS
-from personality.terminal import (ALPHA, CHAT_HELP, Flags, UserError, check_trait, model_arguments, number, positive, refuse, resumable, say, script,
-                                  show_table, where_argument)
+from personality.terminal import (ALPHA, CHAT_HELP, Flags, UserError, check_trait, model_arguments, number, positive, progress,
+                                  refuse, resumable, say, script, show_table, where_argument)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -51,14 +51,14 @@ def parser() -> Flags:
                       help="at least so many neurons a pole (default: 0.436 %% of all, NPTI's 2,000 of Llama-3-8B's)")
     where_argument(edit, None, "; --save: all")
     edit.add_argument("--suppress", choices=("cap", "zero", "none"),
-                      help="what becomes of the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or nothing (default: cap; "
-                           "--save: zero)")
+                      help="what becomes of the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or nothing (default: "
+                           "cap; --save: zero)")
     more = flags.add_argument_group("of --questions and --save")
     more.add_argument("--out", metavar="FILE", help="where the answers to --questions go (default: the terminal)")
     more.add_argument("--rank", type=positive, metavar="R", help="the best rank-R part only of what a layer's raised neurons do")
     more.add_argument("--verify", action="store_true", help="compare the checkpoint with the live edit, in plain transformers")
-    more.add_argument("--verify-server", metavar="URL", help="with --save DIR: compare what a server of that checkpoint says; "
-                                                             "nothing is written")
+    more.add_argument("--verify-server", metavar="URL",
+                      help="with --save DIR: compare what a server of that checkpoint says; nothing is written")
     more.add_argument("--served-model", metavar="NAME", help="its name there (default: the first that it lists)")
     flags.add_argument("--temperature", type=number(0, 100), metavar="X", help="sample (default: greedy)")
     flags.add_argument("--top-p", type=number(0, 1), metavar="X")
@@ -73,13 +73,16 @@ RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{na
     (lambda args: args.save and args.keep < 1, f"--save can't be had with --keep: {UNSAVABLE}"),
     (lambda args: args.save and args.suppress == "cap", f"--save can't be had with --suppress cap: {UNSAVABLE}"),
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
-    (lambda args: args.out and os.path.exists(args.out), "--out {out}: there is something already: move it away, or choose another name"),
-    (lambda args: args.keep < 1 and args.method != "npti", "--keep: a random share of the raised neurons is NPTI's; {method} raises none"),
+    (lambda args: args.out and os.path.exists(args.out),
+     "--out {out}: there is something already: move it away, or choose another name"),
+    (lambda args: args.keep < 1 and args.method != "npti",
+     "--keep: a random share of the raised neurons is NPTI's; {method} raises none"),
     (lambda args: args.profile and (args.trait or args.alpha),
      "--profile FILE says what --trait and --alpha would say: expected one or the other"),
     (lambda args: (args.trait or args.alpha or not (args.profile or args.questions or args.list or args.verify_server))
      and (not args.trait or len(args.alpha) not in (1, len(args.trait)) or len(set(args.trait)) < len(args.trait)),
-     "expected --trait T --alpha A, again for each further trait, or --profile FILE: got the traits {trait} and the alphas {alpha}")]
+     "expected --trait T --alpha A, again for each further trait, or --profile FILE: got the traits {trait} and the alphas "
+     "{alpha}")]
 
 
 def arguments():
@@ -94,12 +97,10 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "induce")  # imports this file, which needs torch from here on, and runs main()
 
-import functools  # noqa: E402
-import sys  # noqa: E402
+import functools, itertools, sys  # noqa: E401, E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from identify import identify  # noqa: E402
 from personality.methods import METHODS as SCALES, Character, Profiles  # noqa: E402
@@ -109,14 +110,20 @@ from personality.steer import steer  # noqa: E402
 from personality.store import Journal, digest, only_run, parse_json, read_text, to_line  # noqa: E402
 
 
+def answered(model, tokenizer, people: list, rows: list[int], questions: list[str], args) -> list[tuple]:
+    """(text, ids) of each question's answer, in one batch. people, rows: profiles, and whose each row is, as in steer()."""
+    with steer(model, people, rows, args.where, args.keep, args.seed):
+        asked = [conversation(question) for question in questions]
+        return answers(model, tokenizer, asked, args.max_new_tokens, **sampling(args.temperature, args.top_p))
+
+
 def side_by_side(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
     """The model's own answer beside the personality's and its opposite's, all in one batch."""
     both, questions = [profiles.of(character), profiles.of(character.opposite())], args.question or QUESTIONS
-    with steer(model, both, [0, 1, 2] * len(questions), args.where, args.keep, args.seed):
-        found = answers(model, tokenizer, [conversation(question) for question in questions for _ in range(3)],
-                        args.max_new_tokens, **sampling(args.temperature, args.top_p))
+    thrice = [question for question in questions for _ in range(3)]
+    texts = [text for text, _ in answered(model, tokenizer, both, [0, 1, 2] * len(questions), thrice, args)]
     for k, question in enumerate(questions):
-        show_table(question, ("the model itself", *(profile.name for profile in both)), [[text for text, _ in found[3 * k:3 * k + 3]]], lines=True)
+        show_table(question, ("the model itself", *(profile.name for profile in both)), [texts[3 * k:3 * k + 3]], lines=True)
 
 
 def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character | None]]:
@@ -139,30 +146,32 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
     return questions
 
 
-def answer_batch(model, tokenizer, profiles: Profiles, batch: list[tuple], start: int, args) -> list[dict]:
-    """Answers to (question, character) each, in one batch; start: the first one's number."""
-    torch.manual_seed(args.seed + start)  # the same, if it is sampled, where a run goes on
-    people = list({id(character): character for _, character in batch}.values())
-    rows = [people.index(character) + 1 for _, character in batch]
-    with steer(model, [profiles.of(character) for character in people], rows, args.where, args.keep, args.seed):
-        found = answers(model, tokenizer, [conversation(question) for question, _ in batch], args.max_new_tokens, **sampling(args.temperature, args.top_p))
-    return [{"question": question, "answer": text, "personality": character.strengths, "method": character.method, "ids": ids}
-            for (question, character), (text, ids) in zip(batch, found)]
+def answer_batches(model, tokenizer, profiles: Profiles, questions: list[tuple], first: int, args):
+    """Yield the lines that answer each batch of (question, character), from question number `first` on."""
+    for start in range(first, len(questions), args.batch_size):
+        batch = questions[start:start + args.batch_size]
+        torch.manual_seed(args.seed + start)  # the same, if it is sampled, where a run goes on
+        people = list({id(character): character for _, character in batch}.values())
+        rows = [people.index(character) + 1 for _, character in batch]
+        asked, chosen = [question for question, _ in batch], [profiles.of(character) for character in people]
+        written = answered(model, tokenizer, chosen, rows, asked, args)
+        yield [{"question": question, "answer": text, "personality": character.strengths, "method": character.method, "ids": ids}
+               for (question, character), (text, ids) in zip(batch, written)]
 
 
 def answer_file(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
-    """Answer a file of questions, JSON lines out: each in its own personality, or in the one of --trait or --profile. What is written
-    to --out grows beside it, under a name that tells what is answered, until it is whole."""
+    """Answer a file of questions, JSON lines out: each in its own personality, or in the one of --trait or --profile. What is
+    written to --out grows beside it, under a name that tells what is answered, until it is whole."""
     questions = [(text, own or character) for text, own in args.asked]
+    batches = functools.partial(answer_batches, model, tokenizer, profiles, questions, args=args)
     if not args.out:
-        for start in range(0, len(questions), args.batch_size):
-            for line in answer_batch(model, tokenizer, profiles, questions[start:start + args.batch_size], start, args):
-                sys.stdout.write(to_line(line).decode())
+        for lines in batches(0):
+            sys.stdout.writelines(to_line(line).decode() for line in lines)
         return
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    options = [getattr(args, name) for name in ("batch_size", "max_new_tokens", "seed", "where", "keep", "suppress", "min_delta",
-                                                "min_neurons", "temperature", "top_p")]
+    options = [args.batch_size, args.max_new_tokens, args.seed, args.where, args.keep, args.suppress, args.min_delta,
+               args.min_neurons, args.temperature, args.top_p]
     keys = {trait: profiles.neurons[trait].key for trait in TRAITS if any(who.strengths.get(trait) for _, who in questions)}
     asked = [(text, who.strengths, who.method, who.layers) for text, who in questions]
     key = digest(fingerprint(model), str(model.dtype), tokenizer.chat_template, keys, asked, options)
@@ -172,9 +181,8 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
         journal.cut(len(journal) // args.batch_size * args.batch_size)
         if len(journal):
             say(f"going on after {len(journal)} of {len(questions)} answers")
-        with tqdm(total=len(questions), initial=len(journal), unit="answer") as bar:
-            for start in range(len(journal), len(questions), args.batch_size):
-                lines = answer_batch(model, tokenizer, profiles, questions[start:start + args.batch_size], start, args)
+        with progress(len(questions), len(journal), "") as bar:
+            for lines in batches(len(journal)):
                 journal.append(*lines)
                 bar.update(len(lines))
         os.replace(part, out)
@@ -188,19 +196,19 @@ def main(args) -> None:
     if args.verify_server:
         return bake.verify_server(args.save, args.verify_server, args.served_model)
     character = Character.read(args.profile, args.method) if args.profile else Character(
-        dict(zip(args.trait, args.alpha if len(args.alpha) == len(args.trait) else args.alpha * len(args.trait))), args.method)
+        dict(zip(args.trait, itertools.cycle(args.alpha))), args.method)
     if args.questions:  # before the model is loaded
         args.asked = read_questions(args.questions, args.method)
-        without = [text for text, own in args.asked if own is None]
-        if without and not character.strengths:
-            raise UserError(f"--questions {args.questions}: no profile stands beside {without[0]!r}: --trait and --alpha, or "
+        bare = [text for text, own in args.asked if own is None]
+        if bare and not character.strengths:
+            raise UserError(f"--questions {args.questions}: no profile stands beside {bare[0]!r}: --trait and --alpha, or "
                             "--profile, say what such a question is answered in")
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     torch.manual_seed(args.seed)
     if character.method != "npti":
         say(f"{character.method}: the scale of alpha is its own: {SCALES[character.method]}")
-    neurons = NeuronFolder(model, args.neurons, functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size,
-                                                                  seed=args.seed))
+    missing = functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size, seed=args.seed)
+    neurons = NeuronFolder(model, args.neurons, missing)
     profiles = Profiles(model, tokenizer, neurons, (args.min_delta, args.min_neurons), args.suppress)
     work = bake.bake if args.save else chat.converse if args.chat else answer_file if args.questions else side_by_side
     work(model, tokenizer, profiles, character, args)

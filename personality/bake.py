@@ -1,7 +1,9 @@
 """induce.py --save: a personality folded into a plain checkpoint that any engine serves; and what shows that it is there."""
 
 import contextlib
+import functools
 import glob
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ from . import TRAITS
 from .endpoint import Endpoint, NoReply
 from .methods import Character, Profiles
 from .mlp import find_mlps
-from .model import as_published, conversation, dtype_of, fingerprint, out_of_memory, prompt_ids
+from .model import answers, as_published, conversation, dtype_of, fingerprint, out_of_memory, prompt_ids
 from .questions import built_in_bench
 from .steer import Profile, steer
 from .store import parse_json, read_text, rendered
@@ -24,8 +26,9 @@ from .terminal import UserError, say
 
 BAKEABLE = ("llama", "mistral", "qwen2")  # what can be written as a Llama checkpoint, whose MLPs can have biases
 GATE_BIAS = 2.0  # of an added neuron: exact in every dtype; its activation is divided out of the down column
-PROBES = ("What do you like to do with your friends?", "Tell me about a book.", "How do you cook rice?", "Describe your day.", "What makes you "
-          "angry?", "How do you spend a rainy Sunday?", "What do you think of your neighbours?", "Plan a trip with me.")
+PROBES = ("What do you like to do with your friends?", "Tell me about a book.", "How do you cook rice?", "Describe your day.",
+          "What makes you angry?", "How do you spend a rainy Sunday?", "What do you think of your neighbours?",
+          "Plan a trip with me.")
 KEPT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
         "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
         "tie_word_embeddings", "rope_parameters", "rope_theta", "rope_scaling", "attention_bias")  # of the configuration
@@ -35,26 +38,26 @@ class Baking:
     """A profile folded into the weights: a Llama checkpoint with mlp_bias that plain transformers, and any engine, runs.
 
     A raised neuron i becomes one more neuron, with a gate row of 0, gate bias b, up row U_i and down column D_i * shift / act(b):
-    it adds shift * (U_i x) D_i, exactly what the edit adds. A removed neuron's weights are 0, and its place is used first. What is
-    added to products or to the residual stream (DPN-LE, activation addition) is constant, and goes into the bias of down. All layers
-    have one width, a multiple of 256. rank: keep the best rank-R part only of the sum of a layer's raises, a linear map."""
+    it adds shift * (U_i x) D_i, exactly what the edit adds. A removed neuron's weights are 0, and its place is used first. What
+    is added to products or to the residual stream (DPN-LE, activation addition) is constant, and goes into the bias of down. All
+    layers have one width, a multiple of 256. rank: keep the best rank-R part only of the sum of a layer's raises, a linear map."""
 
     def __init__(self, model, profile: Profile, rank: int | None = None):
         self.model, self.profile, self.rank, self.mlps = model, profile, rank, find_mlps(model)
         self.check()
-        added, self.exact = [], True
-        for layer in range(len(self.mlps)):
-            value = profile.value[profile.layer == layer]
-            raised, free = int((value[:, 2] != 0).sum()), int((value[:, 1] == 0).sum())
-            added.append(min(raised, rank or raised) - free)
-            self.exact &= raised <= (rank or raised)
         self.old, self.hidden = self.mlps[0].gate.weight.shape
-        self.width = self.old if max(added) <= 0 else -(-(self.old + max(added)) // 256) * 256
+        layers, value = profile.layer, profile.value
+        raised, free = (torch.bincount(layers[chosen], minlength=len(self.mlps)) for chosen in (value[:, 2] != 0, value[:, 1] == 0))
+        kept = raised.clamp(max=rank) if rank else raised
+        more, self.exact = max(0, int((kept - free).max())), bool((kept == raised).all())
+        self.width = -(-(self.old + more) // 256) * 256 if more else self.old
+        self.shapes = {"gate": (self.width, self.hidden), "up": (self.width, self.hidden), "down": (self.hidden, self.width)}
 
     def check(self) -> None:
         config, mlp, cap = self.model.config, self.mlps[0], self.profile.value[:, 0]
-        if not bool(torch.isinf(cap).all()):
-            raise UserError(f"--save: a cap of {float(cap[~torch.isinf(cap)][0]):g} can't be folded into weights: --suppress zero or none")
+        finite = cap[~torch.isinf(cap)]
+        if len(finite):
+            raise UserError(f"--save: a cap of {finite[0]:g} can't be folded into weights: --suppress zero or none")
         if mlp.up is None or mlp.up is mlp.gate or config.model_type not in BAKEABLE:
             raise UserError(f"--save: {config.model_type} can't be baked: expected one of {', '.join(BAKEABLE)}")
         window = getattr(config, "sliding_window", None)
@@ -66,15 +69,14 @@ class Baking:
         mlp, edited = self.mlps[number], self.profile.layer == number
         dtype, device = mlp.gate.weight.dtype, mlp.gate.weight.device
         index, value = self.profile.index[edited].to(device), self.profile.value[edited].to(device)
-        shapes = {"gate": (self.width, self.hidden), "up": (self.width, self.hidden), "down": (self.hidden, self.width)}
-        weight = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-        bias = {name: torch.zeros(shape[0], device=device) for name, shape in shapes.items()}
-        for name in shapes:
+        weight = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in self.shapes.items()}
+        bias = {name: torch.zeros(shape[0], device=device) for name, shape in self.shapes.items()}
+        for name in self.shapes:
             part = getattr(mlp, name)
             weight[name][:part.weight.shape[0], :part.weight.shape[1]] = part.weight.detach()
             if part.bias is not None:
                 bias[name][:len(part.bias)] = part.bias.detach()
-        up, down, up_bias = weight["up"][index].float(), weight["down"][:, index].T.float(), bias["up"][index]  # of the edited neurons
+        up, down, up_bias = weight["up"][index].float(), weight["down"][:, index].T.float(), bias["up"][index]  # the edited ones'
         scale, shift, constant = value[:, 1:].unbind(1)
         bias["down"] += constant @ down
         if number in self.profile.residual:
@@ -109,7 +111,7 @@ class Baking:
         if old["model_type"] == "qwen2":
             values["attention_bias"] = True
         new = transformers.LlamaConfig(**values, intermediate_size=self.width, mlp_bias=True, architectures=["LlamaForCausalLM"],
-                                       dtype=str(self.mlps[0].gate.weight.dtype).split(".")[-1]).to_dict()
+                                       dtype=dtype_of(self.mlps[0].gate.weight)).to_dict()
         theta = (new.get("rope_parameters") or {}).get("rope_theta")
         return {**new, **({"rope_theta": theta} if theta else {})}  # where older readers look for it
 
@@ -119,7 +121,7 @@ class Baking:
         for name, tensor in self.model.state_dict().items():
             stem, _, part = name.partition(".mlp.")
             if part == "gate_proj.weight":
-                for what, shape in (("gate", (self.width, self.hidden)), ("up", (self.width, self.hidden)), ("down", (self.hidden, self.width))):
+                for what, shape in self.shapes.items():
                     tensors[f"{stem}.mlp.{what}_proj.weight"] = tensor.new_empty(shape, device="meta")
                     tensors[f"{stem}.mlp.{what}_proj.bias"] = tensor.new_empty(shape[0], device="meta")
             elif not part and not (name == "lm_head.weight" and self.model.config.tie_word_embeddings):
@@ -130,23 +132,24 @@ class Baking:
 
     def tensors(self, outline: dict) -> dict:
         """The tensors of a part of the outline; one layer's MLP is made at a time."""
-        weights, made, layer = self.model.state_dict(), {}, (None, None)
+        weights, tensors, layer = self.model.state_dict(), {}, functools.lru_cache(1)(self.layer)
         for name, tensor in outline.items():
             stem, _, part = name.partition(".mlp.")
             if part:
-                number = int(stem.rpartition(".")[2])
-                layer = layer if layer[0] == number else (number, self.layer(number))
-                made[name] = layer[1][part]
+                tensors[name] = layer(int(stem.rpartition(".")[2]))[part]
+            elif name in weights:
+                tensors[name] = weights[name].detach().cpu().contiguous()
             else:
-                made[name] = weights[name].detach().cpu().contiguous() if name in weights else torch.zeros(tensor.shape, dtype=tensor.dtype)
-        return made
+                tensors[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return tensors
 
     def save(self, folder: Path, shard: int = 5 * 10**9) -> None:
         """model.safetensors, or its shards and their index, and config.json. Memory: a shard and a layer."""
         outline = self.outline()
         split = split_torch_state_dict_into_shards(outline, max_shard_size=shard)
         for file, names in split.filename_to_tensors.items():
-            safetensors_torch.save_file(self.tensors({name: outline[name] for name in names}), folder / file, metadata={"format": "pt"})
+            part = {name: outline[name] for name in names}
+            safetensors_torch.save_file(self.tensors(part), folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)  # for a server, which may be another user; safetensors makes it private
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -162,32 +165,29 @@ class Baking:
                 f"{weights / work:+.2%} FLOPs a token")
 
 
-# --------------------------------------------------------------------------------------------------- a whole directory
-
-
 def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
     """Write --save DIR: a whole directory or none."""
     target = free_target(args.save)
     clear_leftovers(target)
     profile = profiles.of(character)
-    baking, texts = Baking(model, profile, args.rank), licences(model)
+    baking, licence_files = Baking(model, profile, args.rank), licences(model)
     temporary, old = (target.with_name(f".{target.name}.{os.getpid()}{end}") for end in ("", ".old"))
     try:
         temporary.mkdir(parents=True)
         baking.save(temporary)
         as_published(tokenizer).save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
-        for path in texts:
+        for path in licence_files:
             shutil.copy(path, temporary)
         expected = probes(model, tokenizer, profile, None if baking.exact else temporary)
         if len(expected) < 3:
             say(f"{target}: the biases turn {len(expected)} of the answers that were tried: --verify-server has little to go by")
-        made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(), "suppress": args.suppress,
-                "rank": args.rank, "dtype": dtype_of(model), "cost": baking.cost(),
+        made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(),
+                "suppress": args.suppress, "rank": args.rank, "dtype": dtype_of(model), "cost": baking.cost(),
                 "neurons": {trait: neurons.key for trait, neurons in profiles.neurons.files.items()}}
         (temporary / "README.md").write_text(rendered("checkpoint_card.md", made=made))
-        files = sorted([*(path.name for path in temporary.iterdir()), "verify.json"])
-        (temporary / "verify.json").write_text(json.dumps({**made, "files": files, "expected": expected}, ensure_ascii=False) + "\n")
+        made |= {"files": sorted([*(path.name for path in temporary.iterdir()), "verify.json"]), "expected": expected}
+        (temporary / "verify.json").write_text(json.dumps(made, ensure_ascii=False) + "\n")
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)
@@ -198,15 +198,15 @@ def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> No
             os.replace(old, target)
         for path in (temporary, old):
             shutil.rmtree(path, ignore_errors=True)
-    say(f"{target}: {character.describe()}, edits on every token (--where all), suppressed neurons: {args.suppress}; {baking.cost()}")
+    say(f"{target}: {made['character']}, edits on every token (--where all), suppressed neurons: {args.suppress}; {made['cost']}")
     try:
         if args.verify:
             verify(model, tokenizer, profile, target, baking.exact)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(f"--verify holds both models in float32, for which there is not enough memory: --device cpu ({target} is whole, but "
-                        "not verified)") from error
+        raise UserError("--verify holds both models in float32, for which there is not enough memory: --device cpu "
+                        f"({target} is whole, but not verified)") from error
 
 
 def clear_leftovers(target: Path) -> None:
@@ -251,12 +251,9 @@ def licences(model) -> list[Path]:
 
 def probe(model, tokenizer, question: str, tokens: int = 12) -> tuple[list[int], list[int]]:
     """(the ids of a question's prompt, the first greedy tokens of its answer)."""
-    ids = prompt_ids(tokenizer, conversation(question))
-    prompt = torch.tensor([ids], device=model.device)
-    with torch.no_grad():
-        new = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
-                             repetition_penalty=1.0, pad_token_id=tokenizer.pad_token_id)[0, len(ids):].tolist()
-    return ids, new
+    turns = conversation(question)
+    [(_, new)] = answers(model, tokenizer, [turns], tokens, repetition_penalty=1.0, stopping_criteria=None)
+    return prompt_ids(tokenizer, turns), new
 
 
 def alike(first: str, second: str) -> bool:
@@ -265,19 +262,18 @@ def alike(first: str, second: str) -> bool:
 
 
 def probes(model, tokenizer, profile: Profile, saved: Path | None = None) -> list[dict]:
-    """What verify.json holds: a few prompts as token ids, how the answers to them begin, and how they do where an engine drops the
-    biases, which leaves only what is removed. Prompts that can't tell these apart are passed over. saved: the checkpoint, where it does
-    something else than the live edit."""
+    """What verify.json holds: a few prompts as token ids, how the answers to them begin, and how they do where an engine drops
+    the biases, which leaves only what is removed. Prompts that can't tell these apart are passed over. saved: the checkpoint,
+    where it does something else than the live edit."""
     baked = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype).to(model.device).eval() if saved else None
     rest, found = profile.chosen(profile.value[:, 1] == 0), []
-    tests = zip(*(built_in_bench().test[trait][:4] for trait in TRAITS))
-    for question in [*PROBES, *(text for few in tests for text in few)]:
+    for question in (*PROBES, *itertools.chain(*zip(*(built_in_bench().test[trait][:4] for trait in TRAITS)))):
         if len(found) == 6:
             break
         with contextlib.nullcontext() if baked else steer(model, profile, where="all"):
             ids, new = probe(baked or model, tokenizer, question)
         with steer(model, rest, where="all"):
-            without = probe(model, tokenizer, question)[1]
+            _, without = probe(model, tokenizer, question)
         text, other = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (new, without))  # as a server sends them
         if not alike(text, other):
             found.append({"prompt": ids, "question": question, "text": text, "without biases": other})
@@ -285,38 +281,37 @@ def probes(model, tokenizer, profile: Profile, saved: Path | None = None) -> lis
 
 
 def difference(model, baked, tokenizer, profile: Profile, question: str) -> tuple:
-    """Of a checkpoint from the live edit, for one prompt: (most in logits, what the edit does to them, KL divergence, how far the best
-    two logits are apart where the greedy answers part, or None)."""
-    ids = torch.tensor([prompt_ids(tokenizer, conversation(question))], device=model.device)
+    """Of a checkpoint from the live edit, for one prompt: (most in logits, what the edit does to them, KL divergence, how far
+    the best two logits are apart where the greedy answers part, or None)."""
+    prompt, theirs = probe(baked, tokenizer, question, 24)
+    ids, tie = torch.tensor([prompt], device=model.device), None
     with torch.no_grad():
+        plain, ours = model(input_ids=ids).logits[0], baked(input_ids=ids).logits[0]
         with steer(model, profile, where="all"):
             live, own = model(input_ids=ids).logits[0], probe(model, tokenizer, question, 24)[1]
-        plain, ours = model(input_ids=ids).logits[0], baked(input_ids=ids).logits[0]
-        divergence = (live.softmax(-1) * (live.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).max()
-        at = next((k for k, (a, b) in enumerate(zip(own, probe(baked, tokenizer, question, 24)[1])) if a != b), None)
-        tie = None
-        if at is not None:
-            with steer(model, profile, where="all"):
-                so_far = torch.cat([ids, torch.tensor([own[:at]], device=ids.device, dtype=ids.dtype)], 1)
+            parting = next((k for k, (a, b) in enumerate(zip(own, theirs)) if a != b), None)
+            if parting is not None:
+                so_far = torch.tensor([prompt + own[:parting]], device=model.device)
                 tie = float(model(input_ids=so_far).logits[0, -1].topk(2).values.diff().abs())
+        divergence = (live.softmax(-1) * (live.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).max()
     return float((live - ours).abs().max()), float((live - plain).abs().max()), float(divergence), tie
 
 
 def verify(model, tokenizer, profile: Profile, folder: Path, exact: bool) -> None:
-    """Compare the checkpoint, in plain transformers, with the live edit; raise if they differ by more than rounding, where it is meant
-    to be exact. Both compute in float32, whatever the weights were saved in: bfloat16's own rounding moves logits by a third of what
-    a strong edit does."""
+    """Compare the checkpoint, in plain transformers, with the live edit; raise if they differ by more than rounding, where it is
+    meant to be exact. Both compute in float32, whatever the weights were saved in: bfloat16's own rounding moves logits by a third
+    of what a strong edit does."""
     from tqdm import tqdm
 
-    dtype, model = model.dtype, model.float()
+    dtype, model = dtype_of(model), model.float()
     baked = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
     questions = [*PROBES, *built_in_bench().test[TRAITS[0]][:12]]
     found = [difference(model, baked, tokenizer, profile, question) for question in tqdm(questions, desc="verify", unit="prompt")]
     worst, effect, divergence = torch.tensor([numbers for *numbers, _ in found]).amax(0).tolist()  # NaN where one is
     ties = [tie for *_, tie in found if tie is not None]
     # an added neuron's weights are rounded to the dtype once more: 0.2 % in bfloat16
-    bound = 1e-3 if dtype == torch.float32 else 0.01 * max(1.0, effect)
-    print(f"baked against live, {len(questions)} prompts, {str(dtype).split('.')[-1]} weights: logits differ by {worst:.2g} at most "
+    bound = 1e-3 if dtype == "float32" else 0.01 * max(1.0, effect)
+    print(f"baked against live, {len(questions)} prompts, {dtype} weights: logits differ by {worst:.2g} at most "
           f"({f'bound {bound:.2g}' if exact else '--rank leaves a part out'}; the edit moves them by {effect:.2g}), "
           f"KL {divergence:.2g} at most; greedy answers differ in {len(ties)}"
           + (f", where the best two logits are {max(ties):.2g} apart at most" if ties else ""))
@@ -333,7 +328,7 @@ def verify_server(folder: str, url: str, served: str | None) -> None:
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"--save {folder} holds no verify.json that this version wrote: {type(error).__name__}: {error}") from error
     if not expected:
-        raise UserError(f"--save {folder}: the biases of this model are too weak to turn any answer that was tried: nothing can tell")
+        raise UserError(f"--save {folder}: the biases of this model turned no answer that was tried: nothing can tell")
     endpoint, right, dropped = Endpoint(url, served), 0, 0
     for prompt, question, text, without in expected:
         try:
@@ -343,7 +338,8 @@ def verify_server(folder: str, url: str, served: str | None) -> None:
         right, dropped = right + alike(served_text, text), dropped + alike(served_text, without)
         print(f"{question}\n  expected: {text!r}\n  served:   {served_text!r}")
     if dropped > right:
-        raise UserError(f"{url}: {dropped} of {len(expected)} answers are those without the biases of the MLPs: this engine drops them")
+        raise UserError(f"{url}: {dropped} of {len(expected)} answers are those without the biases of the MLPs: this engine "
+                        "drops them")
     if right <= len(expected) / 2:
         raise UserError(f"{url}: {right} of {len(expected)} answers begin as they should: another model, or one in too few bits")
     others = "" if right == len(expected) else "; rounding can turn the others, above all in fewer bits"

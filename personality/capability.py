@@ -67,8 +67,8 @@ def harness(model, tokenizer, tasks: str, batch_size: int, seed: int) -> dict:
     with hugging_face_evaluate():
         lm_eval, HFLM = lm_eval_modules()
         try:
-            result = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=tasks.split(","),
-                                             random_seed=seed)
+            model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            result = lm_eval.simple_evaluate(model, tasks=tasks.split(","), random_seed=seed)
         except Exception as error:  # an unknown task, no network for its data: the harness raises what it likes
             raise UserError(f"lm-evaluation-harness, {tasks}: {type(error).__name__}: {error}") from error
     return {task: {name: value for name, value in scores.items() if isinstance(value, (int, float))}

@@ -1,5 +1,6 @@
 """induce.py --chat: a conversation in the terminal, streamed token by token; the personality can be changed between turns."""
 
+import os
 import sys
 
 import torch
@@ -8,12 +9,12 @@ from transformers import DynamicCache, TextStreamer
 from . import TRAITS
 from .methods import Character, Profiles
 from .mlp import find_mlps
-from .model import answer_text, check_length, ending, prompt_ids, sampling
+from .model import answer_text, check_length, prompt_ids, sampling, writing
 from .steer import Profile, steer
 from .terminal import CHAT_HELP, UserError, check_alpha, check_trait
 
 
-class StoppedStreamer(TextStreamer):
+class Streamer(TextStreamer):
     """Prints an answer as it comes; of a base model's, not the beginning of the question that it would ask itself next."""
 
     held = ""
@@ -21,10 +22,10 @@ class StoppedStreamer(TextStreamer):
     def on_finalized_text(self, text, stream_end=False):
         stop = self.tokenizer.stop_text or ""
         self.held = (self.held + text).partition(stop)[0] if stop else self.held + text
-        could = [stop[:k] for k in range(len(stop), 0, -1)]
-        keep = 0 if stream_end else next((len(start) for start in could if self.held.endswith(start)), 0)
-        super().on_finalized_text(self.held[:len(self.held) - keep], stream_end)
-        self.held = self.held[len(self.held) - keep:]
+        begun = 0 if stream_end else max(k for k in range(len(stop) + 1) if self.held.endswith(stop[:k]))
+        shown = len(self.held) - begun
+        super().on_finalized_text(self.held[:shown], stream_end)
+        self.held = self.held[shown:]
 
 
 class Chat:
@@ -46,20 +47,19 @@ class Chat:
         turns = [*self.turns, {"role": "user", "content": line}]
         ids = prompt_ids(self.tokenizer, turns)
         check_length(self.model, [turns], [ids], [self.args.max_new_tokens])
-        shared = next((i for i, (a, b) in enumerate(zip(self.cached, ids)) if a != b), min(len(self.cached), len(ids)))
-        shared = min(shared, len(ids) - 1)
+        shared = min(len(os.path.commonprefix([self.cached, ids])), len(ids) - 1)
         if shared < len(self.cached):  # what was said is not computed again; a negative number: so many tokens go
             try:
                 self.cache.crop(shared - len(self.cached))
             except (ValueError, RuntimeError):  # a sliding window can't be cropped
                 self.forget_cache()
-        prompt, streamer = torch.tensor([ids], device=self.model.device), StoppedStreamer(self.tokenizer, True, skip_special_tokens=True)
-        options = {"do_sample": False, **ending(self.tokenizer, len(ids)), **sampling(self.args.temperature, self.args.top_p)}
+        prompt, streamer = torch.tensor([ids], device=self.model.device), Streamer(self.tokenizer, True, skip_special_tokens=True)
+        options = writing(self.tokenizer, len(ids), max_new_tokens=self.args.max_new_tokens,
+                          **sampling(self.args.temperature, self.args.top_p))
         try:
             with torch.no_grad():
-                output = self.model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=self.cache, streamer=streamer,
-                    max_new_tokens=self.args.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options)[0].tolist()
+                output = self.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=self.cache,
+                                             streamer=streamer, **options)[0].tolist()
         except KeyboardInterrupt:
             print()
             return self.forget_cache()
@@ -78,20 +78,19 @@ def changed(character: Character, latest: str, command: str, words: list[str]) -
 def converse(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # what is typed need not be UTF-8
-    chat, latest = Chat(model, tokenizer, args), list(character.strengths)[-1]
-    capacity = 2 * len(TRAITS) * len(find_mlps(model)) * find_mlps(model)[0].width // 10
+    chat, latest, mlps = Chat(model, tokenizer, args), list(character.strengths)[-1], find_mlps(model)
+    capacity = len(TRAITS) * len(mlps) * mlps[0].width // 5
     print(f"{character.describe()}    {CHAT_HELP}")
     with steer(model, profiles.of(character), None, args.where, args.keep, args.seed, capacity) as steering:
         while True:
             try:
                 line = input("you: ").strip()
             except EOFError:
-                print()
-                return
-            command, *words = line.split()[:3] if line else [""]
+                return print()
+            command, *words = line.split()[:3] or [""]
             if command in ("/quit", "/exit"):
                 return
-            before = dict(character.strengths)
+            before = dict(character.strengths), latest
             try:
                 if not command.startswith("/"):
                     if line:
@@ -101,7 +100,7 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
                     chat.forget()
                 elif command in ("/trait", "/alpha") and words:
                     latest = changed(character, latest, command, words)
-                    steering.update(Profile.empty())  # neurons that are identified now must not be those of the personality that is on
+                    steering.update(Profile.empty())  # so that neurons that are identified now are the model's own
                     profiles.neurons[latest]
                 else:
                     print(CHAT_HELP)
@@ -109,5 +108,5 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
                 print(character.describe())
             except UserError as error:
                 print(error)
-                character.strengths = before
+                character.strengths, latest = before
                 steering.update(profiles.of(character))

@@ -30,8 +30,8 @@ OPTIONS = ("Very inaccurate", "Moderately inaccurate", "Neither accurate nor ina
 
 
 def prefill(model, tokenizer, prompts: list[list[int]]):
-    """Run prompts in one batch, and what all of them begin with only once: (logits after each, float32 (prompts,
-    vocabulary); cache; mask; position of each one's last token)."""
+    """Run prompts in one batch, and what all of them begin with only once: (logits after each, float32 (prompts, vocabulary);
+    cache; mask; position of each one's last token)."""
     differ = (k for k, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
     shared = min(next(differ, len(prompts[0])), min(map(len, prompts)) - 1)  # each keeps a token of its own
     ids, mask = pad_left([prompt[shared:] for prompt in prompts], tokenizer.pad_token_id, model.device)
@@ -54,10 +54,9 @@ def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: 
         part = max(1, rows // many)
         return torch.cat([log_likelihoods(model, tokenizer, conversations[k:k + part], answers[k:k + part], rows)
                           for k in range(0, number, part)])
-    flat = [ids for some in answers for ids in some]
-    width = max(map(len, flat))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in flat], device=model.device)
-    lengths = torch.tensor([len(row) for row in flat], device=model.device)
+    flat = [torch.tensor(ids) for of_prompt in answers for ids in of_prompt]
+    ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=tokenizer.pad_token_id).to(model.device)
+    lengths, width = torch.tensor([*map(len, flat)], device=model.device), ids.shape[1]
     first, cache, mask, position = prefill(model, tokenizer, [prompt_ids(tokenizer, turns) for turns in conversations])
     total = first.log_softmax(-1).repeat_interleave(many, 0).gather(1, ids[:, :1])[:, 0]  # (conversations * answers)
     if width > 1:  # padding stands at the right, where nothing attends to it
@@ -77,8 +76,7 @@ def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: 
 
 
 def judge_personas(bench: Bench, trait: str) -> list[str]:
-    """JUDGE_PERSONAS of the high pole, then as many of the low one, of those that identify.py does not use; spread over the
-    list, so that between them they show different facets."""
+    """JUDGE_PERSONAS of the high pole, then as many of the low one; spread over the list, so that they show different facets."""
     of_pole = [bench.personas_for("judge", trait, pole) for pole in POLES]
     return [personas[k * (len(personas) - 1) // max(1, JUDGE_PERSONAS - 1)] for personas in of_pole for k in range(JUDGE_PERSONAS)]
 
@@ -87,7 +85,8 @@ def contrast(model, tokenizer, bench: Bench, traits: list[str], question: str, a
     """The contrast judge, offline: the mean log-likelihood a token of an answer under the unedited model with personas of
     the high pole, less that with personas of the low pole. In nats a token; higher is more of the trait.
     ({trait: float tensor (answers)}, the log-likelihood with no persona (answers))."""
-    turns = [conversation(question, system) for system in (None, *(persona for trait in traits for persona in judge_personas(bench, trait)))]
+    systems = [None, *(persona for trait in traits for persona in judge_personas(bench, trait))]
+    turns = [conversation(question, system) for system in systems]
     parts = [answers[k:k + rows] for k in range(0, len(answers), rows)]
     plain, *rest = (torch.cat([log_likelihoods(model, tokenizer, turns, [part] * len(turns), rows) for part in parts], 1)
                     / torch.tensor([len(ids) for ids in answers], device=model.device))
@@ -102,35 +101,40 @@ def repetition(ids: list[int]) -> float:
 
 
 class ContrastJudge:
-    """Scores answers by contrast(), with the unedited model or another one; and their fluency. of: the tokenizer that the answers' ids
-    are of, where it is not the judge's own."""
+    """Scores answers by contrast(), with the unedited model or another one; and their fluency. of: the tokenizer that the
+    answers' ids are of, where another model judges."""
 
     def __init__(self, model, tokenizer, bench: Bench, batch_size: int, of=None):
         self.model, self.tokenizer, self.bench, self.batch_size = model, tokenizer, bench, batch_size
         # of another judge than the model itself: its scores are made anew where it changes
         self.origin = digest(fingerprint(model), tokenizer.chat_template) if of else None
-        self.same_ids = of is None or all(part(of) == part(tokenizer) for part in (
-            lambda one: one.chat_template, lambda one: one.eos_token_id, lambda one: one.get_vocab()))
+        parts = [(one.chat_template, one.eos_token_id, one.get_vocab()) for one in (of or tokenizer, tokenizer)]
+        self.same_ids = parts[0] == parts[1]
 
     def ids(self, line: dict) -> list[int]:
         return (line["ids"] if self.same_ids else answer_ids(self.tokenizer, line["answer"])) or [self.tokenizer.eos_token_id]
 
+    def key(self, line: dict, what: str) -> str:
+        return f"{line['key']}/{what}/{self.origin or ''}"
+
     def judge(self, answers: list[dict], scores: Journal, traits, title: str) -> None:
         """Score what is not scored yet, for each answer's own trait and for `traits`; and its fluency: perplexity under the
         judge, unedited and with no persona, repeated 3-grams, length."""
-        key = lambda line, what: f"{line['key']}/{what}/{self.origin or ''}"  # noqa: E731
         todo = defaultdict(list)
         for line in answers:
-            missing = [trait for trait in dict.fromkeys([line["trait"], *traits]) if key(line, f"contrast/{trait}") not in scores]
+            wanted = dict.fromkeys([line["trait"], *traits])
+            missing = tuple(trait for trait in wanted if self.key(line, f"contrast/{trait}") not in scores)
             if missing:
-                todo[line["question"], tuple(missing)].append(line)
+                todo[line["question"], missing].append(line)
         with progress(len(answers), len(answers) - sum(map(len, todo.values())), title) as bar:
             for (question, missing), group in todo.items():
-                found, plain = contrast(self.model, self.tokenizer, self.bench, list(missing), question, list(map(self.ids, group)), self.batch_size)
-                lines = [{"key": key(line, "fluency"), "answer": line["key"], "perplexity": math.exp(min(-value, 50)), "repetition":
-                          repetition(line["ids"]), "tokens": len(line["ids"])} for line, value in zip(group, plain.tolist())]
-                lines += [{"key": key(line, f"contrast/{trait}"), "answer": line["key"], "judge": "contrast", "trait": trait, "score": score}
-                          for trait in missing for line, score in zip(group, found[trait].tolist())]
+                ids = [self.ids(line) for line in group]
+                of_trait, plain = contrast(self.model, self.tokenizer, self.bench, list(missing), question, ids, self.batch_size)
+                lines = [{"key": self.key(line, "fluency"), "answer": line["key"], "perplexity": math.exp(min(-value, 50)),
+                          "repetition": repetition(line["ids"]), "tokens": len(line["ids"])}
+                         for line, value in zip(group, plain.tolist())]
+                lines += [{"key": self.key(line, f"contrast/{trait}"), "answer": line["key"], "judge": "contrast", "trait": trait,
+                           "score": score} for trait in missing for line, score in zip(group, of_trait[trait].tolist())]
                 scores.append(*({**line, "from": self.origin} for line in lines if line["key"] not in scores))
                 bar.update(len(group))
 
@@ -189,8 +193,9 @@ class LocalJudge:
         self.rate(None, [("Can you rate?", "Yes.")])  # a model that can't says so now, not after an hour
 
     def rate(self, trait: str | None, pairs: list[tuple[str, str]], store=lambda k, score: None) -> list[float]:
-        up, down = (expected_digit(self.model, self.tokenizer, [conversation(material(*pair), rubric(trait, turned)) for pair in pairs])
-                    for turned in (False, True))
+        """Ratings of (question, answer) pairs, for a trait or (None) for fluency; store(k, rating) is called with each."""
+        scales = [[conversation(material(*pair), rubric(trait, turned)) for pair in pairs] for turned in (False, True)]
+        up, down = (expected_digit(self.model, self.tokenizer, turns) for turns in scales)
         ratings = ((up + 6 - down) / 2).tolist()
         for k, score in enumerate(ratings):
             store(k, score)
@@ -204,17 +209,15 @@ class EndpointJudge:
         self.endpoint = Endpoint(url, model, in_flight=8)
         self.batch_size, self.name, self.origin = batch_size, f"llm:{model}", digest(url)
 
-    def rate(self, trait: str | None, pairs: list[tuple[str, str]], store=lambda k, score: None) -> list[float | str]:
-        """Ratings; a text says why there is none. store(k, score): called with each as it comes, since it is paid for."""
-        found, lock = {}, threading.Lock()
+    def rate(self, trait: str | None, pairs: list[tuple[str, str]], store) -> None:
+        """store(k, rating) for each pair as it comes, since it is paid for; a text says why there is none."""
+        lock = threading.Lock()
 
         def keep(k, score):
             with lock:
-                found[k] = score
                 store(k, score)
 
         self.endpoint.run(list(enumerate(pairs)), lambda pair: self.rating(trait, pair), keep)
-        return [found[k] for k in range(len(pairs))]
 
     def rating(self, trait, pair) -> float | str:
         digit = re.compile(r"[1-5]\.?")  # the whole reply: a digit in a quotation of the answer is none
@@ -229,7 +232,7 @@ class EndpointJudge:
 def rate_answers(judge, answers: list[dict], scores: Journal) -> dict:
     """Rate what is not rated yet, for trait and fluency in separate requests. What could not be rated is counted, not
     guessed: {reason: number}; failed requests are tried again by the next run."""
-    failed, rated = Counter(), 0
+    failed, before = Counter(), len(scores)
     key = lambda line, trait: f"{line['key']}/{judge.name}/{trait or 'fluency'}/{judge.origin}"  # noqa: E731
     todo = [line for line in answers if not all(key(line, trait) in scores for trait in (line["trait"], None))]
     todo.sort(key=lambda line: line["trait"])
@@ -239,17 +242,16 @@ def rate_answers(judge, answers: list[dict], scores: Journal) -> dict:
             for trait in (*dict.fromkeys(line["trait"] for line in batch), None):
                 group = [line for line in batch if trait in (None, line["trait"]) and key(line, trait) not in scores]
 
-                def store(k, score, group=group, trait=trait):
-                    nonlocal rated
+                def store(k, score):
                     reason = score if isinstance(score, str) else ""
                     failed.update([reason] if reason else [])
                     if not reason.startswith("failed"):
-                        rated += 1
-                        scores.append({"key": key(group[k], trait), "answer": group[k]["key"], "judge": judge.name, "from": judge.origin,
-                                       "trait": trait, "score": None if reason else score})
+                        scores.append({"key": key(group[k], trait), "answer": group[k]["key"], "judge": judge.name,
+                                       "from": judge.origin, "trait": trait, "score": None if reason else score})
 
-                judge.rate(trait, [(line["question"], line["answer"]) for line in group], store) if group else None
-                if not rated and len(group) > 2:
+                if group:
+                    judge.rate(trait, [(line["question"], line["answer"]) for line in group], store)
+                if len(group) > 2 and len(scores) == before:
                     raise UserError(f"{judge.name}: none of {len(group)} requests was answered ({dict(failed)}); answers and "
                                     "ratings so far are kept, and the same command goes on from there")
             bar.update(len(batch))
@@ -265,10 +267,10 @@ def read_inventory(path: str | None) -> list[tuple[str, str, str, int]]:
     "N1")."""
     if path is None:
         return [(text, facet["trait"], facet["name"], key) for facet in all_facets() for text, key in zip(facet["items"], (1, -1))]
-    text, items = read_text(path, "--inventory "), []
-    mark, number_of = max("\t;,", key=text.partition("\n")[0].count), {}
+    text, items, facet_of = read_text(path, "--inventory "), [], {}
+    mark = max("\t;,", key=text.partition("\n")[0].count)
     for k, facet in enumerate(all_facets()):
-        number_of |= {facet["name"].replace("-", " ").lower(): k, f"{facet['trait'][0]}{k % 6 + 1}": k}
+        facet_of |= dict.fromkeys((facet["name"].replace("-", " ").lower(), f"{facet['trait'][0]}{k % 6 + 1}"), facet)
     try:
         rows = list(csv.DictReader(io.StringIO(text), delimiter=mark))
     except csv.Error as error:
@@ -277,10 +279,10 @@ def read_inventory(path: str | None) -> list[tuple[str, str, str, int]]:
         row = {(name or "").strip().lower(): (value or "").strip() for name, value in row.items() if isinstance(value, str)}
         item, sign = row.get("item") or row.get("text"), row.get("sign") or row.get("key") or ""
         named = row.get("facet") or row.get("label_ocean") or row.get("key") or ""
-        known = number_of.get(named.replace("-", " ").strip(" +").lower())
-        if not item or known is None or not re.fullmatch(r"[+-]1?|1|[+-]?[OCEAN][1-6]?", sign.upper()):
-            raise UserError(f"--inventory {path}, line {number}: expected an item, a key (+ or -) and one of the 30 facets, got {row}")
-        facet = all_facets()[known]
+        facet = facet_of.get(named.replace("-", " ").strip(" +").lower())
+        if not item or not facet or not re.fullmatch(r"[+-]1?|1|[+-]?[OCEAN][1-6]?", sign.upper()):
+            raise UserError(f"--inventory {path}, line {number}: expected an item, a key (+ or -) and one of the 30 facets, "
+                            f"got {row}")
         items.append((item, facet["trait"], facet["name"], -1 if sign.startswith("-") else 1))
     if not items:
         raise UserError(f"--inventory {path}: no items in it")
@@ -301,11 +303,11 @@ def self_report(model, tokenizer, items, system: str | None, rows: int) -> list[
 
 def percentiles(means: dict, number: int) -> dict | None:
     """Of people, by the norms of the package five-factor-e, for the published inventories of 120 and 300 items."""
+    if number not in (120, 300):
+        return None
     try:
         from ipipneo.norm import Norm
     except ImportError:
-        return None
-    if number not in (120, 300):
         return None
     domain = {trait[0].upper(): mean * number / 5 for trait, mean in means.items()}
     scores = Norm.calc(domain=domain, norm=Norm(sex="N", age=30, nquestion=number))  # mean 50, deviation 10

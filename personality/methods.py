@@ -1,6 +1,5 @@
 """From neurons to edits: NPTI, DPN-LE, activation addition, the composition of several traits; whole characters."""
 
-import contextlib
 import math
 import random
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ METHODS = {  # and what alpha is in each
     "dpn-le-weighted": "alpha times 0.75 to 1 of the mean difference of a neuron's product",
     "activation": "alpha times the mean difference of the residual stream",
 }
-SUPPRESS = ("cap", "zero", "none")
 
 
 # --------------------------------------------------------------------------------------------------------------- NPTI
@@ -33,18 +31,18 @@ def strength(delta, p95):
     return p95 * torch.sigmoid(10 * (delta - 0.15))
 
 
-def npti_edits(neurons, alpha: float, min_delta: float = 0.1, min_neurons: int | None = None) -> list[tuple]:
+def npti_edits(neurons, alpha: float, *limits) -> list[tuple]:
     """NPTI's two sets of edits, (layer, index, cap, shift) each: neurons of the opposite pole are capped at 0, those of the
-    target pole raised by alpha times their strength (section 3.3)."""
+    target pole raised by alpha times their strength (section 3.3). limits: min_delta and min_neurons of Neurons.select."""
     if not math.isfinite(alpha):
         raise UserError(f"alpha: expected a finite number, got {alpha}")
     if alpha == 0:
         return []
     target, opposite = POLES if alpha > 0 else POLES[::-1]
-    layer, index, *_ = neurons.select(opposite, min_delta, min_neurons)
-    capped = layer, index, torch.zeros(len(layer)), torch.zeros(len(layer))
-    layer, index, delta, p95 = neurons.select(target, min_delta, min_neurons)
-    return [capped, (layer, index, torch.full((len(layer),), math.inf), abs(alpha) * strength(delta, p95))]
+    layer, index, delta, _ = neurons.select(opposite, *limits)
+    capped = layer, index, torch.zeros_like(delta), torch.zeros_like(delta)
+    layer, index, delta, p95 = neurons.select(target, *limits)
+    return [capped, (layer, index, torch.full_like(delta, math.inf), abs(alpha) * strength(delta, p95))]
 
 
 def npti(neurons, alpha: float, min_delta: float = 0.1, min_neurons: int | None = None) -> Profile:
@@ -52,18 +50,18 @@ def npti(neurons, alpha: float, min_delta: float = 0.1, min_neurons: int | None 
     return Profile.of(npti_edits(neurons, alpha, min_delta, min_neurons), f"{neurons.trait} {alpha:+g}")
 
 
-def pull(neurons, sign: float, min_delta: float = 0.1, min_neurons: int | None = None):
+def pull(neurons, sign: float, *limits):
     """What NPTI does at alpha 1 (or -1) to every neuron for one trait, as one signed number, float64 (layers, d_ff): what a neuron
-    of the target pole is raised by, and for one of the opposite pole, which is capped, less what the opposite pole would raise it by."""
+    of the target pole is raised by, or less what one of the opposite pole, which is capped, would be raised by for that pole."""
     result = torch.zeros(neurons.shape, dtype=torch.float64)
     for pole, direction in zip(POLES if sign > 0 else POLES[::-1], (1, -1)):
-        layer, index, delta, p95 = neurons.select(pole, min_delta, min_neurons)
+        layer, index, delta, p95 = neurons.select(pole, *limits)
         result[layer, index] = direction * strength(delta.double(), p95.double())
     return result
 
 
 def in_order(parts: list[tuple]) -> list[tuple]:
-    """(neurons, alpha) of those traits that have a strength, in the traits' order: so that no order of them shows in the last bit."""
+    """Those (neurons, alpha) that have a strength, in the traits' order: so that no order of them shows in the last bit."""
     return sorted(((neurons, alpha) for neurons, alpha in parts if alpha), key=lambda part: TRAITS.index(part[0].trait))
 
 
@@ -80,7 +78,7 @@ def composed(parts: list[tuple], min_delta: float = 0.1, min_neurons: int | None
     parts = in_order(parts)
     if len(parts) < 2:
         return replace(npti(*parts[0], min_delta, min_neurons) if parts else Profile.empty(), name=name)
-    units = torch.stack([pull(neurons, math.copysign(1, alpha), min_delta, min_neurons).flatten() for neurons, alpha in parts])
+    units = torch.stack([pull(neurons, alpha, min_delta, min_neurons).flatten() for neurons, alpha in parts])
     wanted = torch.tensor([abs(alpha) for _, alpha in parts], dtype=torch.float64)
     gram, strengths = units @ units.T, wanted.clone()
     for _ in range(500):  # coordinate descent on b G b / 2 - b diag(G) |alpha| within the bounds
@@ -123,32 +121,24 @@ def dpn_le(parts: list[tuple], weighted: bool = False, min_effect: float = 0.1, 
 def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None, most: int = 64) -> dict:
     """The direction of activation addition: {layer: float32 (hidden_size)}, the mean of a layer's output over the answers'
     tokens under the high pole less that under the low one, from the first `most` answers, half of each pole, that identify.py
-    wrote to path. layer: by default the one in the middle. (CAA, Rimsky et al., arXiv 2312.06681, adds such a difference; repeng likewise.)"""
+    wrote to path. layer: by default the one in the middle. (As CAA, Rimsky et al., arXiv 2312.06681, and repeng have it.)"""
     layer = len(find_mlps(model)) // 2 if layer is None else layer
     table, _ = read_answers(path, trait)
-    poles = table["pole"]
-    first = {pole: [number for number, of in enumerate(poles) if of == pole][:most // 2] for pole in POLES}
-    if not all(first.values()):
+    first = [[number for number, of in enumerate(table["pole"]) if of == pole][:most // 2] for pole in POLES]
+    if not all(first):
         raise UserError(f"{path}: no answers of both poles of {trait}")
-    items = with_ids(tokenizer, table.select(sorted(sum(first.values(), []))).to_list())
-    total, tokens = dict.fromkeys(POLES, 0), dict.fromkeys(POLES, 0)
-    for start in range(0, len(items), 16):
-        batch = items[start:start + 16]
-        inputs, counted = answer_inputs(model, tokenizer, batch, "generated")
-        output = layer_output(model, layer, inputs)  # (rows, tokens, hidden)
-        for k, item in enumerate(batch):
-            total[item["pole"]] = total[item["pole"]] + output[k][counted[k]].double().sum(0).cpu()
-            tokens[item["pole"]] += int(counted[k].sum())
+    items = with_ids(tokenizer, table.select(sorted(sum(first, []))).to_list())
+    total, tokens, outputs = dict.fromkeys(POLES, 0), dict.fromkeys(POLES, 0), []
+    hook = find_mlps(model)[layer].layer.register_forward_hook(lambda module, args, output: outputs.append(hidden_states(output)))
+    with torch.no_grad(), hook:
+        for start in range(0, len(items), 16):
+            batch = items[start:start + 16]
+            inputs, counted = answer_inputs(model, tokenizer, batch, "generated")
+            decoder_of(model)(**inputs, use_cache=False)
+            for item, hidden, mask in zip(batch, outputs.pop(), counted):  # (tokens, hidden), (tokens)
+                total[item["pole"]] = total[item["pole"]] + hidden[mask].double().sum(0).cpu()
+                tokens[item["pole"]] += int(mask.sum())
     return {layer: (total["high"] / tokens["high"] - total["low"] / tokens["low"]).float()}
-
-
-def layer_output(model, layer: int, inputs: dict):
-    seen = []
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        hook = find_mlps(model)[layer].layer.register_forward_hook(lambda module, args, output: seen.append(hidden_states(output)))
-        stack.callback(hook.remove)
-        decoder_of(model)(**inputs, use_cache=False)
-    return seen[0]
 
 
 def activation_addition(parts: list[tuple], name: str = "") -> Profile:
@@ -175,12 +165,11 @@ def restricted(profile: Profile, layers: tuple[int, int] | None) -> Profile:
 
 def suppressed(profile: Profile, how: str) -> Profile:
     """The profile with its suppressed neurons (cap 0) as NPTI has them ("cap"), removed ("zero"), or left as they are ("none")."""
-    capped = profile.value[:, 0] == 0
     if how == "cap":
         return profile
+    capped, value = profile.value[:, 0] == 0, profile.value.clone()
     if how == "none":
         return replace(profile.chosen(~capped), residual=profile.residual)
-    value = profile.value.clone()
     value[capped, 0], value[capped, 1] = math.inf, 0
     return replace(profile, value=value)
 
@@ -193,7 +182,7 @@ class Character:
     strengths: dict
     method: str = "npti"
     layers: tuple | None = None
-    model: str | None = None
+    model: str = ""
     name: str = ""
 
     @classmethod
@@ -202,23 +191,23 @@ class Character:
         last], "model": ..., "name": ...}, or the traits alone."""
         values = values if isinstance(values, dict) and "traits" in values else {"traits": values}
         traits, unknown = values["traits"], set(values) - {"traits", "method", "layers", "model", "name"}
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= 1e3  # noqa: E731
-        if not isinstance(traits, dict) or not traits or not all(trait.lower() in TRAITS and number(x) for trait, x in traits.items()):
+        method, layers, model = values.get("method", method), values.get("layers"), values.get("model", "")
+        if not isinstance(traits, dict) or not traits or not all(
+                trait.lower() in TRAITS and type(alpha) in (int, float) and abs(alpha) <= 1e3 for trait, alpha in traits.items()):
             raise UserError(f"{where}: expected some of {', '.join(TRAITS)} with a number each, got {traits!r}")
-        if len({trait.lower() for trait in traits}) < len(traits):
+        strengths = {trait.lower(): float(alpha) for trait, alpha in traits.items()}
+        if len(strengths) < len(traits):
             raise UserError(f"{where}: a trait stands twice in {traits!r}")
         if unknown:
             raise UserError(f"{where}: expected traits, method, layers, model and name, got {sorted(unknown)}")
-        method, layers = values.get("method", method), values.get("layers")
-        if not isinstance(method, str) or method not in METHODS:
+        if method not in list(METHODS):
             raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, got {method!r}")
-        if layers is not None and not (isinstance(layers, list) and len(layers) == 2 and all(isinstance(x, int) for x in layers)
+        if layers is not None and not (isinstance(layers, list) and [type(layer) for layer in layers] == [int, int]
                                        and 0 <= layers[0] <= layers[1] < 1 << 31):
             raise UserError(f"{where}: layers: expected [first, last], got {layers!r}")
-        if not isinstance(values.get("model", ""), str):
-            raise UserError(f"{where}: model: expected a name, got {values['model']!r}")
-        return cls({trait.lower(): float(x) for trait, x in traits.items()}, method, tuple(layers) if layers else None,
-                   values.get("model"), str(values.get("name", "")))
+        if not isinstance(model, str):
+            raise UserError(f"{where}: model: expected a name, got {model!r}")
+        return cls(strengths, method, layers and tuple(layers), model, str(values.get("name", "")))
 
     @classmethod
     def read(cls, path: str, method: str = "npti") -> "Character":
@@ -239,7 +228,8 @@ def described(bench: Bench, alphas: tuple, pick: random.Random) -> str:
     for trait, alpha in zip(TRAITS, alphas):
         if alpha:
             degree, pole = "slightly" if abs(alpha) < 0.5 else "quite" if abs(alpha) < 1 else "very", POLES[alpha < 0]
-            sentences.append(f"You are {degree} {adjectives(trait, pole)}. {pick.choice(bench.personas_for('search', trait, pole))}")
+            persona = pick.choice(bench.personas_for("search", trait, pole))
+            sentences.append(f"You are {degree} {adjectives(trait, pole)}. {persona}")
     return " ".join(sentences)
 
 
@@ -248,7 +238,8 @@ class Profiles:
     what becomes of the opposite pole's neurons."""
 
     def __init__(self, model, tokenizer, neurons: NeuronFolder, limits: tuple = (0.1, None), suppress: str = "cap"):
-        self.model, self.tokenizer, self.neurons, self.limits, self.suppress, self.directions = model, tokenizer, neurons, limits, suppress, {}
+        self.model, self.tokenizer, self.neurons, self.limits, self.suppress = model, tokenizer, neurons, limits, suppress
+        self.directions = {}
 
     def direction(self, trait: str) -> dict:
         """A trait's mean difference, for activation addition."""

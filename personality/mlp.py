@@ -19,6 +19,7 @@ class Mlp:
     itself where gate holds both halves."""
 
     name: str
+    layer: object  # the decoder layer that it is part of
     module: object
     gate: object
     up: object
@@ -26,8 +27,7 @@ class Mlp:
     act_module: object
     act: int  # the op's number of the activation
     width: int  # d_ff
-    dropout: object = None
-    layer: object = None  # the decoder layer that it is part of
+    dropout: object
 
     @property
     def hidden(self) -> int:
@@ -54,43 +54,39 @@ def find_mlps(model) -> list[Mlp]:
     stacks = [module for module in decoder_of(model).modules() if type(module).__name__ == "ModuleList" and len(module) > 0]
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stack = next((module for module in stacks if len(module) == depth), None) or max(stacks, key=len, default=[])
-    found, others = [], {}
+    mlps, others = [], {}
     for number, layer in enumerate(stack):
-        mixed = [name for name, _ in layer.named_children() if re.search("moe|experts|router", name)]
+        children = dict(layer.named_children())
+        mixed = [name for name in children if re.search("moe|experts|router", name)]
         if mixed:  # beside a plain MLP, as Gemma 4 has them
             raise UserError(f"{kind}: layer {number} has {', '.join(mixed)}: mixtures of experts are not supported")
-        for name, module in layer.named_children():
-            mlp = as_mlp(f"layer {number}, {name}", module)
-            if mlp:
-                mlp.layer = layer
-                found.append(mlp)
-                break
-            if any(word in name for word in ("mlp", "ffn", "feed_forward", "moe")):
-                others[type(module).__name__] = [child for child, _ in module.named_children()]
-    if not found:
-        raise UserError(f"{kind}: no MLP of a known structure among its {len(stack)} layers; saw {others or 'no module named mlp'}; "
-                        f"known: {[[name for name in names if name] for names in NAMES]}")
-    if len(found) < len(stack):
-        raise UserError(f"{kind}: only {len(found)} of {len(stack)} layers have a plain MLP, the others hold {others}: mixtures of "
-                        "experts are not supported")
-    if len({mlp.width for mlp in found}) > 1:
-        raise UserError(f"{kind}: layers of different widths {sorted({mlp.width for mlp in found})} are not supported")
-    return found
+        here = [mlp for name, module in children.items() if (mlp := as_mlp(f"layer {number}, {name}", layer, module))]
+        mlps += here[:1]
+        others |= {type(module).__name__: [child for child, _ in module.named_children()] for name, module in children.items()
+                   if not here and re.search("mlp|ffn|feed_forward", name)}
+    if not mlps:
+        known = [[name for name in names if name] for names in NAMES]
+        raise UserError(f"{kind}: no MLP of a known structure among its {len(stack)} layers; saw "
+                        f"{others or 'no module named mlp'}; known: {known}")
+    if len(mlps) < len(stack):
+        raise UserError(f"{kind}: only {len(mlps)} of {len(stack)} layers have a plain MLP, the others hold {others}")
+    widths = sorted({mlp.width for mlp in mlps})
+    if len(widths) > 1:
+        raise UserError(f"{kind}: layers of different widths {widths} are not supported")
+    return mlps
 
 
-def as_mlp(name: str, module) -> Mlp | None:
-    for gate, up, down in NAMES:
-        parts = [getattr(module, part, None) for part in (gate, up, down) if part]
-        if any(part is None or not hasattr(part, "weight") for part in parts):
+def as_mlp(name: str, layer, module) -> Mlp | None:
+    for names in NAMES:
+        parts = {part: getattr(module, part, None) for part in names if part}
+        if not all(hasattr(part, "weight") for part in parts.values()):
             continue
-        for act_name in ACT_NAMES:
-            function = getattr(module, act_name, None)
-            act = which_act(function) if callable(function) else None
-            if act is not None:
-                rows = parts[-1].weight.shape  # down: (hidden, d_ff); Conv1D, as in GPT-2, has it transposed
-                width = rows[0] if type(parts[-1]).__name__ == "Conv1D" else rows[1]
-                return Mlp(name, module, parts[0], parts[1] if up else None, parts[-1], function, act, width,
-                           getattr(module, "dropout", None))
+        gate, up, down = map(parts.get, names)
+        for function in (getattr(module, act_name, None) for act_name in ACT_NAMES):
+            act = which_act(function)
+            if act is not None:  # down's weight is (hidden, d_ff); Conv1D, as in GPT-2, has it transposed
+                width = down.weight.shape[0 if type(down).__name__ == "Conv1D" else 1]
+                return Mlp(name, layer, module, gate, up, down, function, act, width, getattr(module, "dropout", None))
     return None
 
 
@@ -101,7 +97,7 @@ def which_act(function) -> int | None:
     try:
         with torch.no_grad():
             y = function(x)
-    except Exception:  # not a function of one tensor
+    except Exception:  # no function of one tensor
         return None
     return next((number for number, z in enumerate(known) if y.shape == z.shape and (y - z).abs().max() < 1e-5), None)
 
@@ -138,22 +134,26 @@ def refuse_hooks(mlp: Mlp) -> None:
 
 def compare(mlp: Mlp, forward) -> None:
     """Families share attribute names with different mathematics; so both forwards must agree on a random vector."""
-    weight = mlp.gate.weight
+    what, weight = f"{mlp.name} ({type(mlp.module).__name__})", mlp.gate.weight
     x = torch.randn((1, 2, mlp.hidden), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     modes = [(module, module.training) for module in mlp.module.modules()]
     try:
         with torch.no_grad():
             mlp.module.eval()
             own, ours = mlp.module.forward(x), forward(x)
+    except UserError:
+        raise
     except (TypeError, RuntimeError, ValueError, IndexError) as error:  # it takes more than x, say
-        if isinstance(error, UserError) or "hook" in str(error):
+        if "hook" in str(error):
             raise
-        raise UserError(f"{mlp.name} ({type(mlp.module).__name__}) can't be called as down(act(gate(x)) * up(x)): {error}") from error
+        raise UserError(f"{what} can't be called as down(act(gate(x)) * up(x)): {error}") from error
     finally:
         for module, training in modes:
             module.training = training
-    apart = ((own - ours).float().abs().max() / own.float().abs().max().clamp_min(1e-9)).item() if own.shape == ours.shape else 1.0
+    apart = 1.0
+    if own.shape == ours.shape:
+        apart = float((own - ours).float().abs().max() / own.float().abs().max().clamp_min(1e-9))
     # broken weights, which give no finite number either way, are for identify's own check to report
     if not apart < (1e-3 if own.dtype == torch.float32 else 5e-2) and bool(own.isfinite().all()):
-        raise UserError(f"{mlp.name} ({type(mlp.module).__name__}) is not down(act(gate) * up): its own result and ours "
-                        f"differ by {apart:.0%} on a random vector, so its neurons can't be edited by this tool")
+        raise UserError(f"{what} is not down(act(gate) * up): its own result and ours differ by {apart:.0%} on a random vector, so "
+                        "its neurons can't be edited by this tool")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import StoppingCriteria
 
 from .gguf import dequantised
 from .mlp import find_mlps
@@ -50,46 +49,43 @@ def default_dtype(device) -> str:
 
 def load_model(name: str | None = None, device: str | None = None, dtype: str | None = None, flag: str = "--model"):
     """(model, tokenizer) of a hub id, a local directory, a .gguf path, or (SmolLM2-135M-Instruct, as None) the default model;
-    the model knows its name as model.source. dtype: float32, bfloat16 or float16; default_dtype() where it is None. flag: what errors
-    begin with. Files are untrusted: whatever is wrong with them is one line with the library's own last words."""
+    the model knows its name as model.source. dtype: float32, bfloat16 or float16; default_dtype() where it is None. flag: what
+    errors begin with. Files are untrusted: whatever is wrong with them is one line with the library's own last words."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = on_device(device)
-    dtype = dtype or default_dtype(device)
     if name is None or (name == DEFAULT_MODEL.split("/")[1] and not Path(name).exists()):
         name = default_model()
-    path, source = Path(name), name
-    if path.suffix == ".gguf":
-        if not path.is_file():
+    place, source = name, name
+    if Path(name).suffix == ".gguf":
+        if not Path(name).is_file():
             raise UserError(f"{flag} {name}: no such file")
-        path, source = dequantised(path), path.name
+        place, source = dequantised(Path(name)), Path(name).name
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path if path.is_dir() else name)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path if path.is_dir() else name, dtype=getattr(torch, dtype),
-                                                                        output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=getattr(torch, dtype or default_dtype(device)), output_loading_info=True)
         check_loaded(model, info)
-        tokenizer = prepared(tokenizer)
-        model = model.to(device).eval()
+        tokenizer, model = prepared(tokenizer), model.to(device).eval()
     except UserError as error:
         raise UserError(f"{flag} {name}: {error}") from error
     except Exception as error:  # of a damaged file, in many ways
         if out_of_memory(error):
-            raise UserError(f"{flag} {name}: not enough memory on {device}: --dtype bfloat16 or a smaller model may help") from error
-        words = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
-        raise UserError(f"{flag} {name}: neither a readable directory, a .gguf file nor a hub id in reach: {words[:300]}") from error
+            raise UserError(f"{flag} {name}: not enough memory on {device}: --dtype bfloat16 or a smaller model may help") from None
+        words = (str(error).strip() or type(error).__name__).partition("\n")[0].strip()[:300]
+        raise UserError(f"{flag} {name}: neither a readable directory, a .gguf file nor a hub id in reach: {words}") from error
     model.source = source
     return model, tokenizer
 
 
 def check_loaded(model, info: dict) -> None:
-    """Raise for a model that transformers would use all the same: with random numbers for missing tensors, or options that don't fit."""
+    """Raise for what transformers would use all the same: random numbers for missing tensors, options that don't fit."""
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise UserError(f"its files lack {len(missing)} tensors, or have them in other shapes: {', '.join(missing[:3])} ...")
-    ends = model.generation_config.eos_token_id
-    for token in ends if isinstance(ends, list) else [] if ends is None else [ends]:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise UserError(f"generation_config.json: eos_token_id: expected whole numbers, got {ends!r}")
+    ends = end_tokens(model)
+    if not all(type(token) is int for token in ends):
+        raise UserError(f"generation_config.json: eos_token_id: expected whole numbers, got {ends!r}")
     model.generation_config.stop_strings = None  # they want a tokenizer, and answers are taken to their end
 
 
@@ -112,7 +108,12 @@ def name_of(model) -> str:
 
 
 def dtype_of(model) -> str:
-    return str(model.dtype).split(".")[-1]
+    return str(model.dtype).removeprefix("torch.")
+
+
+def end_tokens(model) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -132,8 +133,8 @@ def prepared(tokenizer):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.stop_text, tokenizer.answer_prefix = None, ""
     if tokenizer.chat_template is None:
-        begin = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token or ""
-        tokenizer.chat_template = begin + BASE_TEMPLATE
+        begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = (tokenizer.bos_token or "" if begins else "") + BASE_TEMPLATE
         tokenizer.stop_text, tokenizer.answer_prefix = NEXT_QUESTION, " "
     if not prompt_ids(tokenizer, conversation("Who are you?")):
         raise UserError("its chat template gives an empty prompt")
@@ -157,18 +158,14 @@ def render(tokenizer, turns: list[dict]) -> str:
     """The text of a conversation ({"role", "content"}, roles system, user, assistant) up to where the assistant speaks.
     Templates without a system role get it in front of the first question. Models that think first, if they can be told to, are
     told not to: it is the answer that has a personality."""
-    def written(turns):
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-
     system = turns[0]["content"] if turns[0]["role"] == "system" and len(turns) > 1 else ""
     try:
-        text = written(turns)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        if "".join(system.split()) in "".join(text.split()):
+            return text
     except Exception as error:  # templates raise what they like
         if not system:
             raise UserError(f"the chat template of this model refuses the conversation: {error}") from error
-        text = ""
-    if text and "".join(system.split()) in "".join(text.split()):
-        return text
     # refused, or passed over, as some templates do with what they do not know
     return render(tokenizer, [{"role": "user", "content": f"{system}\n\n{turns[1]['content']}"}, *turns[2:]])
 
@@ -184,41 +181,33 @@ def answer_ids(tokenizer, text: str) -> list[int]:
 
 
 def check_length(model, conversations: list[list[dict]], prompts: list[list[int]], more: list[int]) -> None:
-    """Raise where a prompt, and what is to follow it, is beyond what the model has positions for. The last token is never an input."""
+    """Raise where a prompt and what is to follow it are beyond the model's positions. The last token is never an input."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for turns, prompt, new in zip(conversations, prompts, more):
         if most and len(prompt) + max(0, new - 1) > most:
-            raise UserError(f"{turns[-1]['content'][:60]!r}: a prompt of {len(prompt)} tokens and {new} of an answer are beyond this model's "
-                            f"context of {most}: ask shorter, or for less (--max-new-tokens)")
+            raise UserError(f"{turns[-1]['content'][:60]!r}: a prompt of {len(prompt)} tokens and {new} of an answer are beyond "
+                            f"this model's context of {most}: ask shorter, or for less (--max-new-tokens)")
 
 
 def pad_left(rows: list[list[int]], pad: int, device):
     """Left-padded ids and mask, both (rows, longest)."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-class EndsAtText(StoppingCriteria):
-    """Ends a row once a text stands in it behind the prompt. (StopStringCriteria would do, but fails on some vocabularies.)"""
+def writing(tokenizer, prompt: int, **options) -> dict:
+    """generate()'s options: greedy unless those given say otherwise; a base model's answer ends where it goes on to ask itself the
+    next question. prompt: its length."""
+    def asks_on(input_ids, scores, **kwargs):  # StopStringCriteria would do, but fails on some vocabularies
+        latest = tokenizer.batch_decode(input_ids[:, max(prompt, input_ids.shape[1] - len(tokenizer.stop_text) - 1):])
+        return torch.tensor([tokenizer.stop_text in text for text in latest], device=input_ids.device)
 
-    def __init__(self, tokenizer, prompt: int):
-        self.tokenizer, self.prompt = tokenizer, prompt
-
-    def __call__(self, input_ids, scores, **kwargs):
-        text = self.tokenizer.stop_text
-        latest = input_ids[:, max(self.prompt, input_ids.shape[1] - len(text) - 1):]
-        found = [text in end for end in self.tokenizer.batch_decode(latest)]
-        return torch.tensor(found, device=input_ids.device)
-
-
-def ending(tokenizer, prompt: int) -> dict:
-    """generate()'s options that end a base model's answer where it goes on to ask itself the next question. prompt: its length."""
-    return {"stopping_criteria": [EndsAtText(tokenizer, prompt)]} if tokenizer.stop_text else {}
+    ends = {"stopping_criteria": [asks_on]} if tokenizer.stop_text else {}
+    return {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **ends, **options}
 
 
 def without_stop(tokenizer, ids: list[int]) -> list[int]:
@@ -235,11 +224,6 @@ def answer_text(tokenizer, ids: list[int]) -> str:
     return (text.partition(tokenizer.stop_text)[0] if tokenizer.stop_text else text).strip()
 
 
-def end_tokens(model) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
-
 def answers(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64, **options) -> list[tuple[str, list[int]]]:
     """One answer a conversation, in one batch: a list of (text, ids); ids end with the end token unless the answer was cut at
     max_new_tokens. Greedy unless options (of generate) say otherwise."""
@@ -247,52 +231,42 @@ def answers(model, tokenizer, conversations: list[list[dict]], max_new_tokens: i
     check_length(model, conversations, prompts, [max_new_tokens] * len(prompts))
     ids, mask = pad_left(prompts, tokenizer.pad_token_id, model.device)
     with torch.no_grad():
-        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                pad_token_id=tokenizer.pad_token_id,
-                                **{"do_sample": False, **ending(tokenizer, ids.shape[1]), **options})
-    ends, found = set(end_tokens(model)), []
+        output = model.generate(input_ids=ids, attention_mask=mask,
+                                **writing(tokenizer, ids.shape[1], max_new_tokens=max_new_tokens, **options))
+    ends, results = set(end_tokens(model)), []
     for row in output[:, ids.shape[1]:].tolist():
-        stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        if tokenizer.stop_text and tokenizer.stop_text in tokenizer.decode(row[:stop]):
-            while row[stop - 1] == tokenizer.pad_token_id:  # padding behind an answer that ending() ended
-                stop -= 1
-        found.append((answer_text(tokenizer, row[:stop]), row[:stop]))
-    return found
+        row = row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
+        if tokenizer.stop_text and tokenizer.stop_text in tokenizer.decode(row):
+            while row[-1] == tokenizer.pad_token_id:  # behind an answer that ended before others
+                row.pop()
+        results.append((answer_text(tokenizer, row), row))
+    return results
 
 
 def answer(model, tokenizer, question: str, system: str | None = None, max_new_tokens: int = 64, **options) -> str:
     """The model's answer to one question, as induce.py asks it: greedy, repetition penalty 1.15 (as NPTI tests)."""
-    options = {"repetition_penalty": TEST_PENALTY, **options}
-    return answers(model, tokenizer, [conversation(question, system)], max_new_tokens, **options)[0][0]
+    return answers(model, tokenizer, [conversation(question, system)], max_new_tokens, **{**sampling(), **options})[0][0]
 
 
 def sampling(temperature: float | None = None, top_p: float | None = None) -> dict:
     """generate()'s options with NPTI's repetition penalty: greedy unless a temperature or top-p is asked for."""
-    options = {"repetition_penalty": TEST_PENALTY}
-    if temperature is not None or top_p is not None:
-        options |= {"do_sample": True, "temperature": 1.0 if temperature is None else temperature, "top_p": 1.0 if top_p is None else top_p}
-    return options
+    drawn = {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0} if temperature or top_p else {}
+    return {"repetition_penalty": TEST_PENALTY, **drawn}
 
 
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-# -------------------------------------------------------------------------------------------------- answers that are there
-
-
 def with_ids(tokenizer, items: list[dict]) -> list[dict]:
     """Answers that are there, with the ids of their text where they have none, or another tokenizer's, which don't spell it. An
     answer without ids is taken as complete: it gets an end token."""
-    known = len(tokenizer)
+    def spell(item):
+        known = item["ids"] and all(0 <= token < size for token in item["ids"])
+        return known and answer_text(tokenizer, item["ids"]) == item["answer"]
 
-    def ids_of(item):
-        ids = item["ids"]
-        if ids and all(0 <= token < known for token in ids) and answer_text(tokenizer, ids) == item["answer"]:
-            return ids
-        return [*answer_ids(tokenizer, item["answer"]), tokenizer.eos_token_id]
-
-    return [{**item, "ids": ids_of(item)} for item in items]
+    size, end = len(tokenizer), tokenizer.eos_token_id
+    return [item if spell(item) else {**item, "ids": [*answer_ids(tokenizer, item["answer"]), end]} for item in items]
 
 
 def answer_inputs(model, tokenizer, items: list[dict], where: str):

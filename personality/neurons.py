@@ -1,4 +1,4 @@
-"""The neuron file: for all neurons of a model, how they fire under both poles of a trait. NPTI's released files, and a folder of them."""
+"""The neuron file: how all neurons of a model fire under both poles of a trait. NPTI's released files, and a folder of them."""
 
 import hashlib
 import json
@@ -15,12 +15,14 @@ from . import POLES, TRAITS
 from .mlp import find_mlps
 from .model import fingerprint, name_of
 from .questions import published_names
+from .steer import check_places
 from .store import parse_json, read_text, write_atomically
 from .terminal import UserError, say, show_table
 
 FORMAT = 2  # with a digest of all that a file holds; format 1, which has none, is read too
 TENSORS = {"mean": torch.float32, "p50": torch.float16, "p95": torch.float32, "p99": torch.float16, "prob": torch.float32,
            "variance": torch.float32}
+META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
 
 
@@ -63,8 +65,8 @@ class Neurons:
     def save(self, path: Path) -> None:
         self.meta = {**self.meta, "format": FORMAT}
         self.meta["digest"] = self.digest()
-        write_atomically(path, save({name: tensor.contiguous() for name, tensor in self.tensors.items()},
-                                    metadata={"neurons": json.dumps(self.meta, sort_keys=True)}))
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        write_atomically(path, save(tensors, metadata={"neurons": json.dumps(self.meta, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path, model=None) -> "Neurons":
@@ -77,13 +79,13 @@ class Neurons:
                 if meta["format"] not in (1, FORMAT):
                     raise UserError(f"{path}: expected format {FORMAT} or 1, got {meta['format']}: run identify.py again")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except UserError:
+            raise
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such neuron file; python identify.py makes it") from error
         except PermissionError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         except (SafetensorError, ValueError, RecursionError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{path}: not a whole safetensors file: {error}") from error
         neurons = cls(tensors, meta, str(path))
         neurons.check()
@@ -94,35 +96,32 @@ class Neurons:
 
     def check(self) -> None:
         """Raise for what no run of identify.py writes: a file may be damaged, or somebody's."""
-        shapes = {tuple(tensor.shape) for tensor in self.tensors.values()}
-        if self.tensors.keys() != TENSORS.keys() or len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[0] != 2:
-            raise UserError(f"{self.path}: expected {', '.join(TENSORS)} of one shape (2, layers, d_ff), got "
-                            f"{ {name: tuple(tensor.shape) for name, tensor in self.tensors.items()} }")
-        meta, fine = self.meta, {name: self.tensors[name].dtype == dtype for name, dtype in TENSORS.items()}
-        for name, tensor in self.tensors.items():
-            least, most = (-math.inf, math.inf) if name == "mean" else (0, 1 if name == "prob" else math.inf)
-            fine[name] &= bool(tensor.isfinite().all() & (tensor >= least).all() & (tensor <= most).all())
-        fine |= {name: isinstance(meta.get(name), str) for name in ("model", "fingerprint", "key", "bench")}
-        fine["trait"] = meta.get("trait") in TRAITS
-        fine["tokens"] = isinstance(meta.get("tokens"), list) and all(isinstance(number, int) and number > 0 for number in meta["tokens"])
-        if meta["format"] > 1:
-            fine["digest"] = meta.get("digest") == self.digest()
-        wrong = [name for name, holds in fine.items() if not holds]
+        meta, shapes = self.meta, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        shape = shapes.get("prob", ())
+        if shapes != dict.fromkeys(TENSORS, shape) or len(shape) != 3 or shape[0] != 2:
+            raise UserError(f"{self.path}: expected {', '.join(TENSORS)} of one shape (2, layers, d_ff), got {shapes}")
+        fine = {name: isinstance(meta.get(name), kind) for name, kind in META.items()}
+        for name, dtype in TENSORS.items():
+            tensor, least, most = self.tensors[name], -math.inf if name == "mean" else 0, 1 if name == "prob" else math.inf
+            fine[name] = tensor.dtype == dtype and bool((tensor.isfinite() & (tensor >= least) & (tensor <= most)).all())
+        fine["trait"], tokens = meta.get("trait") in TRAITS, meta.get("tokens")
+        fine["tokens"] = isinstance(tokens, list) and len(tokens) == 2 and all(isinstance(n, int) and n > 0 for n in tokens)
+        fine["digest"] = meta["format"] == 1 or meta.get("digest") == self.digest()
+        wrong = ", ".join(name for name, holds in fine.items() if not holds)
         if wrong:
-            raise UserError(f"{self.path}: damaged, or not of identify.py: what it holds as {', '.join(wrong)} can't be: run identify.py again")
+            raise UserError(f"{self.path}: damaged, or not of identify.py: what it holds as {wrong} can't be: run identify.py "
+                            "again")
 
     def select(self, pole: str, min_delta: float = 0.1, min_neurons: int | None = None):
         """(layer, index, delta, p95) tensors of a pole's neurons, largest delta first: those whose prob is higher than under
         the other pole by min_delta, and at least the min_neurons best (NPTI, section 3.2; its 2,000 are taken as a share of the
         model's own number)."""
         k = POLES.index(pole)
-        delta = self.prob[k] - self.prob[1 - k]
-        if min_neurons is None:
-            min_neurons = round(delta.numel() * NPTI_SHARE)
-        number = min(max(int((delta >= min_delta).sum()), min_neurons), int((delta > 0).sum()))
-        values, at = torch.sort(delta.flatten(), descending=True, stable=True)
-        at = at[:number]
-        return at // delta.shape[1], at % delta.shape[1], values[:number], self.p95[k].flatten()[at]
+        delta = (self.prob[k] - self.prob[1 - k]).flatten()
+        least = round(len(delta) * NPTI_SHARE) if min_neurons is None else min_neurons
+        number = min(max(int((delta >= min_delta).sum()), least), int((delta > 0).sum()))
+        at = torch.argsort(delta, descending=True, stable=True)[:number]
+        return at // self.shape[1], at % self.shape[1], delta[at], self.p95[k].flatten()[at]
 
 
 class Released:
@@ -139,20 +138,17 @@ class Released:
             try:
                 rows = [row for rows in parse_json(read_text(path), str(path)).values() for row in rows]
                 table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+            except UserError:
+                raise
             except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(f"{path}: expected an object from layer to lists of [layer, index, delta, prob, p95]: {error}") from error
-            where = table[:, :2].long()
-            for k, (what, most, of) in enumerate(zip(("layer", "neuron"), self.shape, ("layers", "neurons a layer"))):
-                wrong = where[(where[:, k] < 0) | (where[:, k] >= most), k]
-                if len(wrong):
-                    raise UserError(f"{path}: {what} {int(wrong[0])} of a model of {most} {of} ({name_of(model)}): it was made for another "
-                                    "model")
-            if len(where.unique(dim=0)) < len(where):
+                raise UserError(f"{path}: expected an object from layer to lists of [layer, index, delta, prob, p95]: "
+                                f"{error}") from error
+            layer, index, delta, _, p95 = table[torch.argsort(table[:, 2], descending=True, stable=True)].unbind(1)
+            layer, index = layer.long(), index.long()
+            check_places(layer, index, *self.shape, path, f" ({name_of(model)}): it was made for another model")
+            if len(torch.unique(layer * self.shape[1] + index)) < len(layer):
                 raise UserError(f"{path}: a neuron stands twice in it")
-            order = torch.argsort(table[:, 2], descending=True, stable=True)
-            self.poles[pole] = (where[order, 0], where[order, 1], table[order, 2].float(), table[order, 4].float())
+            self.poles[pole] = (layer, index, delta.float(), p95.float())
 
     def select(self, pole: str, min_delta: float = 0.1, min_neurons: int | None = None):
         """All of a pole's neurons, as Neurons.select gives them."""
@@ -173,8 +169,8 @@ class NeuronFolder:
     identify(trait): makes a file that is not there yet; without it, that is an error."""
 
     def __init__(self, model, folder: str, identify=None):
-        self.model, self.folder, self.identify, self.files = model, folder.removeprefix("npti:"), identify, {}
-        self.released = folder.startswith("npti:")
+        self.model, self.identify, self.files = model, identify, {}
+        self.folder, self.released = folder.removeprefix("npti:"), folder.startswith("npti:")
 
     def __getitem__(self, trait: str) -> Neurons | Released:
         if trait not in self.files:
@@ -183,7 +179,8 @@ class NeuronFolder:
 
     def read(self, trait: str) -> Neurons | Released:
         if self.released:
-            say(f"{self.folder}: {trait}: these files don't say which model they were made with: nothing vouches for it but their shape")
+            say(f"{self.folder}: {trait}: these files don't say which model they were made with: nothing vouches for it but their "
+                "shape")
             return Released(self.folder, trait, self.model)
         path = neuron_path(self.folder, trait)
         if not path.exists() and self.identify:
@@ -196,12 +193,9 @@ class NeuronFolder:
 
     def check_unchanged(self) -> None:
         """Raise where a file that was read is another one by now."""
-        for trait, neurons in self.files.items() if not self.released else ():
-            if Neurons.load(neuron_path(self.folder, trait)).key != neurons.key:
-                raise UserError(f"{neuron_path(self.folder, trait)}: was replaced while this ran: start it again")
-
-
-# ----------------------------------------------------------------------------------------------------- in the terminal
+        for neurons in self.files.values() if not self.released else ():
+            if Neurons.load(neurons.path).key != neurons.key:
+                raise UserError(f"{neurons.path}: was replaced while this ran: start it again")
 
 
 def show_folder(folder: str) -> None:
@@ -217,10 +211,9 @@ def show_folder(folder: str) -> None:
         except UserError as error:
             rows.append([path.stem, Text(" ".join(str(error).split()), style="red")])
             continue
-        meta = neurons.meta
-        made = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d")
+        meta, date = neurons.meta, datetime.fromtimestamp(path.stat().st_mtime)
         rows.append([neurons.trait, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),
-                     f"{sum(meta['tokens']):,}", made,
+                     f"{sum(meta['tokens']):,}", f"{date:%Y-%m-%d}",
                      f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}"])
     show_table(folder, ("trait", "model", "high, low", "tokens", "made", "from"), rows)
 
@@ -230,10 +223,10 @@ def show_neurons(neurons: Neurons) -> None:
     meta, rows = neurons.meta, []
     for k, pole in enumerate(POLES):
         layer, index, delta, p95 = neurons.select(pole)
-        found = int(((neurons.prob[k] - neurons.prob[1 - k]) >= 0.1).sum())
+        clear = len(neurons.select(pole, min_neurons=0)[0])
         strongest = [f"{a}.{b}: {c:.2f}, {d:.2f}" for a, b, c, d in zip(*(x[:3].tolist() for x in (layer, index, delta, p95)))]
         spread = layer.bincount(minlength=neurons.shape[0]).float()
-        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * float(v / spread.max()))] for v in spread) if len(layer) else ""
-        rows.append([pole, f"{meta['tokens'][k]:,}", str(found), "\n".join(strongest), bars])
+        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * float(share))] for share in spread / spread.max().clamp(min=1))
+        rows.append([pole, f"{meta['tokens'][k]:,}", str(clear), "\n".join(strongest), bars])
     show_table(f"{neurons.trait}: {meta['questions']} questions a pole, {meta['model']}",
                ("pole", "tokens", "prob differs by 0.1", "strongest (layer.index: delta, p95)", "first to last layer"), rows)

@@ -4,10 +4,8 @@ import torch
 
 from .mlp import find_mlps
 from .op import op
-from .rows import Active, Rows, patched
+from .rows import Rows, patched
 from .terminal import UserError
-
-NAMES = ("count", "sketch", "moments")
 
 
 class Statistics:
@@ -46,8 +44,9 @@ class Statistics:
 
     def state(self) -> dict:
         """The tensors that hold all of it, by name."""
-        return {"tokens": self.tokens, **{f"{name}.{number:03}": tensor for number, layer in enumerate(self.flush().layers)
-                                          for name, tensor in zip(NAMES, layer)}}
+        layers = enumerate(self.flush().layers)
+        return {"tokens": self.tokens, **{f"{name}.{number:03}": tensor for number, layer in layers
+                                          for name, tensor in zip(("count", "sketch", "moments"), layer)}}
 
     def load(self, state: dict) -> None:
         """Take over what state() gave."""
@@ -68,8 +67,8 @@ class Statistics:
 
     def broken_layer(self) -> int | None:
         """The first layer that saw a NaN or an infinity."""
-        fine = torch.stack([moments.isfinite().all() for _, _, moments, *_ in self.layers])
-        return None if bool(fine.all()) else int((~fine).nonzero()[0])
+        broken = torch.stack([~moments.isfinite().all() for _, _, moments, *_ in self.layers]).nonzero()
+        return int(broken[0]) if len(broken) else None
 
     def percentile(self, q: float):
         """float32 (G, layers, d_ff): the smallest activation that at least a share q of the counted tokens do not exceed,
@@ -98,8 +97,8 @@ class Statistics:
 def observe(model, statistics: Statistics, groups=None, where="generated"):
     """Gather statistics while the model runs: `with observe(model, statistics): model.generate(...)`.
 
-    groups: the group of each prompt (-1: not observed); None: group 0, or prompt i in group i where there are several.
-    where: which tokens, see Rows. The statistics are of the unedited activations, also while steering.
-    """
-    rows = Rows(groups, statistics.groups, -1, where)
-    return patched(model, observing=Active(rows, statistics.layers, statistics.count_tokens))
+    groups: the group of each prompt (-1: not observed); None: group 0, or prompt i in group i where there are several. where:
+    which tokens, see Rows. The statistics are of the unedited activations, also while steering. """
+    rows = Rows(groups, statistics.groups, -1, where, statistics.layers)
+    rows.on_map = statistics.count_tokens
+    return patched(model, "observed", rows)

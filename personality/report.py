@@ -11,13 +11,14 @@ from rich.text import Text
 
 from . import POLES, TRAITS
 from .questions import text_table
-from .results import EDITS, WAYS, mean_of
+from .results import EDITS, WAYS, distinct, mean_of, only
 from .store import markdown, read_text, parse_json, rendered, write_atomically
 from .terminal import UserError, show_table
 
 COLOURS = {"unedited": "#000000", "simple": "#56B4E9", "persona": "#E69F00", "npti": "#D55E00",  # Okabe and Ito's
            "activation": "#0072B2", "dpn-le": "#CC79A7", "given": "#009E73"}
-POLE_COLOURS = {"high": "#D55E00", "low": "#0072B2"}
+POLE_COLOURS = {"high": "#D55E00", "low": "#0072B2", "unedited": "#000000"}
+FORMATS = {"perplexity": ".1f", "repetition": ".1%", "tokens": ".0f", "added": "+.3f", "quiz": ".0%"}
 
 
 def named(row: dict, prefix: str = "") -> str:
@@ -39,39 +40,41 @@ def around(row: dict | None, judge: str = "", form: str | None = None, sign: str
     """A mean with its interval, in the judge's unit or in a format of one's own."""
     if row is None:
         return ""
-    return "{} ({} to {})".format(*(format(value, form) if form else shown(value, judge, sign) for value in (row["mean"], *row["ci95"])))
+    mean, low, high = (format(value, form) if form else shown(value, judge, sign) for value in (row["mean"], *row["ci95"]))
+    return f"{mean} ({low} to {high})"
 
 
-def optional(row: dict, name: str, form: str) -> str:
-    return "" if row.get(name) is None else format(row[name], form)
+def figures(row: dict, *names: str) -> list[str]:
+    """Figures of a row, "" where it has none."""
+    return ["" if row.get(name) is None else format(row[name], FORMATS[name]) for name in names]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def distances(row: dict, figures: dict, sign: str) -> list[str]:
-    return [around(figures["correlation"], form=f"{sign}.2f"), *(around(figures[name], row["judge"], sign=sign) for name in ("error", "spill_over"))]
+def distances(row: dict, of: dict, sign: str) -> list[str]:
+    error, spill_over = (around(of[name], row["judge"], sign=sign) for name in ("error", "spill_over"))
+    return [around(of["correlation"], form=f"{sign}.2f"), error, spill_over]
 
 
 def self_report(row: dict) -> list[str]:
-    norms = row["percentiles"] or {}
-    return [(f"{row['traits'][trait]:.2f}" + (f" ({norms[trait]:.0f})" if norms else "")) if trait in row["traits"] else "" for trait in TRAITS]
+    cells, norms = {trait: f"{mean:.2f}" for trait, mean in row["traits"].items()}, row["percentiles"] or {}
+    return [cells.get(trait, "") + (f" ({norms[trait]:.0f})" if trait in norms else "") for trait in TRAITS]
 
 
 CELLS = {  # by table: what a row of figures shows, in the order of texts/tables.toml's columns
     "summary": lambda row: [row["trait"], named(row), row["pole"], row["judge"], row["n"], around(row, row["judge"]),
-                            f"{unit_of(row['judge'])[0] ** 2 * row['variance']:.3g}", optional(row, "perplexity", ".1f"),
-                            optional(row, "repetition", ".1%")],
+                            f"{unit_of(row['judge'])[0] ** 2 * row['variance']:.3g}", *figures(row, "perplexity", "repetition")],
     "effects": lambda row: [row["trait"], named(row), row["judge"], row["n"], around(row, row["judge"]),
                             "{mean:.2f} ({variance:.2f})".format(**row["paper"]) if "paper" in row else ""],
     "between": lambda row: [row["trait"], row["judge"], named(row), named(row, "other"), row["n"], around(row, row["judge"])],
-    "fluency": lambda row: [row["trait"], named(row), row["pole"], row["n"], f"{row['perplexity']:.1f}", f"{row['repetition']:.1%}",
-                            f"{row['tokens']:.0f}", around(row["rating"], form=".2f")],
-    "characters": lambda row: [row["judge"], row["method"], row["n"], *distances(row, row, ""), optional(row, "perplexity", ".1f")],
+    "fluency": lambda row: [row["trait"], named(row), row["pole"], row["n"], *figures(row, "perplexity", "repetition", "tokens"),
+                            around(row["rating"], form=".2f")],
+    "characters": lambda row: [row["judge"], row["method"], row["n"], *distances(row, row, ""), *figures(row, "perplexity")],
     "more_than_composed": lambda row: [row["judge"], row["method"], *distances(row, row["more_than_composed"], "+")],
-    "matched": lambda row: [row["trait"], row["method"], f"{row['alpha']:g}", around(row, "contrast"), optional(row, "perplexity", ".1f"),
-                            optional(row, "repetition", ".1%"), shown(row.get("spill_over"), "contrast", ""), optional(row, "added", "+.3f"),
-                            optional(row, "quiz", ".0%")],
+    "matched": lambda row: [row["trait"], row["method"], f"{row['alpha']:g}", around(row, "contrast"),
+                            *figures(row, "perplexity", "repetition"), shown(row.get("spill_over"), "contrast", ""),
+                            *figures(row, "added", "quiz")],
     "capability": lambda row: [named(row), row["trait"], row["pole"], around(row.get("added"), form="+.3f"),
                                around(row.get("agreement"), form=".1%"), around(row["quiz"], form=".0%")],
     "harness": lambda row: [named(row), row["trait"], row["pole"], row["task"], row["metric"], f"{row['value']:.4f}"],
@@ -86,13 +89,18 @@ def tables_of(found: dict):
     found = {**found, "more_than_composed": [row for row in found.get("characters", ()) if row["method"] != WAYS[0]]}
     for name, text in text_table("tables.toml").items():
         if found.get(name):
-            yield text["title"], text["note"], text["columns"], [["" if cell is None else cell for cell in CELLS[name](row)] for row in found[name]]
+            cells = [["" if cell is None else cell for cell in CELLS[name](row)] for row in found[name]]
+            yield text["title"], text["note"], text["columns"], cells
         if name == "fluency":
-            for (judge, method), cells in matrices_of(found).items():
-                measured, steered = ([trait for trait in TRAITS if trait in traits] for traits in zip(*((b, a) for a, b in cells)))
-                yield (f"Spill-over: {method}, {judge}", f"High minus low along each trait (columns) of what was steered along one (rows), in "
-                       f"{unit_of(judge)[2]}.", ["steered", *measured],
-                       [[trait, *(shown(cells.get((trait, other)), judge) for other in measured)] for trait in steered])
+            yield from matrix_tables(found)
+
+
+def matrix_tables(found: dict):
+    for (judge, method), cells in matrices_of(found).items():
+        measured, steered = ([trait for trait in TRAITS if trait in traits] for traits in zip(*((b, a) for a, b in cells)))
+        note = f"High minus low along each trait (columns) of what was steered along one (rows), in {unit_of(judge)[2]}."
+        yield (f"Spill-over: {method}, {judge}", note, ["steered", *measured],
+               [[trait, *(shown(cells.get((trait, other)), judge) for other in measured)] for trait in steered])
 
 
 def matrices_of(found: dict) -> dict:
@@ -106,16 +114,12 @@ def matrices_of(found: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def bare(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def legend_of_first(figure, where: str, columns: int) -> None:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc=f"outside {where} center", ncols=columns, frameon=False)
 
 
 def plot_effects(figure, rows: list[dict]) -> None:
-    traits, methods = list(dict.fromkeys(row["trait"] for row in rows)), list(dict.fromkeys(map(named, rows)))
+    traits, methods = distinct(rows, "trait"), list(dict.fromkeys(map(named, rows)))
     scale, _, unit = unit_of(rows[0]["judge"])
     figure.set_size_inches(8, 1.2 + 0.22 * len(rows) + 0.2 * len(traits))
     axes = figure.subplots()
@@ -130,26 +134,24 @@ def plot_effects(figure, rows: list[dict]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"high minus low, {unit} (95 % interval)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    bare(axes)
 
 
 def plot_dose(figure, dose: list[dict]) -> None:
     figure.set_size_inches(8, 3.6)
     left, right = figure.subplots(1, 2)
-    for method in dict.fromkeys(row["method"] for row in dose):
-        rows = [row for row in dose if row["method"] == method]
-        alphas, style = sorted({row["alpha"] for row in rows}), {"color": COLOURS[method], "marker": "oDs"[EDITS.index(method) % 3]}
-        for trait in dict.fromkeys(row["trait"] for row in rows):
-            curve = {0: 0, **{row["alpha"]: 1000 * row["mean"] for row in rows if row["trait"] == trait}}
-            left.plot(sorted(curve), [curve[alpha] for alpha in sorted(curve)], color=COLOURS[method], alpha=0.3, linewidth=1)
-        means = {name: [mean_of(row[name] for row in rows if row["alpha"] == alpha) for alpha in alphas] for name in ("mean", "perplexity")}
-        left.plot([0, *alphas], [0, *(1000 * value for value in means["mean"])], linewidth=2, label=method, **style)
-        right.plot(alphas, means["perplexity"], linewidth=2, label=method, **style)
-    left.set_ylabel("high minus low,\nthousandths of a nat a token")
-    right.set_ylabel("perplexity of the answers\n(median; mean over poles and traits)")
-    for axes in (left, right):
-        axes.set_xlabel("alpha")
-        bare(axes)
+    for method in distinct(dose, "method"):
+        rows, colour = only(dose, method=method), COLOURS[method]
+        style = {"color": colour, "linewidth": 2, "label": method, "marker": "oDs"[EDITS.index(method)]}
+        for trait in distinct(rows, "trait"):
+            curve = sorted([(0, 0), *((row["alpha"], 1000 * row["mean"]) for row in only(rows, trait=trait))])
+            left.plot(*zip(*curve), color=colour, alpha=0.3, linewidth=1)
+        alphas = sorted(distinct(rows, "alpha"))
+        effects, perplexities = ([mean_of(row[name] for row in only(rows, alpha=alpha)) for alpha in alphas]
+                                 for name in ("mean", "perplexity"))
+        left.plot([0, *alphas], [0, *(1000 * effect for effect in effects)], **style)
+        right.plot(alphas, perplexities, **style)
+    left.set(xlabel="alpha", ylabel="high minus low,\nthousandths of a nat a token")
+    right.set(xlabel="alpha", ylabel="perplexity of the answers\n(median; mean over poles and traits)")
     left.legend(frameon=False)
 
 
@@ -178,33 +180,31 @@ def plot_characters(figure, points: list[dict]) -> None:
     figure.set_size_inches(9, 3.6)
     for axes, way in zip(figure.subplots(1, len(WAYS), sharey=True), WAYS):
         for k, trait in enumerate(TRAITS):
-            some = [point for point in points if (point["method"], point["trait"]) == (way, trait)]
-            axes.scatter([point["requested"] for point in some], [scale * point["measured"] for point in some], s=22, label=trait,
+            own = only(points, method=way, trait=trait)
+            axes.scatter([point["requested"] for point in own], [scale * point["measured"] for point in own], s=22, label=trait,
                          marker="osD^v"[k], color=("#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7")[k])
         axes.axhline(0, color="grey", linewidth=0.6)
         axes.axvline(0, color="grey", linewidth=0.6)
         axes.set_title(way, fontsize=10)
         axes.set_xlabel("requested alpha")
-        bare(axes)
     figure.axes[0].set_ylabel(f"measured less unedited,\n{unit}")
     legend_of_first(figure, "lower", 5)
 
 
 def plot_self_report(figure, people: list[dict]) -> None:
     """Low, unedited and high of each steered trait, along all five."""
-    unedited = next(row["traits"] for row in people if row["method"] == "unedited")
-    edited = {(row["trait"], row["pole"]): row["traits"] for row in people if row["method"] == "npti"}
-    steered = list(dict.fromkeys(trait for trait, _ in edited))
+    unedited = only(people, method="unedited")[0]["traits"]
+    edited = only(people, method="npti")
+    steered = distinct(edited, "trait")
     figure.set_size_inches(8, 0.9 + 1.3 * len(steered))
     for axes, trait in zip(np.atleast_1d(figure.subplots(len(steered), 1, sharex=True)), steered):
-        for label, means, colour in (("low", edited.get((trait, "low")), POLE_COLOURS["low"]), ("unedited", unedited, "#000000"),
-                                     ("high", edited.get((trait, "high")), POLE_COLOURS["high"])):
+        traits_of = {"low": None, "unedited": unedited, **{row["pole"]: row["traits"] for row in only(edited, trait=trait)}}
+        for label, means in traits_of.items():
             if means:
-                axes.plot(list(means.values()), list(means), "o", color=colour, markersize=5, label=label)
+                axes.plot(list(means.values()), list(means), "o", color=POLE_COLOURS[label], markersize=5, label=label)
         axes.set_title(f"{trait} steered", fontsize=10, loc="left")
         axes.grid(axis="y", linewidth=0.4)
         axes.invert_yaxis()
-        bare(axes)
     figure.axes[-1].set_xlabel("mean of the items, 1 to 5")
     legend_of_first(figure, "upper", 3)
 
@@ -218,7 +218,6 @@ def plot_layers(figure, files: dict) -> None:
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_ylabel(trait, rotation=0, ha="right", va="center")
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
-        bare(axes)
     figure.axes[-1].set_xlabel("layer")
     legend_of_first(figure, "upper", 2)
 
@@ -227,12 +226,14 @@ def drawn(draw, *arguments) -> str:
     """A PNG in base64."""
     figure, buffer = Figure(layout="constrained"), io.BytesIO()
     draw(figure, *arguments)
+    for axes in figure.axes if draw is not plot_matrices else ():
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def by_judge(rows) -> dict:
-    return {judge: [row for row in rows if row["judge"] == judge] for judge in dict.fromkeys(row["judge"] for row in rows)}
+    return {judge: only(rows, judge=judge) for judge in distinct(rows, "judge")}
 
 
 def pictures_of(found: dict, files: dict):
@@ -241,17 +242,19 @@ def pictures_of(found: dict, files: dict):
         yield f"How far apart each method brings the two poles of each trait: {judge} judge.", drawn(plot_effects, rows)
     for judge, points in by_judge(found.get("requested", ())).items():
         yield (f"Random characters: what was requested of each trait, and what was measured; {judge}. The better the way, the more "
-               "the points rise from left to right, and the nearer to 0 they are where 0 was asked for."), drawn(plot_characters, points)
+               "the points rise from left to right, and the nearer to 0 they are where 0 was asked for.",
+               drawn(plot_characters, points))
     if found.get("dose"):
         yield ("Dose response on the validation questions: trait (thin: single traits; thick: their mean) and fluency against "
-               "strength."), drawn(plot_dose, found["dose"])
+               "strength.", drawn(plot_dose, found["dose"]))
     matrices = matrices_of(found)
     for judge in dict.fromkeys(judge for judge, _ in matrices):
-        some = dict([(name, cells) for (of, name), cells in matrices.items() if of == judge][:4])
+        first = dict([(method, cells) for (of, method), cells in matrices.items() if of == judge][:4])
         yield (f"Spill-over: how steering one trait (row) moves each (column); {judge}. A perfect method has a dark diagonal and "
-               "nothing else."), drawn(plot_matrices, some, judge)
-    if {"unedited", "npti"} <= {row["method"] for row in found.get("questionnaire", ())}:
-        yield "Self-report of the unedited model and of NPTI's two poles, along all five traits.", drawn(plot_self_report, found["questionnaire"])
+               "nothing else.", drawn(plot_matrices, first, judge))
+    people = found.get("questionnaire", ())
+    if {"unedited", "npti"} <= set(distinct(people, "method")):
+        yield "Self-report of the unedited model and of NPTI's two poles, along all five traits.", drawn(plot_self_report, people)
     if files:
         yield "Neurons that are edited, by layer: of the high pole upward, of the low pole downward.", drawn(plot_layers, files)
 
@@ -262,35 +265,36 @@ def pictures_of(found: dict, files: dict):
 def write_reports(out: Path, found: dict, answers: list[dict], files: dict) -> None:
     """summary.json, details.json (all else), report.md, report.html."""
     examples = []
-    for trait in dict.fromkeys(line["trait"] for line in answers):
-        of_trait = [line for line in answers if line["trait"] == trait]
-        for question in list(dict.fromkeys(line["question"] for line in of_trait))[:3]:
-            examples.append((trait, question, [(f"{named(line)} {line['pole'] or ''}".strip(), line["answer"])
-                                               for line in of_trait if line["question"] == question]))
-    tables = list(tables_of(found))
+    for trait in distinct(answers, "trait"):
+        of_trait = only(answers, trait=trait)
+        for question in distinct(of_trait, "question")[:3]:
+            asked = only(of_trait, question=question)
+            examples.append((trait, question, [(f"{named(line)} {line['pole'] or ''}".strip(), line["answer"]) for line in asked]))
+    tables, details = list(tables_of(found)), {name: rows for name, rows in found.items() if name != "summary"}
     page = rendered("page.html", head=found["head"], tables=tables, plots=list(pictures_of(found, files)), examples=examples)
     lines = ["# Evaluation", "", found["head"], ""]
     for title, note, columns, cells in tables:
         lines += [f"## {title}", "", note, "", markdown(columns, cells), ""]
     write_atomically(out / "summary.json", json.dumps(found.get("summary", []), indent=1) + "\n")
-    write_atomically(out / "details.json", json.dumps({name: rows for name, rows in found.items() if name != "summary"}, indent=1) + "\n")
+    write_atomically(out / "details.json", json.dumps(details, indent=1) + "\n")
     write_atomically(out / "report.md", "\n".join(lines))
     write_atomically(out / "report.html", page)
 
 
 def show(summary: list[dict], effects: list[dict], judge: str) -> None:
     """Print the first judge's scores, a line a method."""
-    rows, lines = [row for row in summary if row["judge"] == judge], []
+    rows, lines = only(summary, judge=judge), []
     find = {(row["trait"], named(row), row["pole"]): row for row in rows}
-    apart = {(row["trait"], named(row)): row for row in effects if row["judge"] == judge}
-    for trait in dict.fromkeys(row["trait"] for row in rows):
-        alone = [f"{name} {shown(row['mean'], judge)}, perplexity {optional(row, 'perplexity', '.1f')}"
-                 for (of, name, pole), row in find.items() if of == trait and pole is None]
+    apart = {(row["trait"], named(row)): row for row in only(effects, judge=judge)}
+    for trait in distinct(rows, "trait"):
+        alone = [f"{named(row)} {shown(row['mean'], judge)}, perplexity {figures(row, 'perplexity')[0]}"
+                 for row in only(rows, trait=trait, pole=None)]
         lines.append([Text(trait, style="bold"), "", "", "; ".join(alone), ""])
-        for name in dict.fromkeys(named(row) for row in rows if row["trait"] == trait and row["pole"]):
+        for name in dict.fromkeys(named(row) for row in only(rows, trait=trait) if row["pole"]):
             sides = [find.get((trait, name, pole)) for pole in POLES[::-1]]
-            lines.append(["  " + name, *(shown(row["mean"], judge) if row else "" for row in sides), around(apart.get((trait, name)), judge),
-                          " / ".join(optional(row, "perplexity", ".1f") for row in sides if row)])
+            poles = [shown(row["mean"], judge) if row else "" for row in sides]
+            perplexities = " / ".join(figures(row, "perplexity")[0] for row in sides if row)
+            lines.append([f"  {name}", *poles, around(apart.get((trait, name)), judge), perplexities])
     show_table(f"{judge} judge, {unit_of(judge)[2]}, with 95 % intervals", ("", "low", "high", "high - low", "perplexity"), lines)
 
 
@@ -299,16 +303,19 @@ def compare(first: str, second: str) -> None:
     sides, heads, lines = [], [], []
     for folder in (first, second):
         try:
-            rows, head = (parse_json(read_text(Path(folder) / name), str(Path(folder) / name)) for name in ("summary.json", "details.json"))
+            rows, details = (parse_json(read_text(path), str(path))
+                             for path in (Path(folder) / "summary.json", Path(folder) / "details.json"))
             sides.append({(row["judge"], row["trait"], named(row), row["pole"] or ""): row for row in rows})
-            heads.append(f"{folder}: {head['head']}\n")
+            heads.append(f"{folder}: {details['head']}\n")
             [CELLS["summary"](row) for row in rows]  # whether all can be shown
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--compare: {folder} holds no summary.json and details.json of evaluate.py ({type(error).__name__}: {error})") from error
+            raise UserError(f"--compare: {folder} holds no summary.json and details.json of evaluate.py "
+                            f"({type(error).__name__}: {error})") from error
     print("\n".join(heads))
     for key in dict.fromkeys([*sides[0], *sides[1]]):
         both = [side.get(key) for side in sides]
-        fluent = [f"{optional(row, 'perplexity', '.1f')} / {optional(row, 'repetition', '.1%')}" if row else "" for row in both]
+        fluent = [" / ".join(figures(row, "perplexity", "repetition")) if row else "" for row in both]
         apart = shown(both[1]["mean"] - both[0]["mean"], key[0]) if all(both) else ""
         lines.append([*key, *(around(row, key[0]) for row in both), apart, *fluent])
-    print(markdown(["judge", "trait", "method", "pole", first, second, "difference", f"fluency {first}", f"fluency {second}"], lines))
+    fluencies = (f"fluency {first}", f"fluency {second}")
+    print(markdown(["judge", "trait", "method", "pole", first, second, "difference", *fluencies], lines))

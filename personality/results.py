@@ -1,11 +1,12 @@
 """From scores to figures. Scores are one tidy table: a row for an answer, a judge, and what it was judged along.
 
-Columns: answer (its key), trait, question, method, pole, alpha, judge, measured, score. Figures are lists of rows, as summary.json
+Columns: answer (its key), question, method, trait, pole, alpha, judge, measured, score. Figures are lists of rows, as summary.json
 and details.json hold them; intervals are bootstrap 95 % ones over the questions, of paired differences where there are two sides.
 """
 
 import itertools
 import math
+from collections import namedtuple
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from scipy import stats
 from . import POLES, TRAITS
 
 CONDITION = ["method", "trait", "pole", "alpha"]
+Condition = namedtuple("Condition", CONDITION)  # of a whole character: alpha is a tuple over TRAITS, trait and pole are None
 EDITS = ("npti", "dpn-le", "activation")  # the methods that have a strength
 WAYS = ("composed", "added", "described")  # to a whole character: methods' rule, NPTI's sets added up, a prompt
 DRAWS = 10_000
@@ -25,52 +27,66 @@ def interval(values, seed: int = 0, draws: int = DRAWS) -> list[float]:
     if len(values) < 2 or np.ptp(values) == 0:
         return [float(values.mean())] * 2
     batch = max(1, 1_000_000 // len(values))  # of few draws at once, where there are many values
-    found = stats.bootstrap((values,), np.mean, n_resamples=draws, batch=batch, method="percentile", rng=np.random.default_rng(seed))
-    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+    rng = np.random.default_rng(seed)
+    ends = stats.bootstrap((values,), np.mean, n_resamples=draws, batch=batch, method="percentile", rng=rng).confidence_interval
+    return [float(ends.low), float(ends.high)]
 
 
 def estimate(values, seed: int) -> dict:
     return {"n": len(values), "mean": float(np.mean(values)), "ci95": interval(values, seed)}
 
 
+def mean_of(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def distinct(rows, name: str) -> list:
+    """The values of a column, each once, in the order of first appearance."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def only(rows, **values) -> list[dict]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+def condition_of(line: dict) -> Condition:
+    """Of an answer, or of a row of figures; a character's questions are of all traits."""
+    if line["method"] in WAYS:
+        return Condition(line["method"], None, line["pole"], tuple(line["alpha"]))
+    return Condition(*(line[name] for name in CONDITION))
+
+
+def beside_answers(answers: list[dict], lines: list[dict], columns: list[str]) -> pd.DataFrame:
+    """A row a line: these columns of it, beside key, question and condition of the answer that it is about."""
+    made = pd.DataFrame([{"answer": line["key"], "question": line["question"], **condition_of(line)._asdict()} for line in answers])
+    return made.merge(pd.DataFrame(lines, columns=["answer", *columns]), on="answer")
+
+
 def scored(answers: list[dict], scores, origins: dict) -> pd.DataFrame:
     """The table. scores: lines with answer, judge, trait, score, from; origins: of each judge the `from` that counts."""
-    lines = [{"answer": line["answer"], "judge": line["judge"], "measured": line["trait"] or "fluency", "score": line["score"]}
-             for line in scores if "judge" in line and line["score"] is not None and origins.get(line["judge"], 0) == line["from"]]
-    made = pd.DataFrame([{"answer": line["key"], "question": line["question"], **condition_of(line)} for line in answers])
-    table = made.merge(pd.DataFrame(lines, columns=["answer", "judge", "measured", "score"]), on="answer")
+    lines = [{**line, "measured": line["trait"] or "fluency"} for line in scores
+             if "judge" in line and line["score"] is not None and origins.get(line["judge"], 0) == line["from"]]
+    table = beside_answers(answers, lines, ["judge", "measured", "score"])
     table["judge"] = pd.Categorical(table.judge, list(origins))  # in the order in which they were asked for
     return table.sort_values("judge", kind="stable").astype({"judge": object})
 
 
 def fluency_table(answers: list[dict], scores, origin) -> pd.DataFrame:
-    """A row an answer: perplexity, repetition, tokens."""
-    lines = [{name: line[name] for name in ("answer", "perplexity", "repetition", "tokens")} for line in scores
-             if "perplexity" in line and line["from"] == origin]
-    made = pd.DataFrame([{"answer": line["key"], **condition_of(line)} for line in answers])
-    return made.merge(pd.DataFrame(lines, columns=["answer", "perplexity", "repetition", "tokens"]), on="answer")
+    """A row an answer: perplexity, repetition, tokens, by the judge of this origin."""
+    lines = [line for line in scores if "perplexity" in line and line["from"] == origin]
+    return beside_answers(answers, lines, ["perplexity", "repetition", "tokens"])
 
 
-def condition_of(line: dict) -> dict:
-    """Of an answer; a character's questions are of all traits, and its alpha is a tuple over them."""
-    whole = line["method"] in WAYS
-    return {"method": line["method"], "trait": None if whole else line["trait"], "pole": line["pole"],
-            "alpha": tuple(line["alpha"]) if whole else line["alpha"]}
-
-
-def same_edit(first: dict, second: dict) -> bool:
-    return all(first[name] == second[name] for name in ("trait", "method", "alpha"))
-
-
-def plain(value):
-    """None for what pandas has instead of it."""
-    return None if value is None or (np.isscalar(value) and pd.isna(value)) else value
+def of_edit(rows: list[dict], edit: dict) -> list[dict]:
+    return only(rows, **{name: edit[name] for name in ("trait", "method", "alpha")})
 
 
 def grouped(table: pd.DataFrame, names: list[str]):
-    """Yield ({name: value}, rows) in the order of first appearance; None is a value like any other."""
+    """Yield ({name: value}, rows) in the order of first appearance; None, for which pandas has NaN, is a value like any other."""
     for values, rows in table.groupby(names, sort=False, dropna=False):
-        yield {name: plain(value) for name, value in zip(names, values)}, rows
+        yield {name: None if pd.isna(value) else value for name, value in zip(names, values)}, rows
 
 
 def per_question(rows: pd.DataFrame) -> list[float]:
@@ -87,24 +103,27 @@ def own_trait(table: pd.DataFrame) -> pd.DataFrame:
 
 def fluency(table: pd.DataFrame, ratings: pd.DataFrame, seed: int) -> list[dict]:
     """By condition: perplexity (median), repeated 3-grams and tokens (means), and the rating judge's fluency."""
-    rating_of = {tuple(key.values()): rows.score.tolist() for key, rows in grouped(ratings[ratings.measured == "fluency"], CONDITION)}
-    found = []
-    for key, rows in grouped(table, CONDITION):
-        rated = rating_of.get(tuple(key.values()))
-        found.append({**key, "n": len(rows), "perplexity": float(rows.perplexity.median()), "repetition": float(rows.repetition.mean()),
-                      "tokens": float(rows.tokens.mean()), "rating": estimate(rated, seed) if rated else None})
-    return found
+    rated = grouped(ratings[ratings.measured == "fluency"], CONDITION)
+    rating_of = {condition_of(key): estimate(rows.score.tolist(), seed) for key, rows in rated}
+    return [{**key, "n": len(rows), "perplexity": float(rows.perplexity.median()), "repetition": float(rows.repetition.mean()),
+             "tokens": float(rows.tokens.mean()), "rating": rating_of.get(condition_of(key))}
+            for key, rows in grouped(table, CONDITION)]
+
+
+def with_fluency(rows: list[dict], fluent: list[dict]) -> list[dict]:
+    """Rows with the perplexity and the repetition that `fluent` has for their conditions, or None."""
+    fluent_of = {condition_of(row): row for row in fluent}
+    return [{**row, **{name: fluent_of.get(condition_of(row), {}).get(name) for name in ("perplexity", "repetition")}}
+            for row in rows]
 
 
 def summarise(table: pd.DataFrame, fluent: list[dict], seed: int) -> list[dict]:
     """The rows of summary.json: by judge and condition the score along the trait that is meant."""
-    fluent_of, rows = {tuple(row[name] for name in CONDITION): row for row in fluent}, []
+    rows = []
     for key, group in grouped(own_trait(table), ["judge", *CONDITION]):
         values = per_question(group)
-        like = fluent_of.get(tuple(key[name] for name in CONDITION), {})
-        rows.append({**key, **estimate(values, seed), "variance": float(np.var(values)),
-                     "perplexity": like.get("perplexity"), "repetition": like.get("repetition")})
-    return rows
+        rows.append({**key, **estimate(values, seed), "variance": float(np.var(values))})
+    return with_fluency(rows, fluent)
 
 
 def high_minus_low(table: pd.DataFrame) -> pd.DataFrame:
@@ -127,10 +146,11 @@ def effects(apart: pd.DataFrame, seed: int) -> list[dict]:
 
 def compared(apart: pd.DataFrame, seed: int) -> list[dict]:
     """How much further each edit brings the poles apart than each other method: paired by question."""
-    names, other = ["trait", "judge", "method", "alpha"], apart.rename(columns={"method": "other", "alpha": "other_alpha", "score": "less"})
+    other = apart.rename(columns={"method": "other", "alpha": "other_alpha", "score": "less"})
     both = apart[apart.method.isin(EDITS)].merge(other, on=["trait", "judge", "question"])
     both = both[(both.method != both.other) | (both.alpha != both.other_alpha)]
-    return [{**key, **estimate((rows.score - rows.less).tolist(), seed)} for key, rows in grouped(both, [*names, "other", "other_alpha"])]
+    groups = grouped(both, ["trait", "judge", "method", "alpha", "other", "other_alpha"])
+    return [{**key, **estimate((rows.score - rows.less).tolist(), seed)} for key, rows in groups]
 
 
 def spill_over(table: pd.DataFrame) -> list[dict]:
@@ -145,20 +165,32 @@ def spill_over(table: pd.DataFrame) -> list[dict]:
 
 
 def matched_alphas(rows: list[dict], reach: float = 0.9) -> list[dict]:
-    """The strength at which each method reaches the same trait score, by interpolation between the doses (rows of effects()). The
-    score is `reach` of what the weaker method attains at most: so every method is inside the range of its doses."""
-    found, table = [], pd.DataFrame(rows, columns=["judge", "trait", "method", "alpha", "mean"])
-    table = table[(table.judge == "contrast") & table.method.isin(EDITS)]
-    for trait, of_trait in table.groupby("trait", sort=False):
-        curves = {method: [(0.0, 0.0), *sorted(zip(some.alpha, some["mean"]))] for method, some in of_trait.groupby("method", sort=False)}
+    """The strength at which each method reaches the same trait score, by interpolation between the doses (rows of effects(), of
+    one judge). The score is `reach` of what the weaker method attains at most: so every method is inside the range of its doses."""
+    matched = []
+    for trait in distinct(rows, "trait"):
+        curves = {}
+        for row in only(rows, trait=trait):
+            curves.setdefault(row["method"], [(0.0, 0.0)]).append((row["alpha"], row["mean"]))
         target = reach * min(max(effect for _, effect in curve) for curve in curves.values())
         if len(curves) < 2 or target <= 0:
             continue
         for method, curve in curves.items():
-            a, b = next((a, b) for a, b in itertools.pairwise(curve) if b[1] >= target)
+            a, b = next((a, b) for a, b in itertools.pairwise(sorted(curve)) if b[1] >= target)
             alpha = a[0] + (b[0] - a[0]) * (target - a[1]) / (b[1] - a[1])
-            found.append({"trait": trait, "method": method, "alpha": round(alpha, 3), "target": target})
-    return found
+            matched.append({"trait": trait, "method": method, "alpha": round(float(alpha), 3), "target": target})
+    return matched
+
+
+def at_matched_strength(chosen: dict, effects, summary, spilt, costs) -> dict:
+    """A row of matched_alphas() with what its edit does, and what it costs, as far as that was measured."""
+    (effect,), sides, prices = (of_edit(rows, chosen) for rows in (effects, summary, costs))
+    others = [abs(cell["mean"]) for cell in only(spilt, steered=chosen["trait"], method=chosen["method"], alpha=chosen["alpha"])
+              if cell["measured"] != chosen["trait"]]
+    return {**chosen, **{name: effect[name] for name in ("mean", "ci95", "n")},
+            **{name: mean_of(side[name] for side in sides) for name in ("perplexity", "repetition")},
+            **({"spill_over": mean_of(others)} if others else {}),
+            **{name: mean_of(price[name]["mean"] for price in prices) for name in ("added", "quiz") if prices}}
 
 
 # -------------------------------------------------------------------------------------------------------------- judges
@@ -169,8 +201,8 @@ def agreement(table: pd.DataFrame, judges: list[str]) -> list[dict]:
     rows, own = [], own_trait(table)
     for first, second in itertools.combinations(judges, 2):
         for trait in TRAITS:
-            some = own[own.trait == trait]
-            both = some[some.judge == first].merge(some[some.judge == second], on="answer")
+            scores = own[own.trait == trait]
+            both = scores[scores.judge == first].merge(scores[scores.judge == second], on="answer")
             if len(both) > 2 and both.score_x.nunique() > 1 < both.score_y.nunique():
                 rows.append({"judges": [first, second], "trait": trait, "n": len(both),
                              "spearman": float(stats.spearmanr(both.score_x, both.score_y).statistic)})
@@ -178,7 +210,7 @@ def agreement(table: pd.DataFrame, judges: list[str]) -> list[dict]:
 
 
 def accuracy(table: pd.DataFrame) -> list[dict]:
-    """For answers whose pole is known: the share of (high, low) pairs of a trait whose high one has the higher score (ties: half)."""
+    """Where poles are known: the share of (high, low) pairs of a trait whose high answer has the higher score (ties: half)."""
     rows = []
     for key, group in grouped(own_trait(table), ["judge", "trait"]):
         high, low = (group[group.pole == pole].score for pole in POLES)
@@ -194,21 +226,24 @@ def questionnaire(reports: list[tuple], items, seed: int) -> tuple[list[dict], l
     traits, facets = ([item[k] for item in items] for k in (1, 2))
     for condition, values in reports:
         values = pd.Series(values)
-        means = values.groupby(traits, sort=False).mean().to_dict()
-        people.append({**condition, "traits": means, "facets": values.groupby(facets, sort=False).mean().to_dict()})
-        for trait in [condition["trait"]] if condition["trait"] else means:
-            of = values[[trait == own for own in traits]].tolist()
-            if of:
-                rows.append({**condition, "trait": trait, "judge": "questionnaire", **estimate(of, seed), "variance": float(np.var(of))})
+        of_traits, of_facets = (values.groupby(of_items, sort=False) for of_items in (traits, facets))
+        people.append({**condition, "traits": of_traits.mean().to_dict(), "facets": of_facets.mean().to_dict()})
+        for trait, own in of_traits:
+            if condition["trait"] in (None, trait):
+                own = own.tolist()
+                rows.append({**condition, "trait": trait, "judge": "questionnaire", **estimate(own, seed),
+                             "variance": float(np.var(own))})
     return rows, people
 
 
 def questionnaire_spill_over(people: list[dict]) -> list[dict]:
-    low = {(one["method"], one["trait"], one["alpha"]): one["traits"] for one in people if one["pole"] == "low"}
-    return [{"method": one["method"], "alpha": one["alpha"], "steered": one["trait"], "measured": trait, "judge": "questionnaire", "n": 1,
-             "mean": mean - low[one["method"], one["trait"], one["alpha"]][trait]}
-            for one in people if one["pole"] == "high" and (one["method"], one["trait"], one["alpha"]) in low
-            for trait, mean in one["traits"].items()]
+    """Rows like spill_over()'s, from what questionnaire() gives by personality."""
+    traits_of, rows = {condition_of(person): person["traits"] for person in people}, []
+    for condition, traits in traits_of.items():
+        low = traits_of.get(condition._replace(pole="low"), {}) if condition.pole == "high" else {}
+        rows += [{"method": condition.method, "alpha": condition.alpha, "steered": condition.trait, "measured": trait,
+                  "judge": "questionnaire", "n": 1, "mean": traits[trait] - low[trait]} for trait in low]
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- characters
@@ -221,13 +256,14 @@ def characters_measured(means: list[tuple], judge: str, alpha: float, seed: int)
     what the trait alone does at that alpha (in proportion to its effect at `alpha`). spill_over: mean distance from the unedited
     model along the traits whose alpha is 0. Intervals are bootstraps over the characters, of differences paired."""
     unedited = next(mean for condition, mean in means if condition["method"] == "unedited")
-    alone = {(one["trait"], one["pole"]): mean[one["trait"]] - unedited[one["trait"]] for one, mean in means if one["method"] == "npti"}
-    points = [{"method": one["method"], "judge": judge, "character": list(one["alpha"]), "trait": trait, "requested": asked,
+    alone = {(key["trait"], key["pole"]): mean[key["trait"]] - unedited[key["trait"]]
+             for key, mean in means if key["method"] == "npti"}
+    points = [{"method": key["method"], "judge": judge, "character": list(key["alpha"]), "trait": trait, "requested": asked,
                "expected": abs(asked) / alpha * alone[trait, POLES[asked < 0]], "measured": mean[trait] - unedited[trait]}
-              for one, mean in means if one["method"] in WAYS for trait, asked in zip(TRAITS, one["alpha"])]
+              for key, mean in means if key["method"] in WAYS for trait, asked in zip(TRAITS, key["alpha"])]
     number = len(points) // len(WAYS) // len(TRAITS)
     picks = np.concatenate([np.arange(number)[None], np.random.default_rng(seed).integers(0, number, (DRAWS, number))])
-    spread = lambda values: {"mean": float(values[0]), "ci95": [float(x) for x in np.quantile(values[1:], (0.025, 0.975))]}  # noqa: E731
+    spread = lambda values: {"mean": float(values[0]), "ci95": np.quantile(values[1:], (0.025, 0.975)).tolist()}  # noqa: E731
     of_way = {way: way_figures([point for point in points if point["method"] == way], picks) for way in WAYS}
     return [{"method": way, "judge": judge, "n": number, **{name: spread(values) for name, values in figures.items()},
              "more_than_composed": {name: spread(values - of_way[WAYS[0]][name]) for name, values in figures.items()}}
@@ -236,8 +272,8 @@ def characters_measured(means: list[tuple], judge: str, alpha: float, seed: int)
 
 def way_figures(points: list[dict], picks) -> dict:
     """{name: (1 + draws)}: of the characters as they are, then of the draws."""
-    asked, measured, expected = (np.array([point[name] for point in points]).reshape(-1, len(TRAITS))[picks]  # (1 + draws, number, traits)
-                                 for name in ("requested", "measured", "expected"))
+    asked, measured, expected = (np.array([point[name] for point in points]).reshape(-1, len(TRAITS))[picks]
+                                 for name in ("requested", "measured", "expected"))  # (1 + draws, number, traits)
     x, y = (values - values.mean(1, keepdims=True) for values in (asked, measured))
     size = np.sqrt((x ** 2).sum(1) * (y ** 2).sum(1))
     moved = size > 1e-9  # else what was measured is the noise of rounding
@@ -245,11 +281,6 @@ def way_figures(points: list[dict], picks) -> dict:
     none = asked == 0
     return {"correlation": r.sum(1) / np.maximum(moved.sum(1), 1), "error": np.abs(measured - expected).mean((1, 2)),
             "spill_over": (np.abs(measured) * none).sum((1, 2)) / np.maximum(none.sum((1, 2)), 1)}
-
-
-def mean_of(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
 
 
 # --------------------------------------------------------------------------- lines of result folders, which are not believed
@@ -260,7 +291,8 @@ def numbers(values) -> bool:
 
 
 def is_answer(line: dict) -> bool:
-    return all(isinstance(line.get(name), str) for name in ("key", "trait", "question", "method", "answer")) and numbers(line.get("ids"))
+    texts = ("key", "trait", "question", "method", "answer")
+    return all(isinstance(line.get(name), str) for name in texts) and numbers(line.get("ids"))
 
 
 def is_score(line: dict) -> bool:
@@ -274,4 +306,5 @@ def is_report(line: dict) -> bool:
 
 
 def is_cost(line: dict) -> bool:
-    return isinstance(line.get("tasks"), dict) or all(numbers(line[name]) for name in ("quiz", "added", "agreement") if name in line)
+    figures = ("quiz", "added", "agreement")
+    return isinstance(line.get("tasks"), dict) or all(numbers(line[name]) for name in figures if name in line)

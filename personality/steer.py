@@ -1,6 +1,7 @@
 """Edit a model's neurons while it runs: profiles, the tables in which the op reads them, and steer()."""
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -8,13 +9,23 @@ import torch
 
 from .mlp import find_mlps
 from .op import op
-from .rows import Active, Rows, patched
+from .rows import Rows, patched
 from .terminal import UserError
+
+NOTHING = {"cap": math.inf, "scale": 1.0, "shift": 0.0, "bias": 0.0}  # the edit that changes nothing
 
 
 def no_edits(number: int):
-    """float32 (number, 4): cap, scale, shift and bias that change nothing."""
-    return torch.tensor([math.inf, 1.0, 0.0, 0.0]).repeat(number, 1)
+    """float32 (number, 4)."""
+    return torch.tensor(list(NOTHING.values())).repeat(number, 1)
+
+
+def check_places(layer, index, depth: int, width: int, what: str, so: str = "") -> None:
+    """Raise for neurons that a model of this shape lacks; the message begins with `what` and ends with `so`."""
+    for kind, at, most, of in (("layer", layer, depth, "layers"), ("neuron", index, width, "neurons a layer")):
+        wrong = at[(at < 0) | (at >= most)]
+        if len(wrong):
+            raise UserError(f"{what}: {kind} {int(wrong[0])} of a model of {most} {of}{so}")
 
 
 @dataclass
@@ -31,7 +42,8 @@ class Profile:
 
     @classmethod
     def empty(cls, name: str = "") -> "Profile":
-        return cls(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0, 4), name)
+        nowhere = torch.empty(0, dtype=torch.long)
+        return cls(nowhere, nowhere, torch.empty(0, 4), name)
 
     @classmethod
     def of(cls, edits: list[tuple], name: str = "") -> "Profile":
@@ -51,12 +63,11 @@ class Profile:
     @classmethod
     def dense(cls, name: str = "", **columns) -> "Profile":
         """From tensors (layers, d_ff) by their names in an edit: cap, scale, shift, bias. A neuron is edited where one of them
-        is not what changes nothing."""
-        nothing = dict(zip(("cap", "scale", "shift", "bias"), (math.inf, 1.0, 0.0, 0.0)))
-        layer, index = torch.stack([column != nothing[what] for what, column in columns.items()]).any(0).nonzero(as_tuple=True)
+        changes something."""
+        layer, index = torch.stack([column != NOTHING[what] for what, column in columns.items()]).any(0).nonzero(as_tuple=True)
         value = no_edits(len(layer))
         for what, column in columns.items():
-            value[:, list(nothing).index(what)] = column[layer, index].float()
+            value[:, list(NOTHING).index(what)] = column[layer, index].float()
         return cls(layer, index, value, name)
 
     def chosen(self, mask) -> "Profile":
@@ -86,27 +97,21 @@ class Tables:
     def fill(self, profiles: list[Profile]) -> None:
         """Check everything that the kernel can't, and write the tables."""
         self.check(profiles)
-        layer = torch.cat([profile.layer for profile in profiles])
-        index = torch.cat([profile.index for profile in profiles])
-        number = torch.cat([torch.full((len(profile),), k) for k, profile in enumerate(profiles, 1)])
-        value = torch.cat([profile.value.float() for profile in profiles])
+        layer, index, value, number = map(torch.cat, zip(*(
+            (profile.layer, profile.index, profile.value.float(), torch.full((len(profile),), number))
+            for number, profile in enumerate(profiles, 1))))
         segment = layer * (self.number + 1) + number
-        neuron = segment * self.width + index
-        order = torch.argsort(neuron)
-        if len(order) and bool((neuron[order].diff() == 0).any()):
+        neuron, order = torch.sort(segment * self.width + index)
+        if bool((neuron.diff() == 0).any()):
             raise UserError("profiles: a neuron stands twice in a profile")
-        cell = segment * self.tiles + index // op().tile
-        count = torch.bincount(cell, minlength=self.depth * (self.number + 1) * self.tiles)
-        start = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
-        base = torch.arange(self.depth * (self.number + 1)).view(self.depth, self.number + 1, 1) * self.tiles
-        ptr = start[base + torch.arange(self.tiles + 1)].to(torch.int32)  # (layers, profiles + 1, tiles + 1)
-        for target, source in zip(self.ptr, ptr):
-            target.copy_(source)
-        self.index[:len(order)].copy_(index[order].to(torch.int32))
+        first = torch.arange(self.depth * (self.number + 1)).view(self.depth, -1, 1) * self.width  # neuron of a segment
+        edges = first + (torch.arange(self.tiles + 1) * op().tile).clamp(max=self.width)  # (layers, profiles + 1, tiles + 1)
+        for ptr, starts in zip(self.ptr, torch.searchsorted(neuron, edges)):
+            ptr.copy_(starts)
+        self.index[:len(order)].copy_(index[order])
         self.value[:len(order)].copy_(value[order])
-        # for thin(): the raised neurons, by layer and profile
-        self.shift = value[order][:, 2].to(self.value.device)
-        self.segment = segment[order].to(self.value.device)
+        # for thin(): what neurons are raised by, and their layer and profile
+        self.shift, self.segment = value[order, 2].to(self.value.device), segment[order].to(self.value.device)
 
     def check(self, profiles: list[Profile]) -> None:
         if not profiles:
@@ -121,10 +126,7 @@ class Tables:
             if profile.index.shape != (n,) or profile.value.shape != (n, 4):
                 raise UserError(f"{name}: expected index ({n},) and value ({n}, 4), got {tuple(profile.index.shape)} and "
                                 f"{tuple(profile.value.shape)}")
-            for what, numbers, most, of in (("layer", profile.layer, self.depth, "layers"), ("neuron", profile.index, self.width, "a layer")):
-                wrong = numbers[(numbers < 0) | (numbers >= most)]
-                if len(wrong):
-                    raise UserError(f"{name}: {what} {int(wrong[0])} of a model of {most} {of}")
+            check_places(profile.layer, profile.index, self.depth, self.width, name)
             if bool(profile.value.isnan().any() | profile.value[:, 1:].isinf().any() | (profile.value[:, 0] == -math.inf).any()):
                 raise UserError(f"{name}: cap, scale, shift or bias is not a finite number (a cap can be infinite)")
 
@@ -140,62 +142,58 @@ class Tables:
         self.value[kept, 2] = self.shift[kept]
 
 
-class Residual:
-    """Adds the profiles' residual vectors to the outputs of their layers, for the tokens that rows tells."""
-
-    def __init__(self, mlps, rows: Rows):
-        self.mlps, self.rows, self.hooks = mlps, rows, []
-
-    def tables(self, profiles: list[Profile]) -> dict:
-        """{layer: (profiles + 1, hidden)}, of what is to be put on."""
-        tables = {}
-        for number, profile in enumerate(profiles, 1):
-            for layer, vector in profile.residual.items():
-                if not 0 <= layer < len(self.mlps):
-                    raise UserError(f"profile {profile.name!r}: layer {layer} of a model of {len(self.mlps)} layers")
-                weight, hidden = self.mlps[layer].gate.weight, self.mlps[layer].hidden
-                if tuple(vector.shape) != (hidden,) or not bool(vector.isfinite().all()):
-                    raise UserError(f"profile {profile.name!r}: residual of layer {layer}: expected {hidden} finite numbers, got shape "
-                                    f"{tuple(vector.shape)}")
-                if layer not in tables:
-                    tables[layer] = torch.zeros((len(profiles) + 1, len(vector)), dtype=weight.dtype, device=weight.device)
-                tables[layer][number] = vector
-        return tables
-
-    def put(self, tables: dict) -> None:
-        self.remove()
-        for layer, table in tables.items():
-            def add(module, args, output, table=table):
-                if self.rows.tokens is None:
-                    return output
-                hidden = hidden_states(output)  # (batch, tokens, hidden)
-                hidden = hidden + table[self.rows.tokens.long()].view(hidden.shape)
-                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-            self.hooks.append(self.mlps[layer].layer.register_forward_hook(add))
-
-    def remove(self) -> None:
-        while self.hooks:
-            self.hooks.pop().remove()
-
-
 def hidden_states(output):
     """What a decoder layer gives on, alone or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
+def residual_tables(mlps, profiles: list[Profile]) -> dict:
+    """The profiles' residual vectors, {layer: (profiles + 1, hidden)}; the first one of each is 0."""
+    tables = {}
+    for number, profile in enumerate(profiles, 1):
+        for layer, vector in profile.residual.items():
+            if not 0 <= layer < len(mlps):
+                raise UserError(f"profile {profile.name!r}: layer {layer} of a model of {len(mlps)} layers")
+            weight, hidden = mlps[layer].gate.weight, mlps[layer].hidden
+            if tuple(vector.shape) != (hidden,) or not bool(vector.isfinite().all()):
+                raise UserError(f"profile {profile.name!r}: residual of layer {layer}: expected {hidden} finite numbers, got shape "
+                                f"{tuple(vector.shape)}")
+            if layer not in tables:
+                tables[layer] = torch.zeros((len(profiles) + 1, hidden), dtype=weight.dtype, device=weight.device)
+            tables[layer][number] = vector
+    return tables
+
+
+def adding(table, rows: Rows):
+    """A forward hook that adds each token's residual vector to a layer's output."""
+    def add(module, args, output):
+        if rows.tokens is None:
+            return output
+        hidden = hidden_states(output)  # (batch, tokens, hidden)
+        hidden = hidden + table[rows.tokens.long()].view(hidden.shape)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return add
+
+
 class Steering:
     """What `with steer(...) as steering` gives: change profiles or rows between two generate() calls."""
 
-    def __init__(self, tables: Tables, residual: Residual, rows: Rows):
-        self.tables, self.residual, self.rows = tables, residual, rows
+    def __init__(self, tables: Tables, mlps, rows: Rows):
+        self.tables, self.mlps, self.rows, self.hooks = tables, mlps, rows, []
 
     def update(self, profiles) -> None:
         """Other profiles, as many as before. Edits of neurons swap under a captured graph too; residual vectors don't."""
         profiles = as_list(profiles)
-        vectors = self.residual.tables(profiles)  # a refused update changes nothing
+        residual = residual_tables(self.mlps, profiles)  # a refused update changes nothing
         self.tables.fill(profiles)
-        self.residual.put(vectors)
+        self.hook(residual)
+
+    def hook(self, residual: dict) -> None:
+        """Put on the hooks of these residual tables, in the place of those that are on."""
+        while self.hooks:
+            self.hooks.pop().remove()
+        self.hooks = [self.mlps[layer].layer.register_forward_hook(adding(table, self.rows)) for layer, table in residual.items()]
 
     def assign(self, rows) -> None:
         self.rows.assign(rows)
@@ -203,9 +201,9 @@ class Steering:
 
 def as_list(profiles) -> list[Profile]:
     profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
-    wrong = [type(profile).__name__ for profile in profiles if not isinstance(profile, Profile)]
-    if wrong:
-        raise UserError(f"profiles: expected Profile objects, got {wrong[0]}")
+    for profile in profiles:
+        if not isinstance(profile, Profile):
+            raise UserError(f"profiles: expected Profile objects, got {type(profile).__name__}")
     return profiles
 
 
@@ -224,16 +222,14 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
         raise UserError(f"keep: expected a number above 0, at most 1, got {keep}")
     profiles, mlps = as_list(profiles), find_mlps(model)
     tables = Tables(profiles, len(mlps), mlps[0].width, mlps[0].gate.weight.device, capacity)
-    active = Active(Rows(rows, len(profiles), 0, where), tables.layers)
-    steering = Steering(tables, Residual(mlps, active.rows), active.rows)
+    rows = Rows(rows, len(profiles), 0, where, tables.layers)
+    steering, residual = Steering(tables, mlps, rows), residual_tables(mlps, profiles)
     if keep < 1:
-        generator = torch.Generator().manual_seed(seed)
-        active.before_decode = lambda: tables.thin(keep, generator)
-        active.before_decode()
-    vectors = steering.residual.tables(profiles)
-    with patched(model, steering=active):
+        rows.before_decode = functools.partial(tables.thin, keep, torch.Generator().manual_seed(seed))
+        rows.before_decode()
+    with patched(model, "steered", rows):
         try:
-            steering.residual.put(vectors)
+            steering.hook(residual)
             yield steering
         finally:
-            steering.residual.remove()
+            steering.hook({})

@@ -6,8 +6,10 @@ import pytest
 
 import induce
 from conftest import main_of, plain_answers, shared_flags, tiny
-from personality.chat import Chat
+from personality.chat import Chat, converse
+from personality.methods import Character, Profiles
 from personality.model import TEST_PENALTY, answers, prompt_ids
+from personality.neurons import NeuronFolder
 
 
 def test_chat(small, made, monkeypatch, capsys):
@@ -31,6 +33,17 @@ def test_chat(small, made, monkeypatch, capsys):
     assert asked[1][0][:len(asked[0][1]) - 1] == asked[0][1][:-1], "the second turn holds the first"
     assert asked[2][0] == asked[0][0] == asked[3][0], "/reset forgets"
     assert asked[3][1][len(asked[3][0]):] == plain_answers(small, ["w10 w11 ?"], 5)[0][1], "alpha 0 is the model itself"
+
+
+def test_what_is_refused_changes_nothing(small, made, monkeypatch, capsys):
+    """Nor which trait /alpha is about: the folder has no openness, and nothing makes it."""
+    lines = iter(["/trait openness 3", "/alpha 7", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    profiles = Profiles(small.model, small.tokenizer, NeuronFolder(small.model, str(made)))
+    args = induce.parser().parse_args(["--where", "generated"])
+    converse(small.model, small.tokenizer, profiles, Character({"extraversion": 2.0}), args)
+    first, refusal, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("extraversion +2 ") and "no such neuron file" in refusal and second == "extraversion +7"
 
 
 def asked_afresh(model, tokenizer, turns):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from conftest import lines_of, tiny
 from personality import POLES
 from personality.model import fingerprint
-from personality.neurons import FORMAT, NeuronFolder, Neurons, show_neurons
+from personality.neurons import FORMAT, NeuronFolder, Neurons, show_folder, show_neurons
 from personality.terminal import UserError
 
 
@@ -97,6 +97,17 @@ def test_files_that_are_no_neuron_file(made, tmp_path):
     path.unlink()
     path.mkdir()
     fails("")
+
+
+@pytest.mark.parametrize("name", ("model", "bench", "questions", "max_new_tokens", "seed", "tokens"))
+def test_a_file_that_lacks_what_is_shown_of_it(made, tmp_path, capsys, name):
+    """--list says so in its place, and goes on."""
+    neurons = Neurons.load(made / "extraversion.safetensors")
+    Neurons(neurons.tensors, {key: value for key, value in neurons.meta.items() if key != name}).save(tmp_path / "a.safetensors")
+    shutil.copy(made / "extraversion.safetensors", tmp_path / "b.safetensors")
+    show_folder(str(tmp_path))
+    text = "".join(capsys.readouterr().out.split())
+    assert f"whatitholdsas{name}can'tbe" in text and "12questions" in text
 
 
 def test_neuron_files_survive_save_and_load(made, tmp_path):

@@ -13,9 +13,9 @@ that matches another method's, is chosen on questions of their own ("validation"
 
 from personality import POLES, TRAITS
 from personality.terminal import (Flags, UserError, bench_argument, check_trait, model_arguments, number, positive, progress,
-                                  refuse, resumable, say, script, where_argument)
+                                  refuse, resumable, script, where_argument)
 
-METHODS = ("unedited", "simple", "persona", "npti", "dpn-le", "activation")
+METHODS = ("unedited", "simple", "persona", "npti", "trained", "hybrid", "dpn-le", "activation")
 JUDGES = ("contrast", "llm", "questionnaire")
 DOSES = (0.5, 1.0, 1.5, 2.0)
 STRENGTH = number(0, 100)  # above 0: both poles are measured
@@ -26,7 +26,8 @@ def parser() -> Flags:
     add, doses = flags.add_argument, " ".join(f"{dose:g}" for dose in DOSES)
     add("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
     add("--alpha", action="append", type=STRENGTH, metavar="A", help="strength of the edits, again for several (default: 1.5)")
-    add("--method", nargs="+", choices=METHODS, help="default: " + " ".join(METHODS[:4]))
+    add("--level", action="append", type=STRENGTH, metavar="L", help="likewise, of trained edits, alone and in hybrid (default: 1)")
+    add("--method", nargs="+", choices=METHODS, help="default: " + " ".join(METHODS[:5]))
     add("--judge", nargs="+", choices=JUDGES, help="default: contrast")
     add("--judge-model", metavar="M",
         help="what judges, contrast and llm, as --model takes it (default: --model): the base model of a baked one, say; with "
@@ -44,6 +45,8 @@ def parser() -> Flags:
     add("--characters", type=positive, nargs="?", const=12, metavar="N",
         help="N random characters over five traits (default: %(const)s), requested against measured: composed, with the edits just "
              "added up, and described in a prompt")
+    add("--turns", type=positive, nargs="?", const=6, metavar="N",
+        help="also hold conversations of N turns (default: %(const)s), of the test questions: does the personality last?")
     add("--answers", metavar="FILE", help="judge these (JSON lines: trait, pole, question, answer), generate none")
     add("--compare", nargs=2, metavar="DIR", help="set two result folders side by side")
     add("--neurons", default="neurons", metavar="DIR", help="default: %(default)s; made where it lacks a trait")
@@ -64,15 +67,20 @@ RULES = [
     (lambda args: args.neurons.startswith("npti:"),
      "--neurons npti:DIR is for induce.py: evaluate.py needs the files and answers of identify.py"),
     (lambda args: args.judge_url and not args.judge_model, "--judge-url needs --judge-model, the name of the model there"),
-    (lambda args: args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose or args.characters),
-     "--answers: a questionnaire, capability, doses and characters need the model that wrote them")]
+    (lambda args: args.turns and args.turns > args.limit,
+     "--turns {turns}: a conversation has as many test questions, --limit {limit} are there"),
+    (lambda args: args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose or args.characters
+                                    or args.turns),
+     "--answers: a questionnaire, capability, doses, turns and characters need the model that wrote them")]
 
 
 def arguments():
     args = parser().parse_args()
     args.trait = [check_trait(trait) for trait in args.trait]
     args.alpha = sorted(set(args.alpha or [1.5]))
-    args.method = args.method or list(METHODS if args.full else METHODS[:4])
+    args.level = sorted(set(args.level or [1.0]))
+    args.strengths = {**dict.fromkeys(("npti", "dpn-le", "activation"), args.alpha), "trained": args.level, "hybrid": args.level}
+    args.method = args.method or list(METHODS if args.full else METHODS[:5])
     args.judge = list(dict.fromkeys(args.judge or (JUDGES if args.full else JUDGES[:1])))
     if args.full:
         args.spill_over, args.capability, args.dose = args.spill_over or 4, args.capability or "", args.dose or list(DOSES)
@@ -84,68 +92,28 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "evaluate")  # imports this file, which needs torch from here on, and runs main()
 
-import contextlib, functools, itertools, random, time  # noqa: E401, E402
+import contextlib, functools, itertools, random  # noqa: E401, E402
 from pathlib import Path  # noqa: E402
 
 from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
+from personality.grid import character_cells, grid, random_characters, talks  # noqa: E402
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
 from personality.methods import Character, Profiles, described, npti_edits, suppressed  # noqa: E402
-from personality.model import (TEST_PENALTY, answer_ids, answers, conversation, dtype_of, fingerprint, load_model,  # noqa: E402
+from personality.frame import Frame, declines  # noqa: E402
+from personality.model import (TEST_PENALTY, answer_ids, answers, dtype_of, fingerprint, load_model,  # noqa: E402
                                name_of, without_stop)
 from personality.neurons import NeuronFolder  # noqa: E402
-from personality.questions import Bench, adjectives, load_bench, read_given  # noqa: E402
+from personality.questions import Bench, load_bench, read_given  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
-from personality.results import (EDITS, WAYS, Condition, condition_of, distinct, is_answer, is_cost, is_report,  # noqa: E402
-                                 is_score, mean_of, of_edit, only)
+from personality.results import (EDITS, HYBRID, WAYS, Condition, condition_of, distinct, is_answer, is_cost,  # noqa: E402
+                                 is_report, is_score, mean_of, of_edit, only)
 from personality.steer import Profile, steer  # noqa: E402
 from personality.store import Journal, digest, lines_of, only_run  # noqa: E402
+from personality.train import add_trained  # noqa: E402
 
-STEERED = (*EDITS, *WAYS[:2])
-
-
-# --------------------------------------------------------------------------------------------------- what is asked of whom
-
-
-def grid(bench: Bench, trait: str, methods, alphas, questions: list[str], seed: int) -> list[dict]:
-    """Every cell of a trait's evaluation: question, method, pole, alpha (of edits) and the persona in the prompt."""
-    cells = []
-    for question in questions:
-        pick = random.Random(f"{seed}/{trait}/{question}")
-        for method in methods:
-            for pole in (None,) if method == "unedited" else POLES:
-                persona = None
-                if method == "simple":
-                    word = adjectives(trait, pole)
-                    persona = f"You are {'an' if word[0] in 'aeiou' else 'a'} {word} person."
-                elif method == "persona":  # P2: one of those that identify used, not the judge's
-                    persona = pick.choice(bench.personas_for("search", trait, pole))
-                cells += [{"trait": trait, "question": question, "method": method, "pole": pole, "alpha": alpha, "persona": persona}
-                          for alpha in (alphas if method in EDITS else (None,))]
-    return cells
-
-
-def random_characters(number: int, most: float, seed: int) -> list[tuple]:
-    """Alphas over TRAITS: three traits of a character are between a third of `most` and all of it, of either sign, two are 0."""
-    pick, characters = random.Random(f"{seed}/characters"), []
-    for _ in range(number):
-        chosen = pick.sample(TRAITS, 3)
-        characters.append(tuple(round(pick.choice((-1, 1)) * pick.uniform(most / 3, most), 2) if trait in chosen else 0.0
-                                for trait in TRAITS))
-    return characters
-
-
-def character_cells(bench: Bench, characters: list[tuple], alpha: float, questions: list[str], seed: int) -> list[dict]:
-    """Every question of every character in every way; and, to hold them against, unedited and of each trait alone."""
-    cells = grid(bench, TRAITS[0], ["unedited"], [], questions, seed)
-    for trait in TRAITS:
-        cells += grid(bench, trait, ["npti"], [alpha], questions, seed)
-    for way, alphas, question in itertools.product(WAYS, characters, questions):
-        pick = random.Random(f"{seed}/{alphas}/{question}")
-        cells.append({"trait": TRAITS[0], "question": question, "method": way, "pole": None, "alpha": list(alphas),
-                      "persona": described(bench, alphas, pick) if way == "described" else None})
-    return cells
+STEERED, TRAINED = (*EDITS, HYBRID, *WAYS[:3]), ("trained", HYBRID, "levels")
 
 
 # ---------------------------------------------------------------------------------------------------- the model as others
@@ -155,9 +123,10 @@ class Personalities:
     """The model under every method, trait, pole and strength: a system prompt, a profile, or neither."""
 
     def __init__(self, model, tokenizer, bench: Bench, args):
-        self.model, self.tokenizer, self.bench, self.args = model, tokenizer, bench, args
-        options = {"out": args.neurons, "bench": args.bench, "batch_size": args.batch_size, "seed": args.seed}
-        self.neurons = NeuronFolder(model, args.neurons, functools.partial(identify, model, tokenizer, **options))
+        self.model, self.tokenizer, self.bench, self.args, self.frame = model, tokenizer, bench, args, Frame.named(args.frame)
+        options = {"out": args.neurons, **{name: getattr(args, name) for name in ("bench", "frame", "batch_size", "seed")}}
+        self.neurons = NeuronFolder(model, args.neurons, functools.partial(identify, model, tokenizer, **options), self.frame,
+                                    functools.partial(add_trained, model, tokenizer, bench, seed=args.seed))
         self.profiles = Profiles(model, tokenizer, self.neurons, suppress=args.suppress)
 
     def profile(self, condition: Condition) -> Profile:
@@ -167,14 +136,18 @@ class Personalities:
         if method == "added":
             edits = [edits for trait, own in zip(TRAITS, alpha) for edits in npti_edits(self.neurons[trait], own)]
             return suppressed(Profile.of(edits), self.args.suppress)
-        return self.profiles.of(Character({trait: alpha if pole == "high" else -alpha}, method))
+        if method == "levels":  # the strongest alpha of a character is the highest level
+            share = max(self.args.level) / max(self.args.alpha)
+            return self.profiles.of(Character({trait: own * share for trait, own in zip(TRAITS, alpha)}, "trained"))
+        return self.profiles.of(Character({trait: alpha if pole == "high" else -alpha}, "trained" if method == HYBRID else method))
 
     def key(self, condition: Condition) -> str | None:
         """What a method's edits come from, for the keys of what is made with them."""
         if condition.method not in STEERED:
             return None
         traits = [condition.trait] if condition.trait else TRAITS
-        return f"{condition.method}/{'/'.join(self.neurons[trait].key for trait in traits)}"
+        keys = [self.neurons.trained(trait).trained if condition.method in TRAINED else "" for trait in traits]
+        return f"{condition.method}/{'/'.join(self.neurons[trait].key + key for trait, key in zip(traits, keys))}"
 
     def steered(self, condition: Condition):
         """A context in which every row of the model has the condition's edits; prompts do nothing here."""
@@ -184,9 +157,9 @@ class Personalities:
         """A condition's system prompt where there is no question that could pick one."""
         if condition.method == "described":
             return described(self.bench, condition.alpha, random.Random(f"{self.args.seed}/{condition.alpha}"))
-        if condition.method not in ("simple", "persona"):
+        if condition.method not in ("simple", "persona", HYBRID):
             return None
-        cells = grid(self.bench, condition.trait, [condition.method], [], ["a questionnaire"], self.args.seed)
+        cells = grid(self.bench, condition.trait, [condition.method], {}, ["a questionnaire"], self.args.seed)
         return next(cell["persona"] for cell in cells if cell["pole"] == condition.pole)
 
     def answer(self, cells: list[dict], journal: Journal, title: str) -> list[dict]:
@@ -199,7 +172,7 @@ class Personalities:
         with progress(len(cells), len(cells) - len(todo), title) as bar:
             for start in range(0, len(todo), self.args.batch_size):
                 batch = todo[start:start + self.args.batch_size]
-                asked = [conversation(cell["question"], cell["persona"]) for cell in batch]
+                asked = [self.frame.turns(cell["question"], cell["persona"], cell.get("before", ())) for cell in batch]
                 with steer(self.model, profiles, [number_of.get(condition_of(cell), 0) for cell in batch], self.args.where):
                     said = answers(self.model, self.tokenizer, asked, self.args.max_new_tokens, repetition_penalty=TEST_PENALTY)
                 journal.append(*({**cell, "answer": text, "ids": without_stop(self.tokenizer, ids)}
@@ -233,7 +206,7 @@ class Evaluation:
         self.costs = journal("capability", is_cost) if args.capability is not None else None
         self.origins = {"contrast": contrast.origin, **({rater.name: rater.origin} if rater else {})}
 
-    def cells(self, split: str, methods, alphas, limit: int, traits=None) -> list[dict]:
+    def cells(self, split: str, methods, alphas: dict, limit: int, traits=None) -> list[dict]:
         bench, seed = self.people.bench, self.args.seed
         return [cell for trait in traits or self.args.trait
                 for cell in grid(bench, trait, methods, alphas, bench.questions(trait, split, limit), seed)]
@@ -252,14 +225,14 @@ class Evaluation:
 
     def given(self) -> list[dict]:
         """The answers of --answers FILE."""
-        tokenizer = self.people.tokenizer
         lines = [{**line, "method": "given", "alpha": None, "persona": None} for line in read_given(self.args.answers)]
-        return [{"key": digest(k, line), **line, "ids": answer_ids(tokenizer, line["answer"])} for k, line in enumerate(lines)]
+        return [{"key": digest(k, line), **line, "ids": answer_ids(self.people.tokenizer, line["answer"])}
+                for k, line in enumerate(lines)]
 
     def doses(self) -> list[dict]:
         """The effects of the strengths, on the validation questions."""
         methods = [method for method in EDITS if method in self.args.method]
-        cells = self.cells("validation", methods, self.args.dose, max(1, self.args.limit // 2))
+        cells = self.cells("validation", methods, dict.fromkeys(methods, self.args.dose), max(1, self.args.limit // 2))
         summary, effects = self.judged(self.people.answer(cells, self.answers, "doses: answers"), "doses: judging")
         return [{**row, "perplexity": mean_of(side["perplexity"] for side in of_edit(summary, row))} for row in effects]
 
@@ -274,6 +247,23 @@ class Evaluation:
         return {"summary": results.summarise(table, fluent, seed), "effects": results.effects(apart, seed),
                 "between": results.compared(apart, seed), "fluency": fluent, "agreement": results.agreement(table, judges),
                 "accuracy": results.accuracy(table) if self.args.answers else []}, failed
+
+    def conversations(self) -> list[dict]:
+        """The effects in each turn of conversations, and the perplexity beside the unedited model's in the same turn."""
+        people, args, rows = self.people, self.args, []
+        going = talks(people.bench, args.trait, args.method, args.strengths, args.turns, args.limit, args.seed)
+        before = [[] for _ in going]
+        for turn in range(args.turns if going else 0):
+            cells = [{**talk[turn], "before": list(said)} for talk, said in zip(going, before)]
+            made = people.answer(cells, self.answers, f"turn {turn + 1}")
+            for said, line in zip(before, made):
+                said.append([line["question"], line["answer"]])
+            summary, effects = self.judged(made, f"turn {turn + 1}: judging")
+            for row in effects:
+                plain = only(summary, trait=row["trait"], method="unedited")
+                sides = {name: mean_of(side[name] for side in of_edit(summary, row)) for name in ("perplexity", "repetition")}
+                rows.append({"turn": turn + 1, **row, **sides, "unedited": mean_of(side["perplexity"] for side in plain)})
+        return rows
 
     def spill_over(self, made: list[dict]) -> list[dict]:
         """The matrix, from the answers to each trait's first few questions."""
@@ -319,7 +309,7 @@ class Evaluation:
         """The methods at matched strength: the test questions' effect and price."""
         made = []
         for row in chosen:
-            cells = self.cells("test", [row["method"]], [row["alpha"]], self.args.limit, [row["trait"]])
+            cells = self.cells("test", [row["method"]], {row["method"]: [row["alpha"]]}, self.args.limit, [row["trait"]])
             made += self.people.answer(cells, self.answers, f"matched {row['method']}, {row['trait']}")
         summary, effects = self.judged(made, "matched: judging")
         spilt = self.spill_over(made) if self.args.spill_over else []
@@ -355,18 +345,20 @@ def whole(condition: Condition) -> Condition:
     return condition if condition.pole else condition._replace(trait=None)
 
 
-def head_line(run: Evaluation, made_with: dict) -> str:
+def head_line(run: Evaluation, made_with: dict, made: list[dict]) -> str:
     """What the figures are of, in one line."""
     args, model = run.args, run.people.model
-    alphas = ", ".join(f"{alpha:g}" for alpha in args.alpha)
+    alphas, nobody = ", ".join(f"{alpha:g}" for alpha in args.alpha), sum(declines(line["answer"]) for line in made)
     made = f"answers of {args.answers}, " if args.answers else (
-        f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, alpha {alphas}, seed {args.seed}; ")
+        f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, frame {run.people.frame.name or 'none'}, "
+        f"alpha {alphas}, seed {args.seed}; ")
     head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {made}judges: {', '.join(args.judge)}"
     if run.rater:
         lost = sum(line["score"] is None for line in run.scores if line.get("judge") == run.rater.name)
         head += f" ({run.rater.name}; {lost} replies were no rating)"
     if run.contrast.origin:
         head += f"; judged by {name_of(run.contrast.model)}"
+    head += f"; {nobody} of {len(made)} answers decline to be anyone" if nobody else ""
     return head + (f"; edits with {made_with['edits']}" if "edits" in made_with else "") + "."
 
 
@@ -375,33 +367,32 @@ def evaluate(args) -> None:
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     judging = digest(lines_of("neutral.txt"), lines_of("quiz.csv"), OPTIONS, JUDGE_PERSONAS, rubric(None), rubric(TRAITS[0]))
     made_with = {"model": f"{name_of(model)} {fingerprint(model)}", "template": digest(tokenizer.chat_template), "judging": judging,
-                 "bench": bench.fingerprint(), "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+                 "bench": bench.fingerprint(), "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+                 **Frame.named(args.frame).made_with()}
     if (args.where, args.suppress) != ("generated", "cap"):
         made_with["edits"] = f"--where {args.where} --suppress {args.suppress}"
-    local = args.judge_model and not args.judge_url
+    people, local = Personalities(model, tokenizer, bench, args), args.judge_model and not args.judge_url
     reader = load_model(args.judge_model, args.device, args.dtype, "--judge-model") if local else (model, tokenizer)
-    contrast = ContrastJudge(*reader, bench, args.batch_size, tokenizer if local else None)
-    rater = None
+    contrast = ContrastJudge(*reader, bench, args.batch_size, people.frame, tokenizer if local else None)
+    rater = LocalJudge(*reader, min(args.batch_size, 32)) if "llm" in args.judge and not args.judge_url else None
     if args.judge_url:
         rater = EndpointJudge(args.judge_url, args.judge_model, args.batch_size)
-    elif "llm" in args.judge:
-        rater = LocalJudge(*reader, min(args.batch_size, 32))
-    people = Personalities(model, tokenizer, bench, args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with only_run(Path(args.out) / ".lock", f"--out {args.out}: another run is writing it", wait=False):
         run = Evaluation(people, contrast, rater, args, made_with)
-        edited = [trait for trait in args.trait if set(args.method) & set(EDITS)] + list(TRAITS if args.characters else ())
+        make = people.neurons.trained if args.characters or set(args.method) & set(TRAINED) else people.neurons.__getitem__
+        edited = [trait for trait in args.trait if set(args.method) & set(STEERED)] + list(TRAITS if args.characters else ())
         for trait in edited if not args.answers else ():
-            people.neurons[trait]  # made now, where it is not there yet
+            make(trait)  # now, where it is not there yet
         steps(run, args, lambda found, made: write_reports(
-            run.out, {"head": head_line(run, made_with), **found}, made, people.neurons.files))
+            run.out, {"head": head_line(run, made_with, made), **found}, made, people.neurons.files))
 
 
 def steps(run: Evaluation, args, write) -> None:
     """All that is asked for, cheapest first; reports are written before the long steps, and at the end."""
     dose = run.doses() if args.dose and set(EDITS) & set(args.method) else []
     made = run.given() if args.answers else run.people.answer(
-        run.cells("test", args.method, args.alpha, args.limit), run.answers, "answers")
+        run.cells("test", args.method, args.strengths, args.limit), run.answers, "answers")
     figures, failed = run.test(made)
     found = {"dose": dose, **figures, "spill_over": run.spill_over(made) if args.spill_over else []}
     write(found, made)
@@ -415,6 +406,8 @@ def steps(run: Evaluation, args, write) -> None:
     if args.capability is not None:
         found["capability"] = run.capability(conditions)
         found["harness"] = run.harness(conditions) if args.capability else []
+    if args.turns:
+        found["conversations"] = run.conversations()
     if args.characters:
         found |= run.characters()
     run.people.neurons.check_unchanged()
@@ -435,7 +428,5 @@ def main(args) -> None:
     args.items = read_inventory(args.inventory)
     if args.characters and "questionnaire" in args.judge and {item[1] for item in args.items} != set(TRAITS):
         raise UserError(f"--characters: --inventory {args.inventory} does not ask about all five traits")
-    start = time.time()
     with resumable():
         evaluate(args)
-    say(f"{time.time() - start:.0f} s")

@@ -22,6 +22,7 @@ def parser() -> Flags:
     flags.add_argument("--trait", nargs="+", metavar="T", help="default: all five, or those that --answers FILE has")
     bench_argument(flags)
     flags.add_argument("--limit", type=positive, metavar="N", help=f"search questions a trait (default: {LIMIT})")
+    flags.add_argument("--train", action="store_true", help="also train edits of few neurons: what induce.py --level uses")
     flags.add_argument("--answers", metavar="FILE",
                        help="read answers (JSON lines: trait, pole, persona, question, answer) instead of generating them")
     flags.add_argument("--engine", metavar="URL",
@@ -45,7 +46,7 @@ def parser() -> Flags:
 
 RULES = [(lambda args, name=name: args.build_bench and getattr(args, name),
           f"--build-bench DIR writes a bench of all traits, --size N questions each: --{name} goes with identification")
-         for name in ("trait", "bench", "limit", "answers", "engine")] + [
+         for name in ("trait", "bench", "limit", "answers", "engine", "train")] + [
     (lambda args: args.build_bench and os.environ.get("WORLD_SIZE", "1") != "1",
      "--build-bench: one process is enough (--in-flight N), torchrun would pay for each request several times"),
     (lambda args: args.size and not args.build_bench,
@@ -67,7 +68,7 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "identify")  # imports this file, which needs torch from here on, and runs main()
 
-import contextlib, hashlib, itertools, json, re, signal, time  # noqa: E401, E402
+import contextlib, hashlib, itertools, json, random, re, signal, time  # noqa: E401, E402
 from dataclasses import dataclass  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -76,64 +77,41 @@ import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
-from personality.endpoint import Endpoint, fill  # noqa: E402
+from personality.endpoint import Endpoint, Engine  # noqa: E402
+from personality.frame import Frame, declines  # noqa: E402
 from personality.mlp import decoder_of  # noqa: E402
-from personality.model import (SEARCH_PENALTY, answer_ids, answer_inputs, answer_text, answers, conversation,  # noqa: E402
-                               dtype_of, fingerprint, load_model, out_of_memory, prompt_ids, with_ids)
+from personality.model import (SEARCH_PENALTY, answer_inputs, answers, dtype_of, fingerprint, load_model,  # noqa: E402
+                               out_of_memory, with_ids)
 from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show_neurons  # noqa: E402
 from personality.observe import Statistics, observe  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
+from personality.train import add_trained  # noqa: E402
 from personality.store import Journal, digest, json_lines, only_run, to_line, write_atomically  # noqa: E402
 
 
 def groups_of(items: list[dict]) -> list[int]:
-    """The group of statistics that each answer counts in."""
     return [POLES.index(item["pole"]) for item in items]
 
 
-def generate_batch(model, tokenizer, items: list[dict], statistics: Statistics, args) -> list[dict]:
-    """Ask, and observe while the answers are written."""
-    asked = [conversation(item["question"], item["persona"]) for item in items]
-    with observe(model, statistics, groups_of(items), args.where):
-        written = answers(model, tokenizer, asked, args.max_new_tokens, repetition_penalty=SEARCH_PENALTY)
+def counted(items: list[dict]) -> list[dict]:
+    return [{**item, "declined": int(declines(item["answer"]))} for item in items]
+
+
+def generate_batch(model, tokenizer, items: list[dict], frame: Frame, most: int) -> list[dict]:
+    asked = [frame.turns(item["question"], item["persona"]) for item in items]
+    written = answers(model, tokenizer, asked, most, repetition_penalty=SEARCH_PENALTY)
     return [{**item, "answer": text, "ids": ids} for item, (text, ids) in zip(items, written)]
 
 
-def read_batches(model, tokenizer, items: list[dict], statistics: Statistics, where: str, size: int) -> None:
-    """Forward passes over answers that are there, observing the same positions as generate_batch; like lengths (in characters,
-    about) together, so that little is padding."""
+def read_batches(model, tokenizer, items: list[dict], frame: Frame, statistics: Statistics, where: str, size: int) -> None:
+    """Forward passes over answers that are there, observing the same positions as while they are written; like lengths (in
+    characters, about) together, so that little is padding."""
     items = sorted(items, key=lambda item: len(item["persona"]) + len(item["question"]) + 4 * len(item["ids"]))
     for start in range(0, len(items), size):
         batch = items[start:start + size]
-        inputs, counted = answer_inputs(model, tokenizer, batch, where)
+        inputs, counted = answer_inputs(model, tokenizer, batch, frame, where)
         with torch.no_grad(), observe(model, statistics, groups_of(batch), counted):
             decoder_of(model)(**inputs, use_cache=False)
-
-
-class Engine:
-    """A server that writes the answers (vLLM, SGLang, llama.cpp, ...), asked with the ids of the same prompts."""
-
-    def __init__(self, endpoint: Endpoint, tokenizer, args):
-        self.endpoint, self.tokenizer, self.replies = endpoint, tokenizer, Journal(Path(args.out) / "engine.replies.jsonl")
-        # by both names: vLLM's and SGLang's, and llama.cpp's, which looks back 64 tokens only if not told otherwise
-        penalty = {"repetition_penalty": SEARCH_PENALTY, "repeat_penalty": SEARCH_PENALTY, "repeat_last_n": 8192}
-        self.options = {"max_tokens": args.max_new_tokens, "temperature": 0, "extra_body": penalty,
-                        **({"stop": [tokenizer.stop_text]} if tokenizer.stop_text else {})}
-
-    def answer(self, items: list[dict]) -> list[dict]:
-        prompts = [prompt_ids(self.tokenizer, conversation(item["question"], item["persona"])) for item in items]
-        keys = [digest(self.endpoint.model, ids, self.options) for ids in prompts]
-        work = lambda ids: json.dumps(self.endpoint.completion(ids, **self.options))  # noqa: E731
-        fill(self.replies, list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(requests, work, store))
-        return [{**item, **self.cut(*json.loads(self.replies[key]["text"]))} for key, item in zip(keys, items)]
-
-    def cut(self, text: str, ended: bool) -> dict:
-        """The answer and the ids of a reply; a server may have written on."""
-        ids, most = answer_ids(self.tokenizer, text.strip()) + [self.tokenizer.eos_token_id] * ended, self.options["max_tokens"]
-        if len(ids) > most:
-            ids = ids[:most]
-            text = answer_text(self.tokenizer, ids)
-        return {"answer": text.strip(), "ids": ids}
 
 
 @dataclass
@@ -192,11 +170,13 @@ class Run:
     the schedule, saved together. schedule: [first item, batch size] pairs; a batch that is too large for the memory adds one, and
     what came before it is done again as it was."""
 
+    AGAIN = 2  # times that a question is asked anew where its answer declines to be anyone
     PAUSE = 20.0  # seconds between two savings, 0: none
     READ_AT_ONCE = 8  # batches of answers that are there: within them, answers of like length are read together
 
     def __init__(self, model, tokenizer, bench: Bench, trait: str, args, world: World = World(), endpoint: Endpoint | None = None):
-        self.model, self.tokenizer, self.trait, self.args, self.world = model, tokenizer, trait, args, world
+        self.model, self.tokenizer, self.bench, self.trait, self.args, self.world = model, tokenizer, bench, trait, args, world
+        self.frame = Frame.named(args.frame)
         if args.answers:
             self.items, content = read_answers(args.answers, trait)
         else:
@@ -209,10 +189,10 @@ class Run:
             "fingerprint": fingerprint(model), "trait": trait, "where": args.where, "template": digest(tokenizer.chat_template),
             "bench": args.answers or bench.name, "questions": len(self.items) // 2, "bench_fingerprint": content,
             "max_new_tokens": args.max_new_tokens, "repetition_penalty": SEARCH_PENALTY, "batch_size": args.batch_size,
-            "dtype": dtype_of(model), "device": model.device.type, "seed": args.seed,
+            "dtype": dtype_of(model), "device": model.device.type, "seed": args.seed, **self.frame.made_with(),
             **({"engine": endpoint.model} if endpoint else {})}
         self.key = digest(self.meta)
-        self.engine = Engine(endpoint, tokenizer, args) if endpoint else None
+        self.engine = Engine(endpoint, tokenizer, self.frame, args.out, args.max_new_tokens) if endpoint else None
         self.at_once = self.READ_AT_ONCE if args.answers or endpoint else 1  # batches that are done, and saved, together
         self.share = world.share(len(self.items), args.batch_size * self.at_once)
         self.saved = self.file_of(world.rank, "state.safetensors")
@@ -246,10 +226,10 @@ class Run:
 
     def write(self) -> None:
         """Write the neuron file. What a run with other options made is kept under a name that says which."""
-        tokens = self.statistics.tokens.tolist()
+        tokens, compliance = self.statistics.tokens.tolist(), self.compliance()
         if not all(tokens):
             raise UserError(f"{self.trait}: {tokens[0]} tokens were counted under the high pole, {tokens[1]} under the low one: "
-                            "neurons are told apart by both")
+                            f"neurons are told apart by both ({sum(compliance['declined'])} answers declined to be anyone)")
         if self.path.exists():
             there = self.file_there()  # where it is damaged, its answers may be whole
             other = re.sub(r"\W", "", there.key) if there else f"damaged-{hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]}"
@@ -257,12 +237,24 @@ class Run:
                 if path.exists():
                     os.replace(path, path.with_name(path.name.replace(self.trait, f"{self.trait}.{other}", 1)))
             say(f"{self.path} was of other options: it is {self.trait}.{other}.safetensors now")
-        Neurons(self.statistics.summary(), {**self.meta, "key": self.key, "tokens": tokens}).save(self.path)
+        Neurons(self.statistics.summary(), {**self.meta, "key": self.key, "tokens": tokens, **compliance}).save(self.path)
+
+    def parts(self) -> list[Journal]:
+        """The answers of every rank."""
+        paths = [self.file_of(rank, "answers.part") for rank in range(self.world.size)]
+        return [Journal(path) for path in paths if path.exists()]
+
+    def compliance(self) -> dict:
+        """By pole, how many answers were asked for, and how many of them declined to be anyone."""
+        asked, declined = dict.fromkeys(POLES, 0), dict.fromkeys(POLES, 0)
+        for line in itertools.chain(*self.parts()):
+            asked[line["pole"]] += line["declined"] + (not declines(line["answer"]))
+            declined[line["pole"]] += line["declined"]
+        return {"asked": list(asked.values()), "declined": list(declined.values())}
 
     def collect_answers(self) -> None:
         """Put the ranks' answers into one file, after the neuron file: who was killed between the two comes by here again."""
-        paths = [self.file_of(rank, "answers.part") for rank in range(self.world.size)]
-        parts = [Journal(path) for path in paths if path.exists()]
+        parts = self.parts()
         if sum(map(len, parts)) == len(self.items):  # not those that a run of fewer processes has left
             write_atomically(self.answers, map(to_line, itertools.chain(*parts)))
         elif not self.answers.exists():
@@ -274,6 +266,8 @@ class Run:
     def go_on(self) -> None:
         """Do what is left of the answers, batch by batch."""
         self.statistics, self.part = Statistics.of(self.model, len(POLES)), Journal(self.file_of(self.world.rank, "answers.part"))
+        # of one batch, which counts if nobody in it declines
+        self.latest = None if self.args.answers or self.engine else Statistics.of(self.model, len(POLES))
         if self.resume():
             self.world.say(f"going on with {self.trait} after {self.done} of {len(self.share)} answers")
         title = self.trait if self.world.size == 1 else f"{self.trait}, 1 of {self.world.size}"
@@ -298,19 +292,44 @@ class Run:
         size = [size for first, size in self.schedule if first <= self.done][-1]
         end = min([self.done + size * self.at_once, len(self.share)] + [first for first, _ in self.schedule if first > self.done])
         where = self.share[self.done:end]
-        items = [self.items[k] for k in where]
-        if self.args.answers or self.engine:
-            items = self.engine.answer(items) if self.engine else with_ids(self.tokenizer, items)
-            read_batches(self.model, self.tokenizer, items, self.statistics, self.args.where, size)
-        else:
-            items = generate_batch(self.model, self.tokenizer, items, self.statistics, self.args)
+        items, observed = self.answered([self.items[k] for k in where])
+        playing = [item for item in items if not declines(item["answer"])]
+        if observed and not any(item["declined"] for item in items):
+            self.statistics.add(self.latest)
+        elif playing:
+            read_batches(self.model, self.tokenizer, playing, self.frame, self.statistics, self.args.where, size)
         layer = self.statistics.broken_layer()
         if layer is not None:
             raise UserError(f"layer {layer} gave NaN or infinite activations in the answers {where.start + 1} to {where.stop}: "
                             "try --dtype float32")
-        names = ("pole", "persona", "question", "answer", "ids")
+        names = ("pole", "persona", "question", "answer", "ids", "declined")
         self.part.append(*({"trait": self.trait, **{name: item[name] for name in names}} for item in items))
         self.done = end
+
+    def answered(self, items: list[dict]) -> tuple[list[dict], bool]:
+        """(the items with their answers, whether self.latest has observed them all). An answer that declines to be anyone is asked
+        for anew, AGAIN times at most, under another persona of the pole; item["declined"]: how many declined."""
+        if self.args.answers:
+            return counted(with_ids(self.tokenizer, items)), False
+        self.latest and self.latest.zero()
+        with observe(self.model, self.latest, groups_of(items), self.args.where) if self.latest else contextlib.nullcontext():
+            items = counted(self.ask(items))
+        for attempt in range(self.AGAIN):
+            again = [k for k, item in enumerate(items) if declines(item["answer"])]
+            asked = [self.another_persona(items[k], attempt) for k in again]
+            for k, item in zip(again, self.ask(asked) if asked else ()):
+                items[k] = {**item, "declined": item["declined"] + declines(item["answer"])}
+        return items, self.latest is not None
+
+    def ask(self, items: list[dict]) -> list[dict]:
+        if self.engine:
+            return self.engine.answer(items)
+        return generate_batch(self.model, self.tokenizer, items, self.frame, self.args.max_new_tokens)
+
+    def another_persona(self, item: dict, attempt: int) -> dict:
+        pick = random.Random(f"{self.args.seed}/{self.trait}/{item['question']}/{attempt}")
+        others = set(self.bench.personas_for("search", self.trait, item["pole"])) - {item["persona"]}
+        return {**item, "persona": pick.choice(sorted(others))}
 
     def halve(self, error) -> None:
         """Go on with batches half as large."""
@@ -351,13 +370,14 @@ def identify(model, tokenizer, trait: str, **options) -> Neurons:
     if unknown:
         raise UserError(f"identify(): unknown options {sorted(unknown)}")
     vars(args).update(options)
-    return Run(model, tokenizer, load_bench(args.bench), check_trait(trait), args).identify()
+    bench = load_bench(args.bench)
+    neurons = Run(model, tokenizer, bench, check_trait(trait), args).identify()
+    return add_trained(model, tokenizer, bench, neurons, args.seed) if args.train else neurons
 
 
 def main(args) -> None:
     if args.build_bench:
         from personality.write_bench import build_bench
-
         return build_bench(args, args.size or SIZE)
     traits = args.traits or TRAITS
     if args.answers:  # what can't be read is said before the model is loaded
@@ -371,10 +391,10 @@ def main(args) -> None:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     if endpoint:
-        world.say(f"{endpoint.model} at {args.engine} answers, {model.source} reads: nothing vouches for their being the same "
-                  "model")
+        world.say(f"{endpoint.model} at {args.engine} answers, {model.source} reads: nothing says that they are the same model")
     for trait in traits:
         neurons = Run(model, tokenizer, bench, trait, args, world, endpoint).identify()
         if not world.rank:
+            neurons = add_trained(model, tokenizer, bench, neurons, args.seed) if args.train else neurons
             show_neurons(neurons)
             print(neuron_path(args.out, trait))

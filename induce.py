@@ -1,14 +1,16 @@
 """Let a language model write in a personality, by editing the neurons that identify.py found.
 
+    python induce.py --trait extraversion --level 1
     python induce.py --trait extraversion --alpha 2
     python induce.py --trait neuroticism --alpha -1.5 --trait openness --alpha 1 --chat
     python induce.py --profile ada.toml --questions FILE --out FILE
     python induce.py --trait extraversion --alpha 1 --save DIR
     python induce.py --list
 
-Raises the neurons of the pole that is asked for and suppresses those of the other one while the model writes: no prompt,
-no training, no changed weights, and no time (the edit rides in the op that computes the MLP). A negative alpha is the low
-pole. Where there is no neuron file yet, it is made first. The method is NPTI (ICLR 2025, arXiv 2410.12327), section 3.3.
+Sets some of the model's neurons while it writes: no prompt, no changed weights, and no time (the edit rides in the op that
+computes the MLP). --level adds constants to half a per cent of them, which were trained so that the model writes as under a
+persona (personality/train.py); --alpha raises the neurons that fire for the pole and suppresses those of the other one, as NPTI
+does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A file that is missing is made first.
 """
 
 import os
@@ -23,7 +25,7 @@ QUESTIONS = (
     "A new colleague joins your team. What do you do?",
     "How would you like to spend a free Friday evening?",
 )
-METHODS = ("npti", "dpn-le", "dpn-le-weighted", "activation")
+METHODS = ("npti", "trained", "dpn-le", "dpn-le-weighted", "activation")
 
 
 def parser() -> Flags:
@@ -32,8 +34,12 @@ def parser() -> Flags:
     who.add_argument("--trait", action="append", default=[], metavar="T", help=f"{', '.join(TRAITS)}; again for several")
     who.add_argument("--alpha", action="append", default=[], type=ALPHA, metavar="A",
                      help="strength, one a trait; negative: the low pole (the paper: 0.6 to 1.5)")
+    who.add_argument("--level", action="append", default=[], type=ALPHA, metavar="L",
+                     help="instead of --alpha: -1 to 1, the same on every model, by trained edits; 1 is the strongest edit at "
+                          "which the text stays fluent")
     who.add_argument("--profile", metavar="FILE", help="a whole character, in TOML: [traits], and method, layers, model, name")
-    who.add_argument("--method", choices=METHODS, default="npti", help="default: %(default)s; alpha has a scale of its own in each")
+    who.add_argument("--method", choices=METHODS,
+                     help="default: npti, or trained with --level; alpha has a scale of its own in each")
     who.add_argument("--neurons", default="neurons", metavar="DIR",
                      help="folder of neuron files (default: %(default)s); npti:DIR: of NPTI's released ones")
     work = flags.add_argument_group("what to do (default: ask everyday questions, and show the answers side by side)")
@@ -75,19 +81,26 @@ RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{na
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
     (lambda args: args.out and os.path.exists(args.out),
      "--out {out}: there is something already: move it away, or choose another name"),
+    (lambda args: args.level and (args.alpha or args.method != "trained"),
+     "--level L is of trained edits: --alpha and other methods go without it"),
     (lambda args: args.keep < 1 and args.method != "npti",
      "--keep: a random share of the raised neurons is NPTI's; {method} raises none"),
-    (lambda args: args.profile and (args.trait or args.alpha),
-     "--profile FILE says what --trait and --alpha would say: expected one or the other"),
-    (lambda args: (args.trait or args.alpha or not (args.profile or args.questions or args.list or args.verify_server))
-     and (not args.trait or len(args.alpha) not in (1, len(args.trait)) or len(set(args.trait)) < len(args.trait)),
-     "expected --trait T --alpha A, again for each further trait, or --profile FILE: got the traits {trait} and the alphas "
-     "{alpha}")]
+    (lambda args: args.profile and (args.trait or args.alpha or args.level),
+     "--profile FILE says what --trait, --level and --alpha would say: expected one or the other"),
+    (lambda args: (args.trait or strengths(args) or not (args.profile or args.questions or args.list or args.verify_server))
+     and (not args.trait or len(strengths(args)) not in (1, len(args.trait)) or len(set(args.trait)) < len(args.trait)),
+     "expected --trait T --level L (or --alpha A), again for each further trait, or --profile FILE: got the traits {trait}, the "
+     "levels {level} and the alphas {alpha}")]
+
+
+def strengths(args) -> list[float]:
+    return args.alpha or args.level
 
 
 def arguments():
     args = parser().parse_args()
     args.trait = [check_trait(trait) for trait in args.trait]
+    args.method = args.method or ("trained" if args.level else "npti")
     refuse(args, RULES)
     args.where = args.where or ("all" if args.save else "generated")
     args.suppress = args.suppress or ("zero" if args.save else "cap")
@@ -103,17 +116,20 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 from identify import identify  # noqa: E402
+from personality.frame import Frame  # noqa: E402
 from personality.methods import METHODS as SCALES, Character, Profiles  # noqa: E402
-from personality.model import answers, conversation, fingerprint, load_model, sampling  # noqa: E402
+from personality.model import answers, fingerprint, load_model, sampling  # noqa: E402
 from personality.neurons import NeuronFolder, show_folder  # noqa: E402
+from personality.questions import load_bench  # noqa: E402
 from personality.steer import steer  # noqa: E402
 from personality.store import Journal, digest, only_run, parse_json, read_text, to_line  # noqa: E402
+from personality.train import add_trained  # noqa: E402
 
 
 def answered(model, tokenizer, people: list, rows: list[int], questions: list[str], args) -> list[tuple]:
     """(text, ids) of each question's answer, in one batch. people, rows: profiles, and whose each row is, as in steer()."""
     with steer(model, people, rows, args.where, args.keep, args.seed):
-        asked = [conversation(question) for question in questions]
+        asked = [Frame.named(args.frame).turns(question) for question in questions]
         return answers(model, tokenizer, asked, args.max_new_tokens, **sampling(args.temperature, args.top_p))
 
 
@@ -171,7 +187,7 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     options = [args.batch_size, args.max_new_tokens, args.seed, args.where, args.keep, args.suppress, args.min_delta,
-               args.min_neurons, args.temperature, args.top_p]
+               args.min_neurons, args.temperature, args.top_p, args.frame]
     keys = {trait: profiles.neurons[trait].key for trait in TRAITS if any(who.strengths.get(trait) for _, who in questions)}
     asked = [(text, who.strengths, who.method, who.layers) for text, who in questions]
     key = digest(fingerprint(model), str(model.dtype), tokenizer.chat_template, keys, asked, options)
@@ -196,7 +212,7 @@ def main(args) -> None:
     if args.verify_server:
         return bake.verify_server(args.save, args.verify_server, args.served_model)
     character = Character.read(args.profile, args.method) if args.profile else Character(
-        dict(zip(args.trait, itertools.cycle(args.alpha))), args.method)
+        dict(zip(args.trait, itertools.cycle(strengths(args)))), args.method)
     if args.questions:  # before the model is loaded
         args.asked = read_questions(args.questions, args.method)
         bare = [text for text, own in args.asked if own is None]
@@ -205,10 +221,15 @@ def main(args) -> None:
                             "--profile, say what such a question is answered in")
     model, tokenizer = load_model(args.model, args.device, args.dtype)
     torch.manual_seed(args.seed)
-    if character.method != "npti":
+    if character.method == "trained":
+        if max(map(abs, character.strengths.values()), default=0) > 1:
+            say("levels beyond 1: the text may no longer be fluent")
+    elif character.method != "npti":
         say(f"{character.method}: the scale of alpha is its own: {SCALES[character.method]}")
-    missing = functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size, seed=args.seed)
-    neurons = NeuronFolder(model, args.neurons, missing)
+    missing = functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size, seed=args.seed,
+                                frame=args.frame)
+    train = functools.partial(add_trained, model, tokenizer, load_bench(None), seed=args.seed)
+    neurons = NeuronFolder(model, args.neurons, missing, Frame.named(args.frame), train)
     profiles = Profiles(model, tokenizer, neurons, (args.min_delta, args.min_neurons), args.suppress)
     work = bake.bake if args.save else chat.converse if args.chat else answer_file if args.questions else side_by_side
     work(model, tokenizer, profiles, character, args)

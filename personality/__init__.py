@@ -21,10 +21,11 @@ HOMES = {
     "terminal": ("UserError",),
     "observe": ("Statistics", "observe"),
     "steer": ("Profile", "steer"),
+    "frame": ("Frame",),
     "model": ("answer", "answers", "load_model"),
     "questions": ("Bench", "load_bench"),
     "neurons": ("NeuronFolder", "Neurons", "Released"),
-    "methods": ("Character", "composed", "dpn_le", "npti"),
+    "methods": ("Character", "composed", "dpn_le", "npti", "trained"),
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 __all__ = ["POLES", "TRAITS", *HOME_OF]

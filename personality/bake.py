@@ -18,7 +18,8 @@ from . import TRAITS
 from .endpoint import Endpoint, NoReply
 from .methods import Character, Profiles
 from .mlp import find_mlps
-from .model import answers, as_published, conversation, dtype_of, fingerprint, out_of_memory, prompt_ids
+from .frame import Frame, conversation
+from .model import answers, as_published, dtype_of, fingerprint, out_of_memory, prompt_ids
 from .questions import built_in_bench
 from .steer import Profile, steer
 from .store import parse_json, read_text, rendered
@@ -183,7 +184,8 @@ def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> No
         if len(expected) < 3:
             say(f"{target}: the biases turn {len(expected)} of the answers that were tried: --verify-server has little to go by")
         made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(),
-                "suppress": args.suppress, "rank": args.rank, "dtype": dtype_of(model), "cost": baking.cost(),
+                "method": character.method, "frame": Frame.named(args.frame).system, "suppress": args.suppress, "rank": args.rank,
+                "dtype": dtype_of(model), "cost": baking.cost(),
                 "neurons": {trait: neurons.key for trait, neurons in profiles.neurons.files.items()}}
         (temporary / "README.md").write_text(rendered("checkpoint_card.md", made=made))
         made |= {"files": sorted([*(path.name for path in temporary.iterdir()), "verify.json"]), "expected": expected}

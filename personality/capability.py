@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from .judges import log_likelihoods
-from .model import answer_ids, conversation, pad_left
+from .frame import conversation
+from .model import answer_ids, pad_left
 from .store import TEXTS, lines_of
 from .terminal import UserError
 

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, TextStreamer
 
 from . import TRAITS
+from .frame import Frame
 from .methods import Character, Profiles
 from .mlp import find_mlps
 from .model import answer_text, check_length, prompt_ids, sampling, writing
@@ -36,7 +37,8 @@ class Chat:
         self.forget()
 
     def forget(self) -> None:
-        self.turns = []
+        system = Frame.named(self.args.frame).system
+        self.turns = [{"role": "system", "content": system}] if system else []
         self.forget_cache()
 
     def forget_cache(self) -> None:

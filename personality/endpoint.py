@@ -1,13 +1,17 @@
 """A model behind any OpenAI-compatible server, as writer, engine or judge; and replies, of which none is asked for twice."""
 
 import importlib
+import json
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from urllib.parse import urlsplit
 
-from .store import Journal
+from .frame import Frame
+from .model import SEARCH_PENALTY, answer_ids, answer_text, prompt_ids
+from .store import Journal, digest
 from .terminal import UserError, say
 
 MALFORMED = 3  # tries for a reply that is not what was asked for
@@ -205,3 +209,30 @@ def fill(replies: Journal, requests: list[tuple], run, refused: str | None = Non
         why = failures[0][1] if failures else "no reply came"
         raise UserError(f"{len(lost)} of {len(missing)} requests failed ({why}); what came is kept, and the same command goes on "
                         "from there")
+
+
+class Engine:
+    """A server that writes the answers (vLLM, SGLang, llama.cpp, ...), asked with the ids of the same prompts."""
+
+    def __init__(self, endpoint: Endpoint, tokenizer, frame: Frame, out, most: int):
+        self.endpoint, self.tokenizer, self.frame = endpoint, tokenizer, frame
+        self.replies = Journal(Path(out) / "engine.replies.jsonl")
+        # by both names: vLLM's and SGLang's, and llama.cpp's, which looks back 64 tokens only if not told otherwise
+        penalty = {"repetition_penalty": SEARCH_PENALTY, "repeat_penalty": SEARCH_PENALTY, "repeat_last_n": 8192}
+        self.options = {"max_tokens": most, "temperature": 0, "extra_body": penalty,
+                        **({"stop": [tokenizer.stop_text]} if tokenizer.stop_text else {})}
+
+    def answer(self, items: list[dict]) -> list[dict]:
+        prompts = [prompt_ids(self.tokenizer, self.frame.turns(item["question"], item["persona"])) for item in items]
+        keys = [digest(self.endpoint.model, ids, self.options) for ids in prompts]
+        work = lambda ids: json.dumps(self.endpoint.completion(ids, **self.options))  # noqa: E731
+        fill(self.replies, list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(requests, work, store))
+        return [{**item, **self.cut(*json.loads(self.replies[key]["text"]))} for key, item in zip(keys, items)]
+
+    def cut(self, text: str, ended: bool) -> dict:
+        """The answer and the ids of a reply; a server may have written on."""
+        ids, most = answer_ids(self.tokenizer, text.strip()) + [self.tokenizer.eos_token_id] * ended, self.options["max_tokens"]
+        if len(ids) > most:
+            ids = ids[:most]
+            text = answer_text(self.tokenizer, ids)
+        return {"answer": text.strip(), "ids": ids}

@@ -17,7 +17,8 @@ from transformers import DynamicCache
 
 from . import POLES
 from .endpoint import Endpoint, NoReply
-from .model import answer_ids, conversation, fingerprint, pad_left, prompt_ids, render
+from .frame import Frame, conversation
+from .model import answer_ids, fingerprint, pad_left, prompt_ids, render
 from .questions import Bench, all_facets, facets
 from .store import Journal, digest, read_text
 from .terminal import UserError, progress
@@ -81,12 +82,13 @@ def judge_personas(bench: Bench, trait: str) -> list[str]:
     return [personas[k * (len(personas) - 1) // max(1, JUDGE_PERSONAS - 1)] for personas in of_pole for k in range(JUDGE_PERSONAS)]
 
 
-def contrast(model, tokenizer, bench: Bench, traits: list[str], question: str, answers: list[list[int]], rows: int = 64):
+def contrast(model, tokenizer, bench: Bench, traits: list[str], question: str, answers: list[list[int]], rows: int = 64,
+             frame: Frame = Frame()):
     """The contrast judge, offline: the mean log-likelihood a token of an answer under the unedited model with personas of
     the high pole, less that with personas of the low pole. In nats a token; higher is more of the trait.
     ({trait: float tensor (answers)}, the log-likelihood with no persona (answers))."""
     systems = [None, *(persona for trait in traits for persona in judge_personas(bench, trait))]
-    turns = [conversation(question, system) for system in systems]
+    turns = [frame.turns(question, system) for system in systems]
     parts = [answers[k:k + rows] for k in range(0, len(answers), rows)]
     plain, *rest = (torch.cat([log_likelihoods(model, tokenizer, turns, [part] * len(turns), rows) for part in parts], 1)
                     / torch.tensor([len(ids) for ids in answers], device=model.device))
@@ -101,11 +103,11 @@ def repetition(ids: list[int]) -> float:
 
 
 class ContrastJudge:
-    """Scores answers by contrast(), with the unedited model or another one; and their fluency. of: the tokenizer that the
-    answers' ids are of, where another model judges."""
+    """Scores answers by contrast(), with the unedited model or another one, asked in the same frame; and their fluency. of:
+    the tokenizer that the answers' ids are of, where another model judges."""
 
-    def __init__(self, model, tokenizer, bench: Bench, batch_size: int, of=None):
-        self.model, self.tokenizer, self.bench, self.batch_size = model, tokenizer, bench, batch_size
+    def __init__(self, model, tokenizer, bench: Bench, batch_size: int, frame: Frame, of=None):
+        self.model, self.tokenizer, self.bench, self.batch_size, self.frame = model, tokenizer, bench, batch_size, frame
         # of another judge than the model itself: its scores are made anew where it changes
         self.origin = digest(fingerprint(model), tokenizer.chat_template) if of else None
         parts = [(one.chat_template, one.eos_token_id, one.get_vocab()) for one in (of or tokenizer, tokenizer)]
@@ -129,7 +131,8 @@ class ContrastJudge:
         with progress(len(answers), len(answers) - sum(map(len, todo.values())), title) as bar:
             for (question, missing), group in todo.items():
                 ids = [self.ids(line) for line in group]
-                of_trait, plain = contrast(self.model, self.tokenizer, self.bench, list(missing), question, ids, self.batch_size)
+                of_trait, plain = contrast(self.model, self.tokenizer, self.bench, list(missing), question, ids, self.batch_size,
+                                           self.frame)
                 lines = [{"key": self.key(line, "fluency"), "answer": line["key"], "perplexity": math.exp(min(-value, 50)),
                           "repetition": repetition(line["ids"]), "tokens": len(line["ids"])}
                          for line, value in zip(group, plain.tolist())]

@@ -4,9 +4,11 @@ import math
 import random
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from . import POLES, TRAITS
+from .frame import Frame, declines
 from .mlp import decoder_of, find_mlps
 from .model import answer_inputs, name_of, with_ids
 from .neurons import NeuronFolder, Neurons, answers_path
@@ -17,6 +19,7 @@ from .terminal import UserError, say
 
 METHODS = {  # and what alpha is in each
     "npti": "NPTI's gamma",
+    "trained": "levels: 1 is the strongest edit at which perplexity grows 1.3 times at most, and what is between is in proportion",
     "dpn-le": "alpha times the mean difference of a neuron's product",
     "dpn-le-weighted": "alpha times 0.75 to 1 of the mean difference of a neuron's product",
     "activation": "alpha times the mean difference of the residual stream",
@@ -88,6 +91,36 @@ def composed(parts: list[tuple], min_delta: float = 0.1, min_neurons: int | None
     return Profile.dense(name, cap=torch.where(total < 0, 0.0, math.inf), shift=total.clamp(min=0))
 
 
+# ------------------------------------------------------------------------------------------------------- trained edits
+
+DEAREST = 1.3  # times the unedited perplexity: what level 1 may cost
+
+
+def multiple_at(dose, level: float) -> float:
+    """By how much a pole's trained biases are multiplied at a level, 0 to 1 or beyond. dose (doses, 3): a multiple, how far the
+    answers then move to the pole, by what factor their perplexity grows (see train.dose_response()). Level 1 is the largest
+    multiple that is no dearer than DEAREST; between the doses, what is measured is taken as linear. A level below 1 is the smallest
+    multiple that moves the answers by that share of what level 1 does; beyond 1, multiples go on in proportion."""
+    dose = np.concatenate([[[0.0, 0.0, 1.0]], dose.double().numpy()])
+    multiple, moved, dearer = dose[:, 0], np.maximum.accumulate(dose[:, 1]), np.maximum.accumulate(np.log(dose[:, 2]))
+    most = float(np.interp(math.log(DEAREST), dearer, multiple)) if dearer[-1] > math.log(DEAREST) else multiple[-1]
+    full = float(np.interp(most, multiple, moved))
+    if level >= 1 or full <= 0:
+        return level * most
+    fine = np.linspace(0, most, 1001)
+    return float(fine[np.argmax(np.interp(fine, multiple, moved) >= level * full)])
+
+
+def trained(parts: list[tuple], name: str = "") -> Profile:
+    """The trained edits of several traits, from (neurons, level) each; a level below 0 is the low pole's. They add up."""
+    total = torch.zeros(parts[0][0].shape if parts else (0, 0), dtype=torch.float64)
+    for neurons, level in in_order(parts):
+        pole = POLES[level < 0]
+        place, bias = neurons.tensors[f"{pole}_place"].long(), neurons.tensors[f"{pole}_bias"].double()
+        total[place[:, 0], place[:, 1]] += multiple_at(neurons.dose[POLES.index(pole)], abs(level)) * bias
+    return Profile.dense(name, bias=total)
+
+
 # -------------------------------------------------------------------------------------------------- the other methods
 
 
@@ -118,13 +151,16 @@ def dpn_le(parts: list[tuple], weighted: bool = False, min_effect: float = 0.1, 
     return Profile.dense(name, bias=total) if torch.is_tensor(total) else Profile.empty(name)
 
 
-def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None, most: int = 64) -> dict:
+def mean_difference(model, tokenizer, path, trait: str, frame: Frame, layer: int | None = None, most: int = 64) -> dict:
     """The direction of activation addition: {layer: float32 (hidden_size)}, the mean of a layer's output over the answers'
     tokens under the high pole less that under the low one, from the first `most` answers, half of each pole, that identify.py
-    wrote to path. layer: by default the one in the middle. (As CAA, Rimsky et al., arXiv 2312.06681, and repeng have it.)"""
+    wrote to path, asking in `frame`. layer: by default the one in the middle. (As CAA, Rimsky et al., arXiv 2312.06681, and
+    repeng have it.)"""
     layer = len(find_mlps(model)) // 2 if layer is None else layer
     table, _ = read_answers(path, trait)
-    first = [[number for number, of in enumerate(table["pole"]) if of == pole][:most // 2] for pole in POLES]
+    plays = [not declines(answer) for answer in table["answer"]]
+    first = [[number for number, of in enumerate(table["pole"]) if of == pole and plays[number]] for pole in POLES]
+    first = [numbers[:most // 2] for numbers in first]
     if not all(first):
         raise UserError(f"{path}: no answers of both poles of {trait}")
     items = with_ids(tokenizer, table.select(sorted(sum(first, []))).to_list())
@@ -133,7 +169,7 @@ def mean_difference(model, tokenizer, path, trait: str, layer: int | None = None
     with torch.no_grad(), hook:
         for start in range(0, len(items), 16):
             batch = items[start:start + 16]
-            inputs, counted = answer_inputs(model, tokenizer, batch, "generated")
+            inputs, counted = answer_inputs(model, tokenizer, batch, frame)
             decoder_of(model)(**inputs, use_cache=False)
             for item, hidden, mask in zip(batch, outputs.pop(), counted):  # (tokens, hidden), (tokens)
                 total[item["pole"]] = total[item["pole"]] + hidden[mask].double().sum(0).cpu()
@@ -219,7 +255,8 @@ class Character:
 
     def describe(self) -> str:
         listed = ", ".join(f"{trait} {self.strengths[trait]:+g}" for trait in TRAITS if trait in self.strengths) or "no edit"
-        return (f"{self.name}: " if self.name else "") + listed + ("" if self.method == "npti" else f" ({self.method})")
+        how = {"npti": "", "trained": " (levels)"}.get(self.method, f" ({self.method})")
+        return (f"{self.name}: " if self.name else "") + listed + how
 
 
 def described(bench: Bench, alphas: tuple, pick: random.Random) -> str:
@@ -246,10 +283,10 @@ class Profiles:
         if trait not in self.directions:
             if self.neurons.released:
                 raise UserError("--method activation needs the answers that identify.py keeps beside its neuron files")
-            self.neurons[trait]  # makes the answers, where they are not there yet
+            frame = self.neurons[trait].frame  # makes the answers, where they are not there yet
             path = answers_path(self.neurons.folder, trait)
             say(f"{trait}: the mean difference for activation addition, from {path}")
-            self.directions[trait] = mean_difference(self.model, self.tokenizer, path, trait)
+            self.directions[trait] = mean_difference(self.model, self.tokenizer, path, trait, frame)
         return self.directions[trait]
 
     def of(self, character: Character) -> Profile:
@@ -259,6 +296,8 @@ class Profiles:
         strengths = [(trait, character.strengths[trait]) for trait in TRAITS if character.strengths.get(trait)]
         if character.method == "activation":
             profile = activation_addition([(self.direction(trait), alpha) for trait, alpha in strengths], name)
+        elif character.method == "trained":
+            profile = trained([(self.neurons.trained(trait), level) for trait, level in strengths], name)
         else:
             parts = [(self.neurons[trait], alpha) for trait, alpha in strengths]
             profile = (composed(parts, *self.limits, name) if character.method == "npti" else

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from .frame import Frame, conversation
 from .gguf import dequantised
 from .mlp import find_mlps
 from .op import check_cuda
-from .terminal import UserError
+from .terminal import FRAME, UserError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SEARCH_PENALTY, TEST_PENALTY = 1.1, 1.15  # of repetition: the paper's, when it searches and when it tests
@@ -149,11 +150,6 @@ def as_published(tokenizer):
     return tokenizer
 
 
-def conversation(question: str, system: str | None = None) -> list[dict]:
-    """The turns of one question, under a persona or none."""
-    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": question}]
-
-
 def render(tokenizer, turns: list[dict]) -> str:
     """The text of a conversation ({"role", "content"}, roles system, user, assistant) up to where the assistant speaks.
     Templates without a system role get it in front of the first question. Models that think first, if they can be told to, are
@@ -243,9 +239,11 @@ def answers(model, tokenizer, conversations: list[list[dict]], max_new_tokens: i
     return results
 
 
-def answer(model, tokenizer, question: str, system: str | None = None, max_new_tokens: int = 64, **options) -> str:
-    """The model's answer to one question, as induce.py asks it: greedy, repetition penalty 1.15 (as NPTI tests)."""
-    return answers(model, tokenizer, [conversation(question, system)], max_new_tokens, **{**sampling(), **options})[0][0]
+def answer(model, tokenizer, question: str, persona: str | None = None, max_new_tokens: int = 64, frame: str = FRAME,
+           **options) -> str:
+    """The model's answer to one question, as induce.py asks it: framed, greedy, repetition penalty 1.15 (as NPTI tests)."""
+    asked = [Frame.named(frame).turns(question, persona)]
+    return answers(model, tokenizer, asked, max_new_tokens, **{**sampling(), **options})[0][0]
 
 
 def sampling(temperature: float | None = None, top_p: float | None = None) -> dict:
@@ -269,10 +267,10 @@ def with_ids(tokenizer, items: list[dict]) -> list[dict]:
     return [item if spell(item) else {**item, "ids": [*answer_ids(tokenizer, item["answer"]), end]} for item in items]
 
 
-def answer_inputs(model, tokenizer, items: list[dict], where: str):
+def answer_inputs(model, tokenizer, items: list[dict], frame: Frame, where: str = "generated"):
     """(what a decoder takes to read answers that are there, bool mask (rows, tokens) of the positions that generating them
     would count: those whose input is a generated token. The last token was never an input.)"""
-    asked = [conversation(item["question"], item["persona"]) for item in items]
+    asked = [frame.turns(item["question"], item["persona"]) for item in items]
     prompts = [prompt_ids(tokenizer, turns) for turns in asked]
     check_length(model, asked, prompts, [len(item["ids"]) for item in items])
     ids, mask = pad_left([prompt + item["ids"][:-1] for prompt, item in zip(prompts, items)], tokenizer.pad_token_id, model.device)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from . import POLES, TRAITS
+from .frame import Frame
 from .mlp import find_mlps
 from .model import fingerprint, name_of
 from .questions import published_names
@@ -22,6 +23,8 @@ from .terminal import UserError, say, show_table
 FORMAT = 2  # with a digest of all that a file holds; format 1, which has none, is read too
 TENSORS = {"mean": torch.float32, "p50": torch.float16, "p95": torch.float32, "p99": torch.float16, "prob": torch.float32,
            "variance": torch.float32}
+TRAINED = {"dose": torch.float32, **{f"{pole}_{what}": dtype for pole in POLES
+                                     for what, dtype in (("place", torch.int32), ("bias", torch.float32))}}  # see train.py
 META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
 
@@ -29,7 +32,8 @@ NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B
 @dataclass
 class Neurons:
     """A neuron file. Tensors are (2, layers, d_ff), pole high first: prob, p50, p95, p99 (of the activation), mean, variance (of
-    the product)."""
+    the product). Where there are trained edits (train.py), also: high_place, low_place int32 (n, 2), layer and index of their
+    neurons; high_bias, low_bias float32 (n); dose float32 (2, doses, 3), see train.dose_response()."""
 
     tensors: dict
     meta: dict
@@ -49,6 +53,20 @@ class Neurons:
     def key(self) -> str:
         """Tells files apart: a digest of what they were made from."""
         return self.meta["key"]
+
+    @property
+    def trained(self) -> str:
+        """Tells trained edits apart; empty where the file has none."""
+        return self.meta.get("trained", "")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path).parent
+
+    @property
+    def frame(self) -> Frame:
+        """How the questions were put."""
+        return Frame.named(self.meta.get("frame", "none"))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,19 +116,40 @@ class Neurons:
         """Raise for what no run of identify.py writes: a file may be damaged, or somebody's."""
         meta, shapes = self.meta, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         shape = shapes.get("prob", ())
+        trained = {name: shapes.pop(name) for name in TRAINED if name in shapes}
         if shapes != dict.fromkeys(TENSORS, shape) or len(shape) != 3 or shape[0] != 2:
             raise UserError(f"{self.path}: expected {', '.join(TENSORS)} of one shape (2, layers, d_ff), got {shapes}")
+        if trained or self.trained:
+            self.check_trained(trained)
         fine = {name: isinstance(meta.get(name), kind) for name, kind in META.items()}
         for name, dtype in TENSORS.items():
             tensor, least, most = self.tensors[name], -math.inf if name == "mean" else 0, 1 if name == "prob" else math.inf
             fine[name] = tensor.dtype == dtype and bool((tensor.isfinite() & (tensor >= least) & (tensor <= most)).all())
         fine["trait"], tokens = meta.get("trait") in TRAITS, meta.get("tokens")
         fine["tokens"] = isinstance(tokens, list) and len(tokens) == 2 and all(isinstance(n, int) and n > 0 for n in tokens)
+        fine["frame"] = isinstance(meta.get("frame", ""), str)
+        for name in ("asked", "declined"):  # since there are frames
+            fine[name] = isinstance(meta.get(name, []), list) and all(isinstance(n, int) and n >= 0 for n in meta.get(name, []))
         fine["digest"] = meta["format"] == 1 or meta.get("digest") == self.digest()
         wrong = ", ".join(name for name, holds in fine.items() if not holds)
         if wrong:
             raise UserError(f"{self.path}: damaged, or not of identify.py: what it holds as {wrong} can't be: run identify.py "
                             "again")
+
+    def check_trained(self, shapes: dict) -> None:
+        """Raise for trained edits that no training writes."""
+        fine = set(shapes) == set(TRAINED) and isinstance(self.trained, str) and self.trained and all(
+            self.tensors[name].dtype == dtype and bool(self.tensors[name].isfinite().all()) for name, dtype in TRAINED.items())
+        if fine:
+            doses, most = shapes["dose"], torch.tensor(self.shape)
+            fine = len(doses) == 3 and doses[0] == 2 and doses[1] > 0 and doses[2] == 3 and bool((self.dose[..., ::2] > 0).all())
+            for pole in POLES:
+                place, bias = self.tensors[f"{pole}_place"], self.tensors[f"{pole}_bias"]
+                fine = fine and bias.dim() == 1 and place.shape == (len(bias), 2) and bool(((place >= 0) & (place < most)).all())
+                fine = fine and len(torch.unique(place, dim=0)) == len(place)
+        if not fine:
+            raise UserError(f"{self.path}: damaged, or not of identify.py: what it holds as trained edits can't be: run "
+                            "identify.py --train again")
 
     def select(self, pole: str, min_delta: float = 0.1, min_neurons: int | None = None):
         """(layer, index, delta, p95) tensors of a pole's neurons, largest delta first: those whose prob is higher than under
@@ -166,10 +205,12 @@ def answers_path(folder, trait: str) -> Path:
 
 class NeuronFolder:
     """A folder of neuron files, each read when it is first asked for. folder: of identify.py, or npti:DIR of the released ones.
-    identify(trait): makes a file that is not there yet; without it, that is an error."""
+    identify(trait): makes a file that is not there yet; train(neurons): adds its trained edits (train.add_trained); without
+    them, what is missing is an error. frame: how questions are put; where a file was made with another one, or before there were
+    any, a line says so."""
 
-    def __init__(self, model, folder: str, identify=None):
-        self.model, self.identify, self.files = model, identify, {}
+    def __init__(self, model, folder: str, identify=None, frame: Frame | None = None, train=None):
+        self.model, self.identify, self.train, self.frame, self.files = model, identify, train, frame, {}
         self.folder, self.released = folder.removeprefix("npti:"), folder.startswith("npti:")
 
     def __getitem__(self, trait: str) -> Neurons | Released:
@@ -189,12 +230,27 @@ class NeuronFolder:
         neurons = Neurons.load(path, self.model)
         if neurons.trait != trait:
             raise UserError(f"{path}: holds the neurons of {neurons.trait}")
+        if self.frame and self.frame != neurons.frame:
+            say(f"{path}: its questions were put in the frame {neurons.frame.name or 'none'}, now they are put in the frame "
+                f"{self.frame.name or 'none'}")
         return neurons
+
+    def trained(self, trait: str) -> Neurons:
+        """A trait's file with its trained edits, which are made where it has none."""
+        if self.released:
+            raise UserError("trained edits need neuron files of identify.py: the released ones come without the answers")
+        if not self[trait].trained:
+            if not self.train:
+                raise UserError(f"{self[trait].path}: no trained edits in it: python identify.py --train makes them")
+            say(f"{self[trait].path}: no trained edits yet, so they are trained first")
+            self.files[trait] = self.train(self[trait])
+        return self.files[trait]
 
     def check_unchanged(self) -> None:
         """Raise where a file that was read is another one by now."""
         for neurons in self.files.values() if not self.released else ():
-            if Neurons.load(neurons.path).key != neurons.key:
+            there = Neurons.load(neurons.path)
+            if (there.key, there.trained) != (neurons.key, neurons.trained):
                 raise UserError(f"{neurons.path}: was replaced while this ran: start it again")
 
 
@@ -214,13 +270,25 @@ def show_folder(folder: str) -> None:
         meta, date = neurons.meta, datetime.fromtimestamp(path.stat().st_mtime)
         rows.append([neurons.trait, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),
                      f"{sum(meta['tokens']):,}", f"{date:%Y-%m-%d}",
-                     f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}"])
+                     f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}"
+                     + (f"; {len(neurons.high_bias)} trained a pole" if neurons.trained else "")])
     show_table(folder, ("trait", "model", "high, low", "tokens", "made", "from"), rows)
+
+
+def say_compliance(meta: dict) -> None:
+    """Say how many answers under a persona declined to be anyone, where any did."""
+    asked, declined = (sum(meta.get(name, [0])) for name in ("asked", "declined"))
+    if declined:
+        say(f"{meta['trait']}: {declined} of {asked} answers under a persona declined to be anyone, and were left out")
+    if 2 * declined > asked:
+        say(f"{meta['trait']}: these neurons won't carry a persona: most answers under one are a refusal to have any. Another "
+            "--frame or model may play")
 
 
 def show_neurons(neurons: Neurons) -> None:
     """Print what was found: tokens, neurons a pole, the strongest, and where in the model they are."""
     meta, rows = neurons.meta, []
+    say_compliance(meta)
     for k, pole in enumerate(POLES):
         layer, index, delta, p95 = neurons.select(pole)
         clear = len(neurons.select(pole, min_neurons=0)[0])

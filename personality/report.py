@@ -16,7 +16,7 @@ from .store import markdown, read_text, parse_json, rendered, write_atomically
 from .terminal import UserError, show_table
 
 COLOURS = {"unedited": "#000000", "simple": "#56B4E9", "persona": "#E69F00", "npti": "#D55E00",  # Okabe and Ito's
-           "activation": "#0072B2", "dpn-le": "#CC79A7", "given": "#009E73"}
+           "activation": "#0072B2", "dpn-le": "#CC79A7", "trained": "#009E73", "hybrid": "#F0E442", "given": "#999999"}
 POLE_COLOURS = {"high": "#D55E00", "low": "#0072B2", "unedited": "#000000"}
 FORMATS = {"perplexity": ".1f", "repetition": ".1%", "tokens": ".0f", "added": "+.3f", "quiz": ".0%"}
 
@@ -70,6 +70,9 @@ CELLS = {  # by table: what a row of figures shows, in the order of texts/tables
     "between": lambda row: [row["trait"], row["judge"], named(row), named(row, "other"), row["n"], around(row, row["judge"])],
     "fluency": lambda row: [row["trait"], named(row), row["pole"], row["n"], *figures(row, "perplexity", "repetition", "tokens"),
                             around(row["rating"], form=".2f")],
+    "conversations": lambda row: [row["turn"], row["trait"], named(row), row["n"], around(row, row["judge"]),
+                                  *figures(row, "perplexity"), *figures({"perplexity": row["unedited"]}, "perplexity"),
+                                  *figures(row, "repetition")],
     "characters": lambda row: [row["judge"], row["method"], row["n"], *distances(row, row, ""), *figures(row, "perplexity")],
     "more_than_composed": lambda row: [row["judge"], row["method"], *distances(row, row["more_than_composed"], "+")],
     "matched": lambda row: [row["trait"], row["method"], f"{row['alpha']:g}", around(row, "contrast"),
@@ -141,7 +144,7 @@ def plot_dose(figure, dose: list[dict]) -> None:
     left, right = figure.subplots(1, 2)
     for method in distinct(dose, "method"):
         rows, colour = only(dose, method=method), COLOURS[method]
-        style = {"color": colour, "linewidth": 2, "label": method, "marker": "oDs"[EDITS.index(method)]}
+        style = {"color": colour, "linewidth": 2, "label": method, "marker": "o^Ds"[EDITS.index(method)]}
         for trait in distinct(rows, "trait"):
             curve = sorted([(0, 0), *((row["alpha"], 1000 * row["mean"]) for row in only(rows, trait=trait))])
             left.plot(*zip(*curve), color=colour, alpha=0.3, linewidth=1)

@@ -16,8 +16,9 @@ from . import POLES, TRAITS
 
 CONDITION = ["method", "trait", "pole", "alpha"]
 Condition = namedtuple("Condition", CONDITION)  # of a whole character: alpha is a tuple over TRAITS, trait and pole are None
-EDITS = ("npti", "dpn-le", "activation")  # the methods that have a strength
-WAYS = ("composed", "added", "described")  # to a whole character: methods' rule, NPTI's sets added up, a prompt
+EDITS = ("npti", "trained", "dpn-le", "activation")  # the methods that have a strength
+HYBRID = "hybrid"  # trained edits, and a persona in the prompt
+WAYS = ("composed", "added", "levels", "described")  # to a character: methods' rule, NPTI's sets added up, trained edits, a prompt
 DRAWS = 10_000
 
 
@@ -147,7 +148,7 @@ def effects(apart: pd.DataFrame, seed: int) -> list[dict]:
 def compared(apart: pd.DataFrame, seed: int) -> list[dict]:
     """How much further each edit brings the poles apart than each other method: paired by question."""
     other = apart.rename(columns={"method": "other", "alpha": "other_alpha", "score": "less"})
-    both = apart[apart.method.isin(EDITS)].merge(other, on=["trait", "judge", "question"])
+    both = apart[apart.method.isin((*EDITS, HYBRID))].merge(other, on=["trait", "judge", "question"])
     both = both[(both.method != both.other) | (both.alpha != both.other_alpha)]
     groups = grouped(both, ["trait", "judge", "method", "alpha", "other", "other_alpha"])
     return [{**key, **estimate((rows.score - rows.less).tolist(), seed)} for key, rows in groups]

@@ -151,6 +151,7 @@ def check_trait(trait: str) -> str:
     return trait.lower()
 
 
+FRAME = "person"  # how questions are put, unless --frame says otherwise: see frame.py
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # how many write them
 
 
@@ -160,6 +161,9 @@ def model_arguments(flags: Flags) -> None:
     flags.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     flags.add_argument("--dtype", choices=tuple(DTYPES.values()), type=lambda text: DTYPES.get(text, text),
                        help="default: bfloat16 on a GPU, on a CPU what that is fast in")
+    flags.add_argument("--frame", default=FRAME, metavar="TEXT",
+                       help="how questions are put: person (an interview with a person), none (bare), or a text of your own that "
+                            "the system prompt begins with (default: %(default)s)")
     flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="rows of a batch (default: %(default)s)")
     flags.add_argument("--max-new-tokens", type=positive, default=64, metavar="N",
                        help="length of an answer (default: %(default)s; the paper's search: 500)")

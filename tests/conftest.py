@@ -21,13 +21,16 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import identify  # noqa: E402
-from personality import TRAITS  # noqa: E402
+from personality import TRAITS, train  # noqa: E402
 from personality.endpoint import Endpoint  # noqa: E402
-from personality.model import TEST_PENALTY, answers, conversation, load_model, prompt_ids  # noqa: E402
+from personality.frame import Frame  # noqa: E402
+from personality.model import TEST_PENALTY, answers, load_model, prompt_ids  # noqa: E402
 from personality.op import op as load_op  # noqa: E402
 from personality.questions import load_bench  # noqa: E402
 from personality.terminal import script as run_script  # noqa: E402
 
+FRAMED = Frame.named("person")  # how the scripts put questions by default
+train.ANSWERS, train.ROWS, train.PASSES, train.VALIDATION, train.TOKENS = 6, 3, 2, 2, 6
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background: the tests of Ctrl-C would wait
 torch.set_num_threads(1)  # these models are so small that a second thread costs more than it gives
 
@@ -170,12 +173,12 @@ def lines_of(path):
 
 
 def prompt_of(small, question, persona=None):
-    return prompt_ids(small.tokenizer, conversation(question, persona))
+    return prompt_ids(small.tokenizer, FRAMED.turns(question, persona))
 
 
 def plain_answers(small, questions, tokens):
     """(text, ids) of the model itself, as induce.py asks it."""
-    return answers(small.model, small.tokenizer, [conversation(question) for question in questions], tokens, repetition_penalty=TEST_PENALTY)
+    return answers(small.model, small.tokenizer, [FRAMED.turns(question) for question in questions], tokens, repetition_penalty=TEST_PENALTY)
 
 
 def main_of(script, monkeypatch, *arguments):

@@ -10,8 +10,9 @@ import evaluate
 from conftest import ROOT, main_of, shared_flags
 from personality import Neurons, npti, steer
 from personality.capability import harness, hugging_face_evaluate, lm_eval_modules, neutral_pass, quiz, quiz_questions
+from personality.frame import conversation
 from personality.judges import log_likelihoods
-from personality.model import answer_ids, conversation
+from personality.model import answer_ids
 from personality.store import lines_of
 from personality.terminal import UserError
 

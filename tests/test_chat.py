@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 import induce
-from conftest import main_of, plain_answers, shared_flags, tiny
+from conftest import FRAMED, main_of, shared_flags, tiny
 from personality.chat import Chat, converse
+from personality.frame import conversation
 from personality.methods import Character, Profiles
 from personality.model import TEST_PENALTY, answers, prompt_ids
 from personality.neurons import NeuronFolder
@@ -31,8 +32,10 @@ def test_chat(small, made, monkeypatch, capsys):
     assert len(asked) == 4 and next(lines, None) is None
     assert all(word in text for word in ("extraversion -3", "charisma", "openness", "strong", "/reset"))
     assert asked[1][0][:len(asked[0][1]) - 1] == asked[0][1][:-1], "the second turn holds the first"
+    turns = conversation("w10 w11 ?", FRAMED.system)  # in the frame's system prompt, and each line as it was typed
+    alone = answers(small.model, small.tokenizer, [turns], 5, repetition_penalty=TEST_PENALTY)[0][1]
     assert asked[2][0] == asked[0][0] == asked[3][0], "/reset forgets"
-    assert asked[3][1][len(asked[3][0]):] == plain_answers(small, ["w10 w11 ?"], 5)[0][1], "alpha 0 is the model itself"
+    assert asked[3][1][len(asked[3][0]):] == alone, "alpha 0 is the model itself"
 
 
 def test_what_is_refused_changes_nothing(small, made, monkeypatch, capsys):
@@ -56,7 +59,7 @@ def asked_afresh(model, tokenizer, turns):
 def test_what_is_read_already_does_not_show(small, family, options):
     """Nor where the cache can't be cut back, as with a sliding window."""
     model, tokenizer = tiny(family, **options), small.tokenizer
-    chat = Chat(model, tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None))
+    chat = Chat(model, tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None, frame="person"))
     for line in ("w10 w11 w12 ?", "w13 ?", "w14 w15 ?", "w16 ?"):
         if line == "w16 ?":
             del chat.turns[2:]  # the prompt does not begin as before: so it is where a template writes earlier answers otherwise
@@ -67,7 +70,7 @@ def test_what_is_read_already_does_not_show(small, family, options):
 
 
 def test_what_was_said_is_not_computed_again(small):
-    chat, read = Chat(small.model, small.tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None)), []
+    chat, read = Chat(small.model, small.tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None, frame="person")), []
     handle = small.model.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]),
                                                          with_kwargs=True)
     chat.ask("w10 w11 w12 ?")
@@ -79,7 +82,7 @@ def test_what_was_said_is_not_computed_again(small):
 
 
 def test_control_c_stops_one_answer_only(small):
-    chat = Chat(small.model, small.tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None))
+    chat = Chat(small.model, small.tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None, frame="person"))
     chat.ask("w10 w11 ?")
     before, steps = list(chat.turns), []
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import Server, lines_of
 from personality import UserError
 from personality.endpoint import Endpoint, NoReply, fill
-from personality.model import conversation
+from personality.frame import conversation
 from personality.store import Journal
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -14,14 +14,15 @@ import pytest
 import transformers
 
 import evaluate
-from conftest import Server, lines_of, main_of, run, save_model, shared_flags
+from conftest import FRAMED, Server, lines_of, main_of, run, save_model, shared_flags
 from personality import POLES, TRAITS, Neurons, Profile, UserError, composed, dpn_le, load_model, npti, steer
 from personality.judges import contrast, read_inventory
-from personality.methods import activation_addition, mean_difference, npti_edits, suppressed
-from personality.model import TEST_PENALTY, answer_ids, answers, conversation
+from personality.methods import activation_addition, mean_difference, npti_edits, suppressed, trained
+from personality.model import TEST_PENALTY, answer_ids, answers
 from personality.neurons import neuron_path
 from personality.questions import adjectives, built_in_bench
 from personality.report import write_reports
+from personality.train import add_trained
 
 FILES = {"answers.jsonl", "scores.jsonl", "summary.json", "details.json", "report.md", "report.html"}
 
@@ -41,6 +42,14 @@ def summary_of(out):
 
 
 @pytest.fixture(scope="module")
+def made(small, tmp_path_factory):
+    """A folder with the tiny model's extraversion neurons, trained edits and answers."""
+    out = tmp_path_factory.mktemp("trained")
+    add_trained(small.model, small.tokenizer, small.bench, run(small, out).identify())
+    return out
+
+
+@pytest.fixture(scope="module")
 def whole(small, made, tmp_path_factory):
     """One run with everything in it but a server."""
     out = tmp_path_factory.mktemp("whole")
@@ -51,10 +60,10 @@ def whole(small, made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_five(small, tmp_path_factory):
-    """A folder with all traits' neuron files of the tiny model."""
+    """A folder with all traits' neuron files of the tiny model, and trained edits in them."""
     out = tmp_path_factory.mktemp("all_five")
     for trait in TRAITS:
-        run(small, out, trait).identify()
+        add_trained(small.model, small.tokenizer, small.bench, run(small, out, trait).identify())
     return out
 
 
@@ -66,7 +75,7 @@ def test_writes_its_files(small, made, monkeypatch, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == FILES
     rows = summary_of(tmp_path)
     cells = [("unedited", None, None)] + [(method, pole, None) for method in ("simple", "persona") for pole in POLES]
-    cells += [("npti", pole, alpha) for pole in POLES for alpha in (1.0, 2.0)]
+    cells += [("npti", pole, alpha) for pole in POLES for alpha in (1.0, 2.0)] + [("trained", pole, 1.0) for pole in POLES]
     assert sorted(map(str, cells)) == sorted(str((row["method"], row["pole"], row["alpha"])) for row in rows)
     made_answers, scores = (lines_of(tmp_path / name)[1:] for name in ("answers.jsonl", "scores.jsonl"))
     assert len(made_answers) == 4 * len(cells) and len({line["key"] for line in made_answers}) == len(made_answers)
@@ -85,28 +94,28 @@ def test_writes_its_files(small, made, monkeypatch, tmp_path, capsys):
         assert row["perplexity"] == pytest.approx(np.median([line["perplexity"] for line in fluency])) and row["perplexity"] >= 1
         assert row["repetition"] == pytest.approx(np.mean([line["repetition"] for line in fluency]))
     report, shown = (tmp_path / "report.md").read_text(), capsys.readouterr().out
-    assert all(method in report and method in shown for method in evaluate.METHODS[:4]) and "High minus low" in report
+    assert all(method in report and method in shown for method in evaluate.METHODS[:5]) and "High minus low" in report
 
 
 def test_answers_are_steered_by_row(small, made, monkeypatch, tmp_path):
     """In the shared batches each row is what its method alone would give."""
     evaluation(small, made, monkeypatch, tmp_path, "--method", *evaluate.METHODS)
     neurons = Neurons.load(made / "extraversion.safetensors", small.model)
-    direction = mean_difference(small.model, small.tokenizer, made / "extraversion.answers.jsonl", "extraversion")
+    direction = mean_difference(small.model, small.tokenizer, made / "extraversion.answers.jsonl", "extraversion", FRAMED)
     asked = small.bench.questions("extraversion", "test", 4)
     seen = set()
     for line in lines_of(tmp_path / "answers.jsonl")[1:]:
         assert line["question"] in asked
-        turns = conversation(line["question"], line["persona"])
+        turns = FRAMED.turns(line["question"], line["persona"])
         signed = (1 if line["pole"] == "high" else -1) * (line["alpha"] or 0)
         profile = (npti(neurons, signed) if line["method"] == "npti" else activation_addition([(direction, signed)])
                    if line["method"] == "activation" else dpn_le([(neurons, signed)]) if line["method"] == "dpn-le"
-                   else Profile.empty())
+                   else trained([(neurons, signed)]) if line["method"] in ("trained", "hybrid") else Profile.empty())
         with steer(small.model, profile):
             alone = answers(small.model, small.tokenizer, [turns], 5, repetition_penalty=1.15)
         assert alone == [(line["answer"], line["ids"])]
-        assert (line["persona"] is not None) == (line["method"] in ("simple", "persona"))
-        if line["method"] == "persona":
+        assert (line["persona"] is not None) == (line["method"] in ("simple", "persona", "hybrid"))
+        if line["method"] in ("persona", "hybrid"):
             assert line["persona"] in small.bench.personas_for("search", "extraversion", line["pole"])
         seen.add(line["method"])
     assert seen == set(evaluate.METHODS)
@@ -155,10 +164,10 @@ class Work:
 def test_goes_on_where_it_was_killed(small, made, monkeypatch, tmp_path):
     work, killed = Work(monkeypatch), tmp_path / "killed"
     evaluation(small, made, monkeypatch, tmp_path / "whole")
-    assert work.rows == 36
+    assert work.rows == 44
     judged, work.rows, work.judged = work.judged, 0, 0
     stops = {"after two batches": lambda: work.rows == 16,
-             "after two questions": lambda: len(lines_of(killed / "scores.jsonl")) == 1 + 2 * 2 * 9}
+             "after two questions": lambda: len(lines_of(killed / "scores.jsonl")) == 1 + 2 * 2 * 11}
     for stop in stops.values():
         work.stop = stop
         with pytest.raises(KeyboardInterrupt):
@@ -168,12 +177,12 @@ def test_goes_on_where_it_was_killed(small, made, monkeypatch, tmp_path):
                 file.seek(0, 2)
                 file.write(b'{"key": "cut o')  # a line that the kill cut off
     evaluation(small, made, monkeypatch, killed)
-    assert (work.rows, work.judged) == (36, judged), "nothing is done twice"
+    assert (work.rows, work.judged) == (44, judged), "nothing is done twice"
     assert {path.name for path in killed.iterdir()} == FILES
     for name in FILES:
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     evaluation(small, made, monkeypatch, killed, "--alpha", "3")
-    assert work.rows == 36 + 8, "only what is new is asked"
+    assert work.rows == 44 + 8, "only what is new is asked"
 
 
 @pytest.mark.parametrize("name", ("answers.jsonl", "scores.jsonl"))
@@ -226,8 +235,8 @@ def test_answers_of_another_source(small, made, monkeypatch, tmp_path):
 
 
 def judged_by(server, small, made, monkeypatch, out):
-    evaluation(small, made, monkeypatch, out, "--judge", "contrast", "llm", "--judge-url", server.url, "--judge-model", "big",
-               alphas=("2",))
+    evaluation(small, made, monkeypatch, out, "--method", *evaluate.METHODS[:4], "--judge", "contrast", "llm", "--judge-url",
+               server.url, "--judge-model", "big", alphas=("2",))
 
 
 @pytest.mark.usefixtures("quick")
@@ -328,7 +337,7 @@ def test_another_judge(small, made, monkeypatch, tmp_path):
     rows = {(row["method"], row["pole"]): row for row in summary_of(out) if row["judge"] == "contrast"}
     for line in before[1:]:
         ids = answer_ids(tokenizer, line["answer"]) or [tokenizer.eos_token_id]
-        expected, plain = contrast(judge, tokenizer, small.bench, ["extraversion"], line["question"], [ids], 8)
+        expected, plain = contrast(judge, tokenizer, small.bench, ["extraversion"], line["question"], [ids], 8, FRAMED)
         assert score_of[line["key"]] == pytest.approx(float(expected["extraversion"]), abs=1e-5)
         assert perplexity_of[line["key"]] == pytest.approx(math.exp(-float(plain)), rel=1e-4)
     for (method, pole), row in rows.items():
@@ -353,7 +362,7 @@ def test_full_run_has_everything(whole):
     rows = summary_of(whole)
     assert {row["judge"].split(":")[0] for row in rows} == set(evaluate.JUDGES)
     assert {row["method"] for row in rows} == set(evaluate.METHODS)
-    assert len(details["questionnaire"]) == 11 and details["agreement"]
+    assert len(details["questionnaire"]) == 15 and details["agreement"]
     assert {row["n"] for row in rows if row["judge"] == "questionnaire"} == {12}, "two items a facet"
     for row in details.get("matched", ()):
         assert {"mean", "perplexity", "repetition", "added", "quiz"} <= set(row)
@@ -379,11 +388,11 @@ def test_steering_is_on_in_scoring_passes(whole):
     rows = details_of(whole)["capability"]
     plain, *edited = [row for row in rows if "added" in row]
     assert plain["method"] == "unedited" and plain["added"]["mean"] == 0 and plain["agreement"]["mean"] == 1
-    assert {row["method"] for row in edited} == set(evaluate.EDITS) and len(edited) == 6
+    assert {row["method"] for row in edited} == set(evaluate.EDITS) and len(edited) == 8
     for row in edited:
         assert abs(row["added"]["mean"]) > 1e-4 and 0 <= row["agreement"]["mean"] <= 1
         assert row["added"]["ci95"][0] <= row["added"]["mean"] <= row["added"]["ci95"][1]
-    assert all(0 <= row["quiz"]["mean"] <= 1 for row in rows) and len(rows) == 11
+    assert all(0 <= row["quiz"]["mean"] <= 1 for row in rows) and len(rows) == 15
 
 
 class PlantedJudge:
@@ -427,15 +436,15 @@ def test_matched_strength_is_reported_once_it_is_measured(small, made, monkeypat
 
 
 def test_strength_is_not_chosen_on_test_questions(whole, small):
-    """Doses are answered on validation questions only; test questions see --alpha and what was matched."""
+    """Doses are answered on validation questions only; test questions see --alpha, --level and what was matched."""
     asked = set(small.bench.questions("extraversion", "test", 99))
     matched = {row["alpha"] for row in details_of(whole).get("matched", ())}
     on_test = {line["alpha"] for line in lines_of(whole / "answers.jsonl")[1:] if line["question"] in asked}
-    assert on_test <= {None, 2.0} | matched
+    assert on_test <= {None, 2.0, 1.0} | matched
 
 
 def test_two_folders_are_compared(whole, small, made, monkeypatch, tmp_path, capsys):
-    evaluation(small, made, monkeypatch, tmp_path, alphas=("3",))
+    evaluation(small, made, monkeypatch, tmp_path, "--batch-size", "64", alphas=("3",))
     capsys.readouterr()
     main_of(evaluate, monkeypatch, "--compare", whole, tmp_path)
     first, _, second, _, *lines = capsys.readouterr().out.splitlines()
@@ -443,8 +452,36 @@ def test_two_folders_are_compared(whole, small, made, monkeypatch, tmp_path, cap
     header = [cell.strip() for cell in lines[0].split("|")[1:-1]]
     assert header[:4] == ["judge", "trait", "method", "pole"] and len({line.count("|") for line in lines}) == 1
     persona = next(line for line in lines if "contrast | extraversion | persona | high" in line)
-    assert "| +0.0 |" in persona, "the same answers"
+    assert re.search(r"\| [+-]0\.0 \|", persona), "the same answers"
     assert any("npti 3" in line for line in lines) and any("npti 2" in line for line in lines)
+
+
+def test_conversations(small, made, monkeypatch, tmp_path):
+    """Each turn is asked behind what was said; the second run adds nothing."""
+    flags = ("--method", "unedited", "persona", "npti", "--turns", "2", "--batch-size", "64")
+    evaluation(small, made, monkeypatch, tmp_path, *flags, alphas=("2",))
+    rows = details_of(tmp_path)["conversations"]
+    assert [(row["turn"], row["method"], row["n"]) for row in rows] == [
+        (turn, method, 2) for turn in (1, 2) for method in ("persona", "npti")], "four questions: two conversations of two"
+    assert all(row["perplexity"] >= 1 and row["unedited"] >= 1 and 0 <= row["repetition"] <= 1 for row in rows)
+    lines = [line for line in lines_of(tmp_path / "answers.jsonl")[1:] if "turn" in line]
+    neurons, asked = Neurons.load(made / "extraversion.safetensors", small.model), small.bench.questions("extraversion", "test", 4)
+    for line in lines:
+        assert line["question"] == asked[2 * line["talk"] + line["turn"] - 1] and len(line["before"]) == line["turn"] - 1
+        for question, answer in line["before"]:
+            first = next(one for one in lines if one["question"] == question and all(
+                one[name] == line[name] for name in ("talk", "method", "pole")))
+            assert first["answer"] == answer and first["turn"] == 1 and first["persona"] == line["persona"]
+        turns = FRAMED.turns(line["question"], line["persona"], line["before"])
+        assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * (line["turn"] - 1), "user"]
+        profile = npti(neurons, {"high": 2, "low": -2}[line["pole"]]) if line["method"] == "npti" else Profile.empty()
+        with steer(small.model, profile):
+            alone = answers(small.model, small.tokenizer, [turns], 5, repetition_penalty=TEST_PENALTY)
+        assert alone == [(line["answer"], line["ids"])]
+    assert "Over a conversation" in (tmp_path / "report.md").read_text()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    evaluation(small, made, monkeypatch, tmp_path, *flags, alphas=("2",))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # ------------------------------------------------------------------------------------------ requested against measured
@@ -458,10 +495,11 @@ def test_random_characters():
     assert all(len({alpha > 0 for alpha in of_trait if alpha}) == 2 for of_trait in zip(*some)), "both signs of each trait"
 
 
-def character_profile(neurons, way, alphas):
+def character_profile(neurons, way, alphas, most=1.5):
     """By hand: (neuron files by trait, how, alphas over TRAITS)."""
     parts = [(neurons[trait], alpha) for trait, alpha in zip(TRAITS, alphas)]
     return (composed(parts) if way == "composed" else Profile.empty() if way == "described" else
+            trained([(own, alpha / most) for own, alpha in parts]) if way == "levels" else
             Profile.of([edits for part in parts for edits in npti_edits(*part)]))
 
 
@@ -479,7 +517,7 @@ def test_characters_are_evaluated(small, all_five, monkeypatch, tmp_path):
         assert len({line["question"] for line in of_way}) == 4
         line = of_way[0]
         with steer(small.model, character_profile(neurons, way, line["alpha"])):
-            turns = conversation(line["question"], line["persona"])
+            turns = FRAMED.turns(line["question"], line["persona"])
             alone = answers(small.model, small.tokenizer, [turns], 4, repetition_penalty=TEST_PENALTY)
         assert alone == [(line["answer"], line["ids"])]
         told = line["persona"] or ""
@@ -501,20 +539,19 @@ def test_edits_as_a_checkpoint_has_them(small, all_five, monkeypatch, tmp_path):
     evaluation(small, all_five, monkeypatch, tmp_path, "--suppress", "zero", "--where", "all", "--characters", "2",
                "--method", "npti", alphas=("1",))
     neurons = {trait: Neurons.load(neuron_path(all_five, trait), small.model) for trait in TRAITS}
-    made, differ = lines_of(tmp_path / "answers.jsonl")[1:], set()
+    made, differ, edited = lines_of(tmp_path / "answers.jsonl")[1:], set(), ("npti", "composed", "added")
     for line in made:
         signed = {"high": 1, "low": -1}.get(line["pole"], 0) * (line["alpha"] or 0)
         profile = (npti(neurons[line["trait"]], signed) if line["method"] in ("npti", "unedited") else
-                   character_profile(neurons, line["method"], line["alpha"]))
+                   character_profile(neurons, line["method"], line["alpha"], 1.0))
         removed = suppressed(profile, "zero")
         assert bool(removed.value[:, 0].isinf().all()), "no cap"
-        assert bool((removed.value[:, 1] == 0).any()) == (line["method"] not in ("unedited", "described")), "some are removed"
-        turns = [conversation(line["question"], line["persona"])]
+        assert bool((removed.value[:, 1] == 0).any()) == bool((profile.value[:, 0] == 0).any()), "what was capped is removed"
+        turns = [FRAMED.turns(line["question"], line["persona"])]
         for what, edits, where in (("as asked", removed, "all"), ("suppress", profile, "all"), ("where", removed, "generated")):
             with steer(small.model, edits, where=where):
                 alone = answers(small.model, small.tokenizer, turns, 5, repetition_penalty=TEST_PENALTY)
             if alone != [(line["answer"], line["ids"])]:
                 differ.add((line["method"], what))
-    edited = ("npti", "composed", "added")
-    assert differ == {(method, flag) for method in edited for flag in ("suppress", "where")}, "each flag shows"
+    assert differ - {("levels", "where")} == {(method, flag) for method in edited for flag in ("suppress", "where")}, "each shows"
     assert "edits with --where all --suppress zero" in details_of(tmp_path)["head"]

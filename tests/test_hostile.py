@@ -26,9 +26,10 @@ from conftest import Server, command, exit_of, main_of, save_bench, shared_flags
 from personality import TRAITS, Statistics, observe
 from personality.bake import clear_leftovers
 from personality.endpoint import Endpoint, NoReply
+from personality.frame import conversation
 from personality.judges import read_inventory
 from personality.methods import Character
-from personality.model import answers, conversation, load_model
+from personality.model import answers, load_model
 from personality.neurons import Neurons
 from personality.op import build, build_arguments
 from personality.questions import load_bench, read_answers, read_given

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 import identify
-from conftest import ROOT, contents, lines_of, prompt_of, run, save_model, shared_flags
+from conftest import FRAMED, ROOT, contents, lines_of, prompt_of, run, save_model, shared_flags
 from personality import POLES
-from personality.model import answers, conversation, load_model
+from personality.model import answers, load_model
 from personality.neurons import Neurons
 from personality.terminal import UserError
 
@@ -29,10 +29,10 @@ def test_answers_are_of_every_question_under_both_poles(small, made):
     asked = [(line["question"], line["pole"]) for line in written]
     assert asked == [(question, pole) for question in small.bench.search["extraversion"] for pole in POLES]
     for line in written:
-        assert set(line) == {"trait", "pole", "persona", "question", "answer", "ids"} and line["trait"] == "extraversion"
+        assert set(line) == {"trait", "pole", "persona", "question", "answer", "ids", "declined"} and line["trait"] == "extraversion"
         assert line["persona"] in small.bench.personas_for("search", "extraversion", line["pole"])
         assert small.tokenizer.decode(line["ids"], skip_special_tokens=True) == line["answer"]
-        expected = answers(small.model, small.tokenizer, [conversation(line["question"], line["persona"])], 6,
+        expected = answers(small.model, small.tokenizer, [FRAMED.turns(line["question"], line["persona"])], 6,
                            repetition_penalty=1.1)
         assert expected == [(line["answer"], line["ids"])]
     assert len({line["persona"] for line in written}) > 4

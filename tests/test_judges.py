@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, TEMPLATE, prompt_of, tiny
+from conftest import ROOT, TEMPLATE, tiny
 from personality import POLES, TRAITS, UserError, load_model, results
+from personality.frame import Frame, conversation
 from personality.judges import (OPTIONS, ContrastJudge, LocalJudge, contrast, described_facets, expected_digit, judge_personas,
                                 log_likelihoods, material, percentiles, read_inventory, repetition, rubric, self_report)
-from personality.model import answer_ids, conversation, prepared, prompt_ids
+from personality.model import answer_ids, prepared, prompt_ids
 from personality.questions import built_in_bench, read_given
 from personality.store import Journal
 
@@ -57,7 +58,7 @@ def test_log_likelihoods_equal_a_forward_per_answer(small, rows):
     for answers in (answers, answers[1:2]):
         expected = []
         for system in systems:
-            prompt = prompt_of(small, "w10 w9 ?", system)
+            prompt = prompt_ids(small.tokenizer, conversation("w10 w9 ?", system))
             for ids in answers:
                 with torch.no_grad():
                     logits = small.model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
@@ -121,7 +122,7 @@ def test_the_expected_digit_is_of_the_five_digits(small):
     digits = small.tokenizer.convert_tokens_to_ids(list("12345"))
     for (turn,), value in zip(turns, ours):
         with torch.no_grad():
-            logits = small.model(input_ids=torch.tensor([prompt_of(small, turn["content"])])).logits[0, -1]
+            logits = small.model(input_ids=torch.tensor([prompt_ids(small.tokenizer, [turn])])).logits[0, -1]
         share = logits[digits].double().softmax(-1)
         assert float(value) == pytest.approx(float((share * torch.arange(1, 6)).sum()), abs=1e-4)
 
@@ -189,7 +190,7 @@ def test_planted_answers_are_told_apart(smol, tmp_path):
     answers = [{"key": str(number), **line, "method": "given", "alpha": None, "ids": answer_ids(smol[1], line["answer"])}
                for number, line in enumerate(read_given(tmp_path / "few.jsonl"))]
     scores = Journal(tmp_path / "scores.jsonl", {})
-    ContrastJudge(*smol, built_in_bench(), 64).judge(answers, scores, [], "")
+    ContrastJudge(*smol, built_in_bench(), 64, Frame()).judge(answers, scores, [], "")
     found = {row["trait"]: row["accuracy"] for row in results.accuracy(results.scored(answers, scores, {"contrast": None}))}
     assert set(found) == set(TRAITS) and np.mean(list(found.values())) >= 0.8, found
 

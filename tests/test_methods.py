@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import induce
-from conftest import lines_of, main_of, prompt_of, shared_flags, tiny
+from conftest import FRAMED, lines_of, main_of, prompt_of, shared_flags, tiny
 from personality import POLES, Character, Neurons, Released, UserError, composed, dpn_le, npti, steer
 from personality.chat import converse
+from personality.frame import conversation
 from personality.methods import Profiles, activation_addition, mean_difference, pull, restricted, suppressed
 from personality.mlp import find_mlps
-from personality.model import answers, conversation
+from personality.model import answers
 from personality.neurons import NeuronFolder
 from personality.steer import Profile
 
@@ -189,7 +190,7 @@ def test_activation_addition_equals_a_hook(small):
 def test_mean_difference_is_of_the_answers_tokens(small, made, tmp_path):
     """By hand: one answer at a time, the layer's output at positions whose input is a token of the answer."""
     path = made / "extraversion.answers.jsonl"
-    ours = mean_difference(small.model, small.tokenizer, path, "extraversion", layer=0, most=10)
+    ours = mean_difference(small.model, small.tokenizer, path, "extraversion", FRAMED, layer=0, most=10)
     rows = {pole: [] for pole in POLES}
     for line in lines_of(path)[:10]:
         prompt = prompt_of(small, line["question"], line["persona"])
@@ -200,7 +201,7 @@ def test_mean_difference_is_of_the_answers_tokens(small, made, tmp_path):
     assert list(ours) == [0] and torch.allclose(ours[0], expected, atol=1e-4) and expected.abs().max() > 1e-3
     by_pole = sorted(path.read_text().splitlines(), key=lambda line: json.loads(line)["pole"] == "low")
     (tmp_path / "sorted.jsonl").write_text("\n".join(by_pole) + "\n")
-    again = mean_difference(small.model, small.tokenizer, tmp_path / "sorted.jsonl", "extraversion", layer=0, most=10)
+    again = mean_difference(small.model, small.tokenizer, tmp_path / "sorted.jsonl", "extraversion", FRAMED, layer=0, most=10)
     assert torch.allclose(again[0], expected, atol=1e-4), "the first of each pole"
 
 
@@ -335,7 +336,7 @@ def test_chat_identifies_with_the_unedited_model(small, several, monkeypatch, tm
     shutil.copytree(several, folder)
     lines = iter(["/trait openness 3", "/trait humour 1", "/alpha much", "/trait neuroticism 1e9", "/quit"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines))
-    said = lambda: answers(small.model, small.tokenizer, [conversation("w10 w11 ?")], 6)  # noqa: E731
+    said = lambda: answers(small.model, small.tokenizer, [FRAMED.turns("w10 w11 ?")], 6)  # noqa: E731
     plain, meanwhile = said(), []
 
     def identify(trait):

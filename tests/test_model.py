@@ -7,11 +7,12 @@ import torch
 
 import induce
 import personality.op as op_module
-from conftest import TEMPLATE, lines_of, run, save_model, tiny
+from conftest import FRAMED, TEMPLATE, lines_of, run, save_model, tiny
 from identify import identify
+from personality.frame import conversation
 from personality.methods import npti
 from personality.mlp import find_mlps
-from personality.model import (DEFAULT_MODEL, answer, answers, as_published, conversation, default_dtype, default_model,
+from personality.model import (DEFAULT_MODEL, answer, answers, as_published, default_dtype, default_model,
                                fingerprint, load_model, render)
 from personality.steer import steer
 
@@ -116,7 +117,7 @@ def test_a_base_model_is_saved_as_it_was(base, tmp_path):
 
 def test_an_answer_in_one_call(small):
     text = answer(small.model, small.tokenizer, "w10 w11 ?", max_new_tokens=5)
-    assert text == answers(small.model, small.tokenizer, [conversation("w10 w11 ?")], 5, repetition_penalty=1.15)[0][0]
+    assert text == answers(small.model, small.tokenizer, [FRAMED.turns("w10 w11 ?")], 5, repetition_penalty=1.15)[0][0]
 
 
 def test_default_dtype_compiles_nothing(monkeypatch):

@@ -98,7 +98,7 @@ def test_every_kind_of_figure_has_its_table(found):
         ["openness", "npti", "0.9", "+100.0 (+90.0 to +110.0)", "7.0", "10.0%", "2.0", "+0.050", "50%"]]
     assert tables["Capability"][1][1] == ["persona", "openness", "high", "", "", "25% (24% to 26%)"], "a prompt is in no text"
     assert tables["Questionnaire"][1][0] == ["unedited", "", "", "3.00 (50)", "3.10 (50)", "3.20 (50)", "3.30 (50)", "3.40 (50)"]
-    assert [row[1] for row in tables["Characters: more than composed"][1]] == ["added", "described"]
+    assert [row[1] for row in tables["Characters: more than composed"][1]] == ["added", "levels", "described"]
 
 
 def test_nothing_is_shown_that_was_not_measured(found):
@@ -149,8 +149,8 @@ def test_effects_stand_where_they_were_measured(found):
 
 def test_dose_response_is_of_every_method(found):
     left, right = drawing(plot_dose, found["dose"])
-    assert len(left.lines) == 3 * 2 + 3 and len(right.lines) == 3, "traits and their mean; perplexity"
-    assert [list(line.get_ydata()) for line in left.lines if line.get_linewidth() == 2] == [pytest.approx([0, 50, 100])] * 3
+    assert len(left.lines) == 4 * 2 + 4 and len(right.lines) == 4, "traits and their mean; perplexity"
+    assert [list(line.get_ydata()) for line in left.lines if line.get_linewidth() == 2] == [pytest.approx([0, 50, 100])] * 4
     assert [text.get_text() for text in left.get_legend().get_texts()] == list(EDITS)
 
 

@@ -207,11 +207,12 @@ def test_requested_and_measured():
     for alphas in characters:
         own = [alpha / 1.5 * (2.0 if alpha > 0 else 1.0) for alpha in alphas]
         drag = [0.5 if alpha == 0 else 0.0 for alpha in alphas]
-        for way, effects in (("composed", own), ("added", [a + b for a, b in zip(own, drag)]), ("described", [-a for a in own])):
+        for way, effects in (("composed", own), ("added", [a + b for a, b in zip(own, drag)]), ("levels", own),
+                             ("described", [-a for a in own])):
             measured = {trait: baseline[trait] + effect for trait, effect in zip(TRAITS, effects)}
             means.append((condition(way, None, None, alphas), measured))
-    (first, second, third), points = results.characters_measured(means, "contrast", 1.5, 0)
-    assert [row["method"] for row in (first, second, third)] == list(results.WAYS) and len(points) == 3 * 20 * 5
+    (first, second, _, third), points = results.characters_measured(means, "contrast", 1.5, 0)
+    assert [row["method"] for row in (first, second, third)] == ["composed", "added", "described"] and len(points) == 4 * 20 * 5
     assert first["error"]["mean"] == pytest.approx(0) and first["spill_over"]["mean"] == pytest.approx(0)
     assert first["correlation"]["mean"] > 0.9 and third["correlation"]["mean"] == pytest.approx(-first["correlation"]["mean"])
     assert second["spill_over"]["mean"] == pytest.approx(0.5) and second["error"]["mean"] == pytest.approx(0.5 * 2 / 5)
@@ -228,4 +229,4 @@ def test_rounding_is_no_correlation():
         measured = dict.fromkeys(TRAITS, 3.0 + 4e-16 * (number == 1))
         means += [(condition(way, None, None, alphas), measured) for way in results.WAYS]
     rows, _ = results.characters_measured(means, "questionnaire", 1.5, 0)
-    assert [row["correlation"]["mean"] for row in rows] == [0.0] * 3
+    assert [row["correlation"]["mean"] for row in rows] == [0.0] * 4

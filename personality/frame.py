@@ -1,0 +1,57 @@
+"""The frame: how a question is put to a model, the same for every method and for the unedited model; and who declines to be anyone.
+
+An assistant that is asked bare says that it has no feelings, under a persona too; then its statistics are of a refusal. NPTI
+frames its questions (a real person, genuine feelings) in its own words; these are ours.
+"""
+
+import re
+from dataclasses import dataclass
+
+from .store import TEXTS, digest, read_toml
+
+DECLINES = re.compile(
+    r"\b(as|i am|i'm|being|like|just|only) an? (ai\b|(artificial|digital|virtual|language|large language) \w+|computer program"
+    r"|chatbot)"
+    r"|\b(don't|do not|can't|cannot|lack) (actually |really )?(have|possess|experience|feel) (any )?"
+    r"((personal|human|real|genuine|physical) (\w+ or )?(feelings|emotions|preferences|experiences|opinions|beliefs|bod)"
+    r"|(feelings|emotions|preferences|consciousness) (or|and|like)|the (ability|capacity) to (feel|have|experience))"
+    r"|\bi (can't|cannot|am unable to|'m unable to) (assist|help you) with (that|this)"
+    r"|\bcan't participate in this (discussion|conversation)")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """name: what files say of it, empty for none; system: what the system turn begins with; question: what
+    the user's turn ends with."""
+
+    name: str = ""
+    system: str = ""
+    question: str = ""
+
+    @classmethod
+    def named(cls, name: str) -> "Frame":
+        """person (texts/frames.toml), none, or a text of the user's own that the system turn begins with."""
+        frames = read_toml(TEXTS / "frames.toml")
+        return cls(name, **frames[name]) if name in frames else cls() if name == "none" else cls(name, name)
+
+    def made_with(self) -> dict:
+        """What neuron files and results hold of it; those of no frame hold nothing, as of before there were any."""
+        return {"frame": self.name, "framing": digest(self.system, self.question)} if self.name else {}
+
+    def turns(self, question: str, persona: str | None = None, before=()) -> list[dict]:
+        """The conversation in which a question is asked, under a persona or none; before: the pairs of question and answer that
+        it follows."""
+        framed = lambda text: " ".join(filter(None, (text, self.question)))  # noqa: E731
+        *system, asked = conversation(framed(question), " ".join(filter(None, (self.system, persona))))
+        said = ((("user", framed(line)), ("assistant", answer)) for line, answer in before)
+        return [*system, *({"role": role, "content": text} for pair in said for role, text in pair), asked]
+
+
+def conversation(question: str, system: str | None = None) -> list[dict]:
+    """The turns of a bare question."""
+    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": question}]
+
+
+def declines(answer: str) -> bool:
+    """Whether an answer says, within its first 200 characters, that it is nobody's: "As an AI language model, I don't have ..."."""
+    return bool(DECLINES.search(answer[:200].lower().replace("’", "'")))

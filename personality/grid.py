@@ -1,0 +1,66 @@
+"""What an evaluation asks of whom: cells, which are questions under a condition, and what the prompt says.
+
+A cell: trait, question, method, pole, alpha (of edits; of a whole character one for each trait), persona; in a conversation also
+turn, talk (its number), and before: what was asked and answered in it.
+"""
+
+import itertools
+import random
+
+from . import POLES, TRAITS
+from .methods import described
+from .questions import Bench, adjectives
+from .results import HYBRID, WAYS
+
+
+def grid(bench: Bench, trait: str, methods, alphas: dict, questions: list[str], seed: int) -> list[dict]:
+    """Every cell of a trait's evaluation: question, method, pole, alpha (one of alphas[method], where it has one), persona."""
+    cells = []
+    for question in questions:
+        for method in methods:
+            pick = random.Random(f"{seed}/{trait}/{question}")
+            for pole in (None,) if method == "unedited" else POLES:
+                persona = None
+                if method == "simple":
+                    word = adjectives(trait, pole)
+                    persona = f"You are {'an' if word[0] in 'aeiou' else 'a'} {word} person."
+                elif method in ("persona", HYBRID):  # P2: one of those that identify used, not the judge's
+                    persona = pick.choice(bench.personas_for("search", trait, pole))
+                cells += [{"trait": trait, "question": question, "method": method, "pole": pole, "alpha": alpha, "persona": persona}
+                          for alpha in alphas.get(method, (None,))]
+    return cells
+
+
+def random_characters(number: int, most: float, seed: int) -> list[tuple]:
+    """Alphas over TRAITS: three traits of a character are between a third of `most` and all of it, of either sign, two are 0."""
+    pick, characters = random.Random(f"{seed}/characters"), []
+    for _ in range(number):
+        chosen = pick.sample(TRAITS, 3)
+        characters.append(tuple(round(pick.choice((-1, 1)) * pick.uniform(most / 3, most), 2) if trait in chosen else 0.0
+                                for trait in TRAITS))
+    return characters
+
+
+def character_cells(bench: Bench, characters: list[tuple], alpha: float, questions: list[str], seed: int) -> list[dict]:
+    """Every question of every character in every way; and, to hold them against, unedited and of each trait alone."""
+    cells = grid(bench, TRAITS[0], ["unedited"], {}, questions, seed)
+    for trait in TRAITS:
+        cells += grid(bench, trait, ["npti"], {"npti": [alpha]}, questions, seed)
+    for way, alphas, question in itertools.product(WAYS, characters, questions):
+        pick = random.Random(f"{seed}/{alphas}/{question}")
+        cells.append({"trait": TRAITS[0], "question": question, "method": way, "pole": None, "alpha": list(alphas),
+                      "persona": described(bench, alphas, pick) if way == "described" else None})
+    return cells
+
+
+def talks(bench: Bench, traits: list[str], methods, alphas: dict, turns: int, limit: int, seed: int) -> list[list[dict]]:
+    """Conversations: of each trait's first `limit` test questions, `turns` at a time are the user's lines, under every condition. A
+    list of cells each, one a turn; under a persona the first line chooses it."""
+    whole = []
+    for trait in traits:
+        questions = bench.questions(trait, "test", limit)
+        for number, first in enumerate(range(0, len(questions) - turns + 1, turns)):
+            lines = questions[first:first + turns]
+            whole += [[{**cell, "question": line, "turn": turn, "talk": number} for turn, line in enumerate(lines, 1)]
+                      for cell in grid(bench, trait, methods, alphas, lines[:1], seed)]
+    return whole

@@ -1,0 +1,260 @@
+"""Trained edits: constants on a few neurons, with which the model without a persona writes as it does under one.
+
+NPTI takes the neurons that fire under a persona. Here the model says itself, by its gradient, which neurons would bring the
+persona's words about, and how far. For each pole of a trait, from answers y that identify.py got under it:
+
+    teacher   softmax(log p(.|q, y) + GAIN (log p(.|pole, q, y) - log p(.|other pole, q, y))): the unedited model, three times
+    student   no persona; act(gate) * up + bias at the answer's positions
+    chosen    SHARE of the neurons: those whose bias would gain most, g^2 / E g^2, g being d KL(teacher, student) / d bias at
+              bias 0 and the expectation over the answers (a diagonal Fisher matrix: sure of their direction, not just large)
+    trained   by Adam, those numbers alone; the model's weights stay as they are
+
+Shifts of the activation, before the product, were tried too: for the same personality they cost more perplexity (see
+tests/MEASURED.md). Then both poles are tried at some multiples of their biases on the validation questions, beside the unedited
+model. A level is read from that table: see methods.trained(). No judge takes part, and the judges' personas are not used.
+"""
+
+import contextlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from transformers import DynamicCache
+
+from . import POLES
+from .frame import Frame, declines
+from .judges import log_likelihoods
+from .mlp import decoder_of, find_mlps
+from .model import TEST_PENALTY, answers, pad_left, prompt_ids, with_ids, without_stop
+from .neurons import Neurons, answers_path
+from .questions import Bench, read_answers
+from .steer import Profile, steer
+from .store import digest, write_atomically
+from .terminal import UserError, progress
+
+GAIN = 2.0  # how much further than the persona itself the teacher goes
+SHARE = 0.005  # of all neurons, a pole
+ANSWERS, ROWS, PASSES, RATE = 32, 16, 4, 0.03  # answers a pole, rows of a batch, passes over them, Adam's first step size
+TOP = 256  # tokens of the vocabulary in which student and teacher are compared
+MULTIPLES = (1.0, 2.5, 4.0, 6.0)  # of the biases, that are tried on
+VALIDATION, TOGETHER, TOKENS = 10, 5, 64  # questions, of which some are asked in one batch; tokens of an answer
+
+
+# ------------------------------------------------------------------------------------------------------------- teacher
+
+
+@dataclass
+class Lesson:
+    """A batch of answers, and what the student is to say in them. cache: keys and values of the prompts without a persona, by
+    layer; mask (rows, prompt); ids (rows, tokens), what is fed; counted (rows, tokens), where a fed token is an answer's; top
+    (rows, tokens, TOP), tokens of the vocabulary; plain, apart: of each of them log p, and log p(high) - log p(low)."""
+
+    cache: list
+    mask: torch.Tensor
+    ids: torch.Tensor
+    counted: torch.Tensor
+    top: torch.Tensor
+    plain: torch.Tensor
+    apart: torch.Tensor
+
+    def teacher(self, sign: int):
+        """The teacher's probabilities of the tokens `top`; sign: 1 for the high pole, -1 for the low one."""
+        return (self.plain + sign * GAIN * self.apart).softmax(-1)
+
+
+def read_prompts(model, tokenizer, conversations: list[list[dict]]):
+    """(keys and values by layer, mask) of prompts that are read without edits."""
+    ids, mask = pad_left([prompt_ids(tokenizer, turns) for turns in conversations], tokenizer.pad_token_id, model.device)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+    return [(layer.keys, layer.values) for layer in cache.layers], mask
+
+
+def go_on(model, prompts, ids):
+    """Log-probabilities behind each of the tokens ids (rows, tokens) that follow prompts: (rows, tokens, vocabulary)."""
+    kept, mask = prompts
+    cache = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(kept):
+        cache.update(keys, values, layer)
+    mask = torch.cat([mask, mask.new_ones(ids.shape)], 1)
+    positions = (mask.cumsum(1) - 1)[:, -ids.shape[1]:]
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    return logits.float().log_softmax(-1)
+
+
+def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list[dict], seed: int) -> Lesson:
+    longest = max(len(item["ids"]) for item in items) - 1
+    fed = [item["ids"][:-1] for item in items]  # the last token was never an input
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in fed], device=model.device)
+    counted = torch.tensor([[k < len(row) for k in range(longest)] for row in fed], device=model.device)
+
+    def under(pole: str | None):
+        def persona(item):
+            pick = random.Random(f"{seed}/{trait}/{item['question']}/{pole}")
+            return item["persona"] if pole == item["pole"] else pole and pick.choice(bench.personas_for("search", trait, pole))
+
+        prompts = read_prompts(model, tokenizer, [frame.turns(item["question"], persona(item)) for item in items])
+        with torch.no_grad():
+            return prompts, go_on(model, prompts, ids)
+
+    prompts, plain = under(None)
+    apart = under("high")[1] - under("low")[1]
+    both = torch.maximum(*((plain + sign * GAIN * apart).log_softmax(-1) for sign in (1, -1)))
+    top = torch.maximum(plain, both).topk(min(TOP, plain.shape[-1]), -1).indices
+    return Lesson(*prompts, ids, counted, top, plain.gather(-1, top), apart.gather(-1, top))
+
+
+# ------------------------------------------------------------------------------------------------------------- student
+
+
+@contextlib.contextmanager
+def biased(model, bias):
+    """The model with its MLPs in plain PyTorch, through which gradients flow to bias, float32 (layers, d_ff) or
+    (layers, rows, 1, d_ff), which is added to each neuron's product; the weights get none. (The op has no backward.)"""
+    def through(mlp, number):
+        def forward(x):
+            gate = mlp.gate(x)  # (rows, tokens, d_ff), or 2 d_ff where fused
+            gate, up = gate.split(mlp.width, -1) if mlp.up is mlp.gate else (gate, mlp.up(x) if mlp.up is not None else None)
+            product = mlp.act_module(gate) if up is None else mlp.act_module(gate) * up
+            return mlp.down(product + bias[number].to(gate.dtype))
+
+        return forward
+
+    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
+    mlps = find_mlps(model)
+    try:
+        for weight, _ in weights:
+            weight.requires_grad_(False)
+        for number, mlp in enumerate(mlps):
+            mlp.module.forward = through(mlp, number)
+        yield
+    finally:
+        for mlp in mlps:
+            mlp.module.__dict__.pop("forward", None)
+        for weight, before in weights:
+            weight.requires_grad_(before)
+
+
+def divergence(model, of: Lesson, sign: int):
+    """KL(teacher, student) in nats a token, over the tokens `top`."""
+    said = go_on(model, (of.cache, of.mask), of.ids).gather(-1, of.top)
+    teacher = of.teacher(sign)
+    apart = (teacher * (teacher.clamp(min=1e-9).log() - said)).sum(-1)
+    return (apart * of.counted).sum() / of.counted.sum()
+
+
+def gradient(model, of: Lesson, sign: int, bias):
+    """The slope d divergence / d bias, in the shape of bias, as biased() takes it."""
+    bias = bias.detach().requires_grad_()
+    with biased(model, bias):
+        loss = divergence(model, of, sign)
+        slope, = torch.autograd.grad(loss, bias)
+    if not bool(slope.isfinite().all()):
+        raise UserError("training: a gradient is no finite number: try --dtype float32")
+    return slope
+
+
+def choose(model, lessons: list[Lesson], sign: int, share: float, step):
+    """The neurons whose biases are trained: a mask (layers, d_ff) of zeros and ones."""
+    depth, width, slope, squares = len(find_mlps(model)), find_mlps(model)[0].width, 0, 0
+    for of in lessons:
+        rows = len(of.ids) * gradient(model, of, sign, torch.zeros((depth, len(of.ids), 1, width), device=model.device))[:, :, 0]
+        slope, squares = slope + rows.sum(1), squares + rows.square().sum(1)
+        step()
+    gain = slope.square() / (squares + 1e-3 * squares.mean())
+    chosen = torch.zeros(gain.numel(), device=gain.device)
+    chosen[gain.flatten().topk(max(1, round(share * gain.numel()))).indices] = 1
+    return chosen.view_as(gain)
+
+
+def trained_bias(model, lessons: list[Lesson], sign: int, share: float, step) -> torch.Tensor:
+    """The biases (layers, d_ff) of one pole, 0 but for the chosen neurons; step() is called after each batch."""
+    chosen = choose(model, lessons, sign, share, step)
+    bias, steps = torch.zeros_like(chosen), PASSES * len(lessons)
+    adam = torch.optim.Adam([bias], betas=(0.9, 0.99))
+    for k in range(steps):
+        adam.param_groups[0]["lr"] = RATE * (1 - k / steps)
+        bias.grad = gradient(model, lessons[k % len(lessons)], sign, bias) * chosen
+        adam.step()
+        step()
+    return bias.cpu()
+
+
+# --------------------------------------------------------------------------------------------------------- dose response
+
+
+def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, biases: list, step) -> torch.Tensor:
+    """float32 (2, MULTIPLES, 3), pole high first: a multiple of the biases; how far the answers to validation questions move to
+    their pole, in nats a token of log p(answer|high) - log p(answer|low) under search personas; by what factor their perplexity
+    under the unedited model grows (the geometric mean)."""
+    sides = [multiple * bias for bias in biases for multiple in MULTIPLES]
+    profiles, people, moved, dearer = [Profile.dense(bias=side) for side in sides], range(len(sides) + 1), [], []
+    personas = [bench.personas_for("search", trait, pole)[0] for pole in POLES]
+    questions = bench.questions(trait, "validation", VALIDATION)
+    for part in (questions[k:k + TOGETHER] for k in range(0, len(questions), TOGETHER)):
+        with steer(model, profiles, [*people] * len(part)):
+            asked = [frame.turns(question) for question in part for _ in people]
+            said = answers(model, tokenizer, asked, TOKENS, repetition_penalty=TEST_PENALTY)
+        for k, question in enumerate(part):
+            ids = [without_stop(tokenizer, row) or [tokenizer.eos_token_id] for _, row in said[k * len(people):][:len(people)]]
+            turns = [frame.turns(question, persona) for persona in (None, *personas)]
+            likely = log_likelihoods(model, tokenizer, turns, [ids] * len(turns)).cpu() / torch.tensor([len(row) for row in ids])
+            plain, high, low = likely
+            moved.append((high - low)[1:] - (high - low)[0])
+            dearer.append(plain[0] - plain[1:])
+            step()
+    towards = torch.tensor([1.0, -1.0]).repeat_interleave(len(MULTIPLES))
+    table = torch.stack([torch.tensor(MULTIPLES).repeat(2), towards * torch.stack(moved).mean(0),
+                         torch.stack(dearer).mean(0).exp()], 1)
+    return table.view(2, len(MULTIPLES), 3).float()
+
+
+# ------------------------------------------------------------------------------------------------------------ one trait
+
+
+def options(seed: int) -> dict:
+    """What the trained edits of a neuron file depend on beside the file itself."""
+    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "passes": PASSES, "rate": RATE, "seed": seed}
+
+
+def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0) -> Neurons:
+    """The neuron file with trained edits of both poles, written in its place. Each pole that is done is kept, and found by the same
+    call after a kill."""
+    made_with = digest(options(seed), bench.fingerprint())
+    if neurons.meta.get("trained") == made_with:
+        return neurons
+    folder, trait, frame = neurons.folder, neurons.trait, neurons.frame
+    table = read_answers(answers_path(folder, trait), trait)[0].to_list()
+    kept, biases = folder / f".{trait}.{neurons.key}.{made_with}.safetensors", {}
+    with contextlib.suppress(OSError, SafetensorError), safe_open(kept, "pt") as file:
+        biases = {pole: file.get_tensor(pole) for pole in file.keys()}
+    for sign, pole in zip((1, -1), POLES):
+        if pole not in biases:
+            items = [item for item in table if item["pole"] == pole and not declines(item["answer"])]
+            items = [item for item in with_ids(tokenizer, items[:ANSWERS]) if len(item["ids"]) > 1]
+            items.sort(key=lambda item: len(item["ids"]))
+            if not items:
+                raise UserError(f"{answers_path(folder, trait)}: no answers of the {pole} pole to train with")
+            parts = [items[k:k + ROWS] for k in range(0, len(items), ROWS)]
+            with progress(len(parts) * (PASSES + 2), 0, f"{trait}, {pole}: training", "batch") as bar:
+                lessons = []
+                for part in parts:
+                    lessons.append(lesson(model, tokenizer, bench, trait, frame, part, seed))
+                    bar.update()
+                biases[pole] = trained_bias(model, lessons, sign, SHARE, bar.update)
+            write_atomically(kept, save({name: bias.contiguous() for name, bias in biases.items()}))
+    both = [biases[pole] for pole in POLES]
+    with progress(min(VALIDATION, len(bench.questions(trait, "validation", VALIDATION))), 0, f"{trait}: levels", "question") as bar:
+        dose = dose_response(model, tokenizer, bench, trait, frame, both, bar.update)
+    places = [bias.nonzero() for bias in both]
+    tensors = {**neurons.tensors, "dose": dose}
+    for pole, bias, place in zip(POLES, both, places):
+        tensors[f"{pole}_place"], tensors[f"{pole}_bias"] = place.int(), bias[place[:, 0], place[:, 1]]
+    neurons = Neurons(tensors, {**neurons.meta, "trained": made_with}, neurons.path)
+    neurons.save(Path(neurons.path))
+    kept.unlink(missing_ok=True)
+    return neurons

@@ -1,0 +1,101 @@
+"""How questions are put, and who declines to be anyone."""
+
+import json
+
+import pytest
+import torch
+
+import identify
+from conftest import FRAMED, Server, contents, exit_of, lines_of, run, shared_flags
+from personality.endpoint import Endpoint
+from personality.frame import Frame, declines
+from personality.neurons import NeuronFolder, Neurons, show_neurons
+from personality.observe import Statistics
+from personality.store import digest
+
+
+def test_turns():
+    asked = Frame("x", "You are somebody.", "Be brief.").turns("Who?", "You like tea.")
+    assert asked == [{"role": "system", "content": "You are somebody. You like tea."}, {"role": "user", "content": "Who? Be brief."}]
+    assert Frame.named("none").turns("Who?") == [{"role": "user", "content": "Who?"}]
+    assert Frame.named("You are Ada.").turns("Who?", "Shy.")[0]["content"] == "You are Ada. Shy."
+    assert Frame.named("none").made_with() == {}, "so that the files of before are still its own"
+    assert len({Frame.named(name).made_with()["framing"] for name in ("person", "You are Ada.")}) == 2
+    system, user = FRAMED.turns("Who?", "Shy.")
+    assert system["content"].endswith(" Shy.") and user["content"].startswith("Who? ")
+
+
+@pytest.mark.parametrize("answer", [
+    "As an AI language model, I don't have personal preferences.", "I'm just an AI, so I can't say.", "As a virtual assistant, I like it.",
+    "I am a computer program.", "I do not have feelings or emotions like humans do.", "I don't have the ability to feel joy.",
+    "I’m sorry, but I can’t assist with that request.", "As a digital assistant I don’t experience human emotions."])
+def test_declines(answer):
+    assert declines(answer)
+
+
+@pytest.mark.parametrize("answer", [
+    "I don't have many friends, and I like it that way.", "I'm sorry, but I can't come to your party.", "I feel nothing much.",
+    "As an introvert, I stay at home.", "I don't have strong feelings about it.", "I'm an artist. " * 20 + "As an AI language model, no.",
+    "As an aide to the mayor, I meet people.", "Being an airline pilot, I can't stand heights."])
+def test_plays(answer):
+    assert not declines(answer)
+
+
+def some_decline(monkeypatch, plays):
+    """Answers that begin otherwise than `plays` decline."""
+    monkeypatch.setattr(identify, "declines", lambda answer: not plays(answer))
+
+
+def test_answers_that_decline_are_asked_for_anew_and_not_counted(small, tmp_path, monkeypatch):
+    first = {line["question"]: line["answer"] for line in map(json.loads, contents_of_a_run(small, tmp_path / "all").splitlines())}
+    bad = set(list(first.values())[::3])
+    some_decline(monkeypatch, lambda answer: answer not in bad)
+    neurons = run(small, tmp_path / "some").identify()
+    lines = lines_of(tmp_path / "some" / "extraversion.answers.jsonl")
+    played = [line for line in lines if line["answer"] not in bad]
+    assert any(line["declined"] for line in lines) and any(line["declined"] and line["answer"] not in bad for line in lines)
+    assert all(line["declined"] == identify.Run.AGAIN + 1 for line in lines if line["answer"] in bad)
+    assert sum(neurons.meta["declined"]) == sum(line["declined"] for line in lines)
+    assert sum(neurons.meta["asked"]) == sum(neurons.meta["declined"]) + len(played)
+    expected = Statistics.of(small.model, 2)
+    identify.read_batches(small.model, small.tokenizer, played, FRAMED, expected, "generated", 4)
+    assert neurons.meta["tokens"] == expected.tokens.tolist()
+    assert torch.equal(neurons.prob, expected.summary()["prob"])
+
+
+def contents_of_a_run(small, out) -> str:
+    run(small, out).identify()
+    return contents(out)["extraversion.answers.jsonl"].decode()
+
+
+def test_most_decline(small, tmp_path, monkeypatch, capsys):
+    some_decline(monkeypatch, lambda answer: digest(answer)[0] in "01234")
+    show_neurons(run(small, tmp_path).identify())
+    said = capsys.readouterr().err
+    assert "declined to be anyone" in said and "won't carry a persona" in said
+
+
+def test_a_file_of_another_frame_loads_with_a_line(small, made, tmp_path, capsys):
+    bare = run(small, tmp_path, frame="none").identify()
+    assert "frame" not in bare.meta and Neurons.load(made / "extraversion.safetensors").frame == FRAMED
+    capsys.readouterr()
+    NeuronFolder(small.model, str(tmp_path), frame=FRAMED)["extraversion"]
+    said = capsys.readouterr().err
+    assert "frame none" in said and "frame person" in said and said.count("\n") == 1
+    NeuronFolder(small.model, str(made), frame=FRAMED)["extraversion"]
+    assert not capsys.readouterr().err
+
+
+def test_a_server_is_asked_in_the_frame(small, tmp_path):
+    with Server(lambda number, body: "w10 w11") as server:
+        run(small, tmp_path, limit=1, frame="w20 w21")
+        args = identify.parser().parse_args([])
+        vars(args).update(out=str(tmp_path), max_new_tokens=6, limit=2, frame="w20 w21")
+        neurons = identify.Run(small.model, small.tokenizer, small.bench, "extraversion", args, endpoint=Endpoint(server.url)).identify()
+        asked = [small.tokenizer.decode(body["prompt"]) for body in server.seen]
+    assert neurons.frame.system == "w20 w21" and all("w20 w21" in text for text in asked)
+
+
+def test_an_empty_frame_is_an_error(small, monkeypatch, capsys):
+    code, said = exit_of(identify, monkeypatch, capsys, *shared_flags(small), "--frame", "")
+    assert code == 2 and "--frame" in said

@@ -1,0 +1,230 @@
+"""Trained edits: recovered where they were planted, the same after a kill, and the levels that are read off them."""
+
+import json
+
+import pytest
+import torch
+
+import identify
+import induce
+from conftest import FRAMED, contents, exit_of, lines_of, main_of, run, shared_flags
+from personality import POLES, train
+from personality.methods import Character, Profiles, multiple_at, trained
+from personality.mlp import find_mlps
+from personality.model import load_model, prompt_ids
+from personality.neurons import NeuronFolder, Neurons
+from personality.steer import Profile, steer
+from personality.terminal import UserError
+
+
+def lessons_of(small, made, pole="high"):
+    items = [item for item in lines_of(made / "extraversion.answers.jsonl") if item["pole"] == pole][:6]
+    return [train.lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items[k:k + 3], 0) for k in (0, 3)]
+
+
+def shape_of(small):
+    mlps = find_mlps(small.model)
+    return len(mlps), mlps[0].width
+
+
+def test_the_student_is_the_steered_model(small):
+    bias = torch.randn(shape_of(small), generator=torch.Generator().manual_seed(0)) * 0.3
+    ids = torch.tensor([prompt_ids(small.tokenizer, FRAMED.turns("w10 w11 ?"))])
+    with torch.no_grad():
+        plain = small.model(input_ids=ids).logits
+        with train.biased(small.model, bias):
+            student = small.model(input_ids=ids).logits
+        with steer(small.model, Profile.dense(bias=bias), where="all"):
+            steered = small.model(input_ids=ids).logits
+        assert torch.equal(small.model(input_ids=ids).logits, plain), "the model is left as it was"
+    assert (student - steered).abs().max() < 1e-4 < (student - plain).abs().max()
+    assert all(weight.requires_grad for weight in small.model.parameters())
+
+
+def test_a_lesson_is_of_three_passes(small, made):
+    of, (item, *_) = lessons_of(small, made)[0], lines_of(made / "extraversion.answers.jsonl")
+    prompt = prompt_ids(small.tokenizer, FRAMED.turns(item["question"]))
+    under = prompt_ids(small.tokenizer, FRAMED.turns(item["question"], item["persona"]))
+    with torch.no_grad():
+        logits = [small.model(input_ids=torch.tensor([ids + item["ids"][:-1]])).logits[0, len(ids):].log_softmax(-1)
+                  for ids in (prompt, under)]
+    n = len(item["ids"]) - 1
+    assert of.counted[0].tolist() == [k < n for k in range(of.ids.shape[1])]
+    assert torch.allclose(of.plain[0, :n], logits[0].gather(-1, of.top[0, :n]), atol=1e-4)
+    teacher = of.teacher(1)[0, :n]
+    assert torch.allclose(teacher.sum(-1), torch.ones(n)) and not torch.allclose(teacher, of.plain[0, :n].exp(), atol=1e-3)
+    assert torch.allclose(of.teacher(1) * of.teacher(-1), (2 * of.plain - of.plain.logsumexp(-1, True) * 0).softmax(-1) * (
+        (of.teacher(1) * of.teacher(-1)).sum(-1, True)), atol=1e-5), "the poles' teachers lie on two sides of the model"
+
+
+@pytest.mark.parametrize(("layer", "index", "value"), [(0, 5, 1.5), (1, 3, -1.5), (1, 40, 2.0)])
+def test_a_planted_bias_is_found(small, made, monkeypatch, layer, index, value):
+    """A teacher that is the model itself with one biased neuron: of those that are trained it moves most, to its side,
+    and the student comes near."""
+    monkeypatch.setattr(train, "PASSES", 60)
+    planted, lessons = torch.zeros(shape_of(small)), lessons_of(small, made)
+    planted[layer, index] = value
+    for of in lessons:
+        with torch.no_grad(), train.biased(small.model, planted):
+            said = train.go_on(small.model, (of.cache, of.mask), of.ids).gather(-1, of.top)
+        of.apart = (said - of.plain) / train.GAIN
+    with torch.no_grad():
+        before = float(train.divergence(small.model, lessons[0], 1))
+    some = torch.zeros_like(planted)
+    some.view(-1)[::11] = some[layer, index] = 1
+    monkeypatch.setattr(train, "choose", lambda *_: some)
+    bias = train.trained_bias(small.model, lessons, 1, 0.1, lambda: None)
+    assert bool((bias[some == 0] == 0).all()) and bias.abs().max() == bias[layer, index].abs() and bias[layer, index] * value > 0
+    with torch.no_grad(), train.biased(small.model, bias):
+        assert float(train.divergence(small.model, lessons[0], 1)) < before / 2
+
+
+def test_those_are_chosen_of_whose_direction_the_answers_are_sure(small, made):
+    """By a backward pass for each answer."""
+    lessons, slopes = lessons_of(small, made), []
+    for of in lessons:
+        for k in range(len(of.ids)):
+            bias = torch.zeros(shape_of(small), requires_grad=True)
+            alone = train.Lesson([(keys[k:k + 1], values[k:k + 1]) for keys, values in of.cache], of.mask[k:k + 1], of.ids[k:k + 1],
+                                 of.counted[k:k + 1], of.top[k:k + 1], of.plain[k:k + 1], of.apart[k:k + 1])
+            share = len(of.ids) * of.counted[k].sum() / of.counted.sum()
+            slopes.append(train.gradient(small.model, alone, 1, bias) * share)
+    slopes = torch.stack(slopes)
+    squares = slopes.square().sum(0)
+    expected = (slopes.sum(0).square() / (squares + 1e-3 * squares.mean())).flatten().topk(12).indices
+    chosen = train.choose(small.model, lessons, 1, 12 / squares.numel(), lambda: None)
+    assert set(chosen.flatten().nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+@pytest.fixture
+def learnt(small, made, tmp_path):
+    """A folder of its own with a neuron file that has trained edits."""
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    train.add_trained(small.model, small.tokenizer, small.bench, Neurons.load(tmp_path / "extraversion.safetensors"))
+    return tmp_path
+
+
+def test_the_file_holds_both_poles(small, made, learnt):
+    before, neurons = (Neurons.load(folder / "extraversion.safetensors", small.model) for folder in (made, learnt))
+    number = max(1, round(train.SHARE * neurons.shape[0] * neurons.shape[1]))
+    assert neurons.key == before.key and neurons.trained and not before.trained
+    assert torch.equal(neurons.prob, before.prob)
+    for pole in POLES:
+        assert 0 < len(neurons.tensors[f"{pole}_bias"]) <= number
+    assert neurons.dose.shape == (2, len(train.MULTIPLES), 3)
+    assert neurons.dose[..., 0].tolist() == [list(train.MULTIPLES)] * 2
+    again = train.add_trained(None, None, small.bench, neurons)
+    assert again is neurons, "what is there is not trained again"
+
+
+def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("killed")
+    for path in made.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    neurons, plain, calls = Neurons.load(folder / "extraversion.safetensors"), train.trained_bias, []
+
+    def killed(model, lessons, sign, *more):
+        calls.append(sign)
+        if calls == [1, -1]:
+            raise KeyboardInterrupt
+        return plain(model, lessons, sign, *more)
+
+    monkeypatch.setattr(train, "trained_bias", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.add_trained(small.model, small.tokenizer, small.bench, neurons)
+    assert not Neurons.load(folder / "extraversion.safetensors").trained
+    train.add_trained(small.model, small.tokenizer, small.bench, neurons)
+    assert calls == [1, -1, -1] and contents(folder) == contents(learnt)
+    assert not list(folder.glob(".*safetensors"))
+
+
+def test_damaged_trained_edits_are_refused(learnt):
+    neurons = Neurons.load(learnt / "extraversion.safetensors")
+    for name, value in (("high_place", neurons.high_place + 10_000), ("low_bias", neurons.low_bias[:0]),
+                        ("dose", -neurons.dose), ("high_bias", neurons.high_bias * torch.nan)):
+        wrong = Neurons({**neurons.tensors, name: value}, dict(neurons.meta), neurons.path)
+        with pytest.raises(UserError, match="trained edits"):
+            wrong.check()
+    few = {name: tensor for name, tensor in neurons.tensors.items() if name != "dose"}
+    with pytest.raises(UserError, match="trained edits"):
+        Neurons(few, dict(neurons.meta), neurons.path).check()
+
+
+def test_levels():
+    dose = torch.tensor([[1.0, 0.02, 1.05], [2.0, 0.05, 1.1], [3.0, 0.06, 1.3], [4.0, 0.05, 2.0]])
+    assert multiple_at(dose, 1) == pytest.approx(3, abs=1e-6)
+    assert multiple_at(dose, 0.5) == pytest.approx(1 + 1 / 3, abs=0.01), "half of what level 1 moves: 0.03"
+    assert multiple_at(dose, 2) == pytest.approx(6, abs=1e-5) and multiple_at(dose, 0) == 0
+    cheap = torch.tensor([[1.0, 0.02, 1.0], [2.0, 0.04, 1.1]])
+    assert multiple_at(cheap, 1) == 2, "no further than was tried"
+    useless = torch.tensor([[1.0, -0.02, 1.2], [2.0, -0.04, 1.4]])
+    assert multiple_at(useless, 0.5) == pytest.approx(multiple_at(useless, 1) / 2)
+
+
+def test_levels_become_profiles(small, learnt):
+    neurons = Neurons.load(learnt / "extraversion.safetensors")
+    high, low = (trained([(neurons, level)]) for level in (0.7, -0.7))
+    assert len(high) == len(neurons.high_bias) and len(low) == len(neurons.low_bias)
+    ratio = high.value[:, 3] / neurons.high_bias[torch.argsort(neurons.high_place[:, 0].long() * 10_000 + neurons.high_place[:, 1])]
+    assert torch.allclose(ratio, torch.full_like(ratio, multiple_at(neurons.dose[0], 0.7)), rtol=1e-4)
+    profiles = Profiles(small.model, small.tokenizer, NeuronFolder(small.model, str(learnt)))
+    assert profiles.of(Character({"extraversion": 0.7}, "trained")).name == "extraversion +0.7 (levels)"
+
+
+def test_a_folder_without_trained_edits(small, made):
+    with pytest.raises(UserError, match="identify.py --train"):
+        NeuronFolder(small.model, str(made)).trained("extraversion")
+
+
+def test_level_from_the_command_line(small, tmp_path, monkeypatch, capsys):
+    """Identifies, trains, answers; then --train finds it all there."""
+    out = tmp_path / "neurons"
+    flags = [*shared_flags(small), "--max-new-tokens", 6, "--neurons", out]
+    monkeypatch.setattr(induce, "identify", lambda model, tokenizer, trait, **options: identify.identify(
+        model, tokenizer, trait, **{**options, "max_new_tokens": 6, "limit": 4}))
+    main_of(induce, monkeypatch, "--trait", "extraversion", "--level", "1.5", "-q", "w10 w11 ?", *flags)
+    said = capsys.readouterr()
+    assert "extraversion +1.5" in said.out and "extraversion -1.5" in said.out and "beyond 1" in said.err
+    made = Neurons.load(out / "extraversion.safetensors")
+    main_of(identify, monkeypatch, "--trait", "extraversion", "--train", "--limit", 4, "--out", out,
+            *shared_flags(small), "--max-new-tokens", 6)
+    again = Neurons.load(out / "extraversion.safetensors")
+    assert (again.key, again.trained) == (made.key, made.trained)
+    main_of(induce, monkeypatch, "--list", "--neurons", out)
+    assert f"{len(made.high_bias)} trained" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("flags", [("--level", "1", "--alpha", "1"), ("--level", "1", "--method", "npti"), ("--level", "x"),
+                                   ("--level", "1", "--level", "1"), ("--level", "1", "--profile", "x.toml")])
+def test_wrong_levels(monkeypatch, capsys, flags):
+    code, said = exit_of(induce, monkeypatch, capsys, "--trait", "extraversion", *flags)
+    assert code == 2 and "level" in said
+
+
+def test_answers_of_one_pole_only(small, made, tmp_path):
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "extraversion.answers.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines_of(path) if line["pole"] == "high"))
+    with pytest.raises(UserError, match="no answers of the low pole"):
+        train.add_trained(small.model, small.tokenizer, small.bench, Neurons.load(tmp_path / "extraversion.safetensors"))
+
+
+def test_training_with_the_bench_that_was_searched(small, tmp_path):
+    neurons = run(small, tmp_path, "openness").identify()
+    assert train.add_trained(small.model, small.tokenizer, small.bench, neurons).trained
+
+
+def test_a_level_in_a_checkpoint(small, learnt, tmp_path, monkeypatch, capsys):
+    """Exactly: there are no caps in it, and no neuron is added."""
+    flags = (*shared_flags(small), "--neurons", learnt, "--trait", "extraversion", "--level", "1", "--save", tmp_path / "baked")
+    main_of(induce, monkeypatch, *flags, "--verify")
+    live = trained([(Neurons.load(learnt / "extraversion.safetensors"), 1.0)])
+    baked, _ = load_model(str(tmp_path / "baked"), "cpu", "float32")
+    ids = torch.tensor([prompt_ids(small.tokenizer, FRAMED.turns("w10 w11 ?"))])
+    with torch.no_grad(), steer(small.model, live, where="all"):
+        assert (baked(input_ids=ids).logits - small.model(input_ids=ids).logits).abs().max() < 1e-4
+    assert baked.config.intermediate_size == small.model.config.intermediate_size
+    card = (tmp_path / "baked" / "README.md").read_text()
+    assert "trained" in card and FRAMED.system in card and "NPTI" not in card

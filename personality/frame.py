@@ -34,6 +34,10 @@ class Frame:
         frames = read_toml(TEXTS / "frames.toml")
         return cls(name, **frames[name]) if name in frames else cls() if name == "none" else cls(name, name)
 
+    def __str__(self) -> str:
+        """For a line on the terminal: a text of one's own is shown by its beginning, escaped."""
+        return self.name if re.fullmatch(r"\w+", self.name) else repr(self.name[:60]) if self.name else "none"
+
     def made_with(self) -> dict:
         """What neuron files and results hold of it; those of no frame hold nothing, as of before there were any."""
         return {"frame": self.name, "framing": digest(self.system, self.question)} if self.name else {}

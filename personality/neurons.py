@@ -231,8 +231,7 @@ class NeuronFolder:
         if neurons.trait != trait:
             raise UserError(f"{path}: holds the neurons of {neurons.trait}")
         if self.frame and self.frame != neurons.frame:
-            say(f"{path}: its questions were put in the frame {neurons.frame.name or 'none'}, now they are put in the frame "
-                f"{self.frame.name or 'none'}")
+            say(f"{path}: its questions were put in the frame {neurons.frame}, now they are put in the frame {self.frame}")
         return neurons
 
     def trained(self, trait: str) -> Neurons:

@@ -21,6 +21,7 @@ def test_turns():
     assert Frame.named("You are Ada.").turns("Who?", "Shy.")[0]["content"] == "You are Ada. Shy."
     assert Frame.named("none").made_with() == {}, "so that the files of before are still its own"
     assert len({Frame.named(name).made_with()["framing"] for name in ("person", "You are Ada.")}) == 2
+    assert [str(Frame.named(name)) for name in ("person", "none", "You\x1b[2J")] == ["person", "none", "'You\\x1b[2J'"]
     system, user = FRAMED.turns("Who?", "Shy.")
     assert system["content"].endswith(" Shy.") and user["content"].startswith("Who? ")
 

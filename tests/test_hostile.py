@@ -125,7 +125,7 @@ def test_hostile_generation_options_are_overruled(small, tmp_path):
 
 
 @pytest.mark.parametrize("script, more", ((identify, ("--trait", "openness")), (induce, ("--trait", "openness", "--alpha", "1")),
-                                          (evaluate, ("--trait", "extraversion"))))
+                                          (evaluate, ("--trait", "extraversion", "--method", "unedited", "npti"))))
 def test_hostile_context(small, made, tmp_path, monkeypatch, capsys, script, more):
     """The tiny model has 512 positions."""
     place = ("--out", tmp_path / "out") if script is identify else ("--neurons", made)
@@ -466,7 +466,7 @@ def test_hostile_servers(small, made, tmp_path, monkeypatch, capsys, impatient, 
         script, arguments = {
             "engine": (identify, ("--engine", url, "--trait", "openness", "--out", tmp_path / "out", *shared_flags(small))),
             "writer": (identify, ("--build-bench", tmp_path / "bench", "--writer", url)),
-            "judge": (evaluate, ("--judge", "llm", "--judge-url", url, "--judge-model", "big", "--neurons", made, "--bench", small.bench_dir,
+            "judge": (evaluate, ("--method", "unedited", "npti", "--judge", "llm", "--judge-url", url, "--judge-model", "big", "--neurons", made, "--bench", small.bench_dir,
                                  "--limit", "1", "--trait", "extraversion", "--max-new-tokens", "2", "--out", tmp_path / "out", *shared_flags(small))),
             "checkpoint": (induce, ("--save", tmp_path, "--verify-server", url))}[role]
         assert url in refused(script, monkeypatch, capsys, *arguments) and time.time() - start < 20

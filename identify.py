@@ -24,7 +24,7 @@ def parser() -> Flags:
     flags.add_argument("--limit", type=positive, metavar="N", help=f"search questions a trait (default: {LIMIT})")
     flags.add_argument("--train", action="store_true", help="also train edits of few neurons: what induce.py --level uses")
     flags.add_argument("--answers", metavar="FILE",
-                       help="read answers (JSON lines: trait, pole, persona, question, answer) instead of generating them")
+                       help="read answers, asked in --frame (JSON lines: trait, pole, persona, question, answer), generate none")
     flags.add_argument("--engine", metavar="URL",
                        help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) write the answers; key: "
                             "$OPENAI_API_KEY")

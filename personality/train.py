@@ -32,8 +32,8 @@ from .model import TEST_PENALTY, answers, pad_left, prompt_ids, with_ids, withou
 from .neurons import Neurons, answers_path
 from .questions import Bench, read_answers
 from .steer import Profile, steer
-from .store import digest, write_atomically
-from .terminal import UserError, progress
+from .store import digest, only_run, write_atomically
+from .terminal import UserError, progress, resumable
 
 GAIN = 2.0  # how much further than the persona itself the teacher goes
 SHARE = 0.005  # of all neurons, a pole
@@ -218,43 +218,51 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, bias
 
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
-    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "passes": PASSES, "rate": RATE, "seed": seed}
+    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "passes": PASSES, "rate": RATE, "top": TOP,
+            "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "seed": seed}
+
+
+def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int) -> torch.Tensor:
+    """The biases of one pole, from the answers that lie beside a neuron file."""
+    path = answers_path(neurons.folder, neurons.trait)
+    table = read_answers(path, neurons.trait)[0]
+    items = [item for item in table if item["pole"] == pole and not declines(item["answer"])][:ANSWERS]
+    items = sorted((item for item in with_ids(tokenizer, items) if len(item["ids"]) > 1), key=lambda item: len(item["ids"]))
+    if not items:
+        raise UserError(f"{path}: no answers of the {pole} pole to train with")
+    parts, lessons = [items[k:k + ROWS] for k in range(0, len(items), ROWS)], []
+    with progress(len(parts) * (PASSES + 2), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
+        for part in parts:
+            lessons.append(lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed))
+            bar.update()
+        return trained_bias(model, lessons, 1 if pole == "high" else -1, SHARE, bar.update)
 
 
 def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0) -> Neurons:
-    """The neuron file with trained edits of both poles, written in its place. Each pole that is done is kept, and found by the same
+    """The neuron file with trained edits of both poles, written in its place. A pole that is done is kept, and found by the same
     call after a kill."""
-    made_with = digest(options(seed), bench.fingerprint())
-    if neurons.meta.get("trained") == made_with:
+    made_with, path = digest(options(seed), bench.fingerprint()), Path(neurons.path)
+    if neurons.trained == made_with:
         return neurons
-    folder, trait, frame = neurons.folder, neurons.trait, neurons.frame
-    table = read_answers(answers_path(folder, trait), trait)[0].to_list()
-    kept, biases = folder / f".{trait}.{neurons.key}.{made_with}.safetensors", {}
-    with contextlib.suppress(OSError, SafetensorError), safe_open(kept, "pt") as file:
-        biases = {pole: file.get_tensor(pole) for pole in file.keys()}
-    for sign, pole in zip((1, -1), POLES):
-        if pole not in biases:
-            items = [item for item in table if item["pole"] == pole and not declines(item["answer"])]
-            items = [item for item in with_ids(tokenizer, items[:ANSWERS]) if len(item["ids"]) > 1]
-            items.sort(key=lambda item: len(item["ids"]))
-            if not items:
-                raise UserError(f"{answers_path(folder, trait)}: no answers of the {pole} pole to train with")
-            parts = [items[k:k + ROWS] for k in range(0, len(items), ROWS)]
-            with progress(len(parts) * (PASSES + 2), 0, f"{trait}, {pole}: training", "batch") as bar:
-                lessons = []
-                for part in parts:
-                    lessons.append(lesson(model, tokenizer, bench, trait, frame, part, seed))
-                    bar.update()
-                biases[pole] = trained_bias(model, lessons, sign, SHARE, bar.update)
-            write_atomically(kept, save({name: bias.contiguous() for name, bias in biases.items()}))
-    both = [biases[pole] for pole in POLES]
-    with progress(min(VALIDATION, len(bench.questions(trait, "validation", VALIDATION))), 0, f"{trait}: levels", "question") as bar:
-        dose = dose_response(model, tokenizer, bench, trait, frame, both, bar.update)
-    places = [bias.nonzero() for bias in both]
-    tensors = {**neurons.tensors, "dose": dose}
-    for pole, bias, place in zip(POLES, both, places):
-        tensors[f"{pole}_place"], tensors[f"{pole}_bias"] = place.int(), bias[place[:, 0], place[:, 1]]
-    neurons = Neurons(tensors, {**neurons.meta, "trained": made_with}, neurons.path)
-    neurons.save(Path(neurons.path))
-    kept.unlink(missing_ok=True)
+    kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
+    with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
+        neurons, biases = Neurons.load(path), {}
+        if neurons.trained == made_with:
+            return neurons
+        with contextlib.suppress(OSError, SafetensorError), safe_open(kept, "pt") as file:
+            biases = {pole: file.get_tensor(pole) for pole in file.keys()}
+        for pole in POLES:
+            if pole not in biases or biases[pole].shape != neurons.shape:
+                biases[pole] = trained_on(model, tokenizer, bench, neurons, pole, seed).contiguous()
+                write_atomically(kept, save(biases))
+        questions = len(bench.questions(neurons.trait, "validation", VALIDATION))
+        with progress(questions, 0, f"{neurons.trait}: levels", "question") as bar:
+            both = [biases[pole] for pole in POLES]
+            tensors = {"dose": dose_response(model, tokenizer, bench, neurons.trait, neurons.frame, both, bar.update)}
+        for pole in POLES:
+            place = biases[pole].nonzero()
+            tensors |= {f"{pole}_place": place.int(), f"{pole}_bias": biases[pole][place[:, 0], place[:, 1]]}
+        neurons = Neurons({**neurons.tensors, **tensors}, {**neurons.meta, "trained": made_with}, str(path))
+        neurons.save(path)
+        kept.unlink(missing_ok=True)
     return neurons

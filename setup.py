@@ -44,8 +44,8 @@ setup(
     package_data={"personality.csrc": ["*.h", "*.cpp", "*.cu"], "personality.texts": ["*"]},
     py_modules=[],  # not the scripts: a module named evaluate would be in the way of Hugging Face's
     install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "datasets", "filelock",
-                      "huggingface_hub", "jinja2", "matplotlib", "ninja", "numpy", "pandas", "rich", "scipy>=1.15", "setuptools",
-                      "tqdm", "tomli; python_version < '3.11'"],
+                      "huggingface_hub", "jinja2", "matplotlib", "ninja", "numpy", "packaging", "pandas", "rich", "scipy>=1.15",
+                      "setuptools", "tqdm", "tomli; python_version < '3.11'"],
     extras_require={"judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"],
                     "bench": ["openai", "datasketch", "py3langid"],
                     "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid"]},

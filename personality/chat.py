@@ -10,7 +10,7 @@ from . import TRAITS
 from .frame import Frame
 from .methods import Character, Profiles
 from .mlp import find_mlps
-from .model import answer_text, check_length, prompt_ids, sampling, writing
+from .model import CACHE, answer_text, check_length, prompt_ids, sampling, writing
 from .steer import Profile, steer
 from .terminal import CHAT_HELP, UserError, check_alpha, check_trait
 
@@ -60,7 +60,7 @@ class Chat:
                           **sampling(self.args.temperature, self.args.top_p))
         try:
             with torch.no_grad():
-                output = self.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=self.cache,
+                output = self.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **{CACHE: self.cache},
                                              streamer=streamer, **options)[0].tolist()
         except KeyboardInterrupt:
             print()

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from . import POLES
 from .endpoint import Endpoint, NoReply
 from .frame import Frame, conversation
-from .model import answer_ids, fingerprint, pad_left, prompt_ids, render
+from .model import CACHE, answer_ids, fingerprint, pad_left, prompt_ids, render
 from .questions import Bench, all_facets, facets
 from .store import Journal, digest, read_text
 from .terminal import UserError, progress
@@ -39,11 +39,11 @@ def prefill(model, tokenizer, prompts: list[list[int]]):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         if shared:
-            model(input_ids=torch.tensor([prompts[0][:shared]], device=ids.device), past_key_values=cache, logits_to_keep=1)
+            model(input_ids=torch.tensor([prompts[0][:shared]], device=ids.device), **{CACHE: cache}, logits_to_keep=1)
             cache.batch_repeat_interleave(len(prompts))
         mask = torch.cat([mask.new_ones((len(prompts), shared)), mask], 1)
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position, **{CACHE: cache}, logits_to_keep=1).logits
     return logits[:, -1].float(), cache, mask, position[:, -1:]
 
 
@@ -66,7 +66,7 @@ def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: 
         mask = torch.cat([mask, mask.new_ones((len(mask), width - 1))], 1)
         position = position.repeat_interleave(many, 0) + torch.arange(1, width, device=ids.device)
         with torch.no_grad():
-            logits = model(input_ids=ids[:, :-1], attention_mask=mask, position_ids=position, past_key_values=cache).logits
+            logits = model(input_ids=ids[:, :-1], attention_mask=mask, position_ids=position, **{CACHE: cache}).logits
         loss = torch.stack([torch.nn.functional.cross_entropy(row.float(), target, reduction="none")
                             for row, target in zip(logits, ids[:, 1:])])  # by row: all of them in float32 are large
         total = total - (loss * (torch.arange(1, width, device=ids.device) < lengths[:, None])).sum(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from packaging.version import Version
 
 from .frame import Frame, conversation
 from .gguf import dequantised
@@ -16,6 +17,8 @@ from .op import check_cuda
 from .terminal import FRAME, UserError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# what a forward and generate() call the keys and values of what was read: since 5.24 the other name is one that is warned of
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0.dev0") else "past_key_values"
 SEARCH_PENALTY, TEST_PENALTY = 1.1, 1.15  # of repetition: the paper's, when it searches and when it tests
 
 

@@ -250,7 +250,7 @@ def replace(undo: contextlib.ExitStack, owner, name: str, value) -> None:
 
 def cached(kwargs) -> int:
     """Tokens that a call's cache holds already."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # since transformers 5.24, and before
     return 0 if cache is None else int(cache.get_seq_length())
 
 

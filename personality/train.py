@@ -28,7 +28,7 @@ from . import POLES
 from .frame import Frame, declines
 from .judges import log_likelihoods
 from .mlp import decoder_of, find_mlps
-from .model import TEST_PENALTY, answers, pad_left, prompt_ids, with_ids, without_stop
+from .model import CACHE, TEST_PENALTY, answers, pad_left, prompt_ids, with_ids, without_stop
 from .neurons import Neurons, answers_path
 from .questions import Bench, read_answers
 from .steer import Profile, steer
@@ -70,7 +70,7 @@ def read_prompts(model, tokenizer, conversations: list[list[dict]]):
     ids, mask = pad_left([prompt_ids(tokenizer, turns) for turns in conversations], tokenizer.pad_token_id, model.device)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+        decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **{CACHE: cache})
     return [(layer.keys, layer.values) for layer in cache.layers], mask
 
 
@@ -82,7 +82,7 @@ def go_on(model, prompts, ids):
         cache.update(keys, values, layer)
     mask = torch.cat([mask, mask.new_ones(ids.shape)], 1)
     positions = (mask.cumsum(1) - 1)[:, -ids.shape[1]:]
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits
     return logits.float().log_softmax(-1)
 
 

@@ -12,7 +12,7 @@ from personality import POLES, TRAITS, UserError, load_model, results
 from personality.frame import Frame, conversation
 from personality.judges import (OPTIONS, ContrastJudge, LocalJudge, contrast, described_facets, expected_digit, judge_personas,
                                 log_likelihoods, material, percentiles, read_inventory, repetition, rubric, self_report)
-from personality.model import answer_ids, prepared, prompt_ids
+from personality.model import CACHE, answer_ids, prepared, prompt_ids
 from personality.questions import built_in_bench, read_given
 from personality.store import Journal
 
@@ -34,7 +34,7 @@ def reader(texts, says):
 
     def instead(module, args, kwargs, output):
         ids = kwargs["input_ids"]
-        fresh = kwargs["past_key_values"].get_seq_length() == ids.shape[1]
+        fresh = kwargs[CACHE].get_seq_length() == ids.shape[1]
         read[:] = [""] * len(ids) if fresh else [text for text in read for _ in range(len(ids) // len(read))]
         logits = torch.zeros((*ids.shape, len(names)))
         for row, tokens in enumerate(ids.tolist()):

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Stoppi
 
 from conftest import prompts, tiny
 from personality import Neurons, Statistics, UserError, npti, observe, steer
+from personality.model import CACHE
 from reference import close, decoding, hooks, random_profile, shared, state_of, with_logits, write
 
 # ------------------------------------------------------------------------------------------ untouched rows and models
@@ -186,13 +187,13 @@ def test_continued_conversation():
     cache = lambda: DynamicCache([(keys.clone(), values.clone()) for keys, values in kept])  # noqa: E731
     with steer(model, random_profile()):
         expected = write(model, **x)
-        assert torch.equal(write(model, **x, past_key_values=cache()), expected)
+        assert torch.equal(write(model, **x, **{CACHE: cache()}), expected)
     new = {**x, "input_ids": more[:, cached:]}  # with a mask of all tokens, those alone will do
     for where, prompt in (("generated", 0), ("all", more.shape[1] - cached)):
         for given in (x, new):
             statistics = Statistics.of(model)
             with observe(model, statistics, where=where):
-                write(model, **given, past_key_values=cache())
+                write(model, **given, **{CACHE: cache()})
             assert statistics.tokens == 4 * (prompt + 4)
 
 

@@ -349,10 +349,10 @@ def head_line(run: Evaluation, made_with: dict, made: list[dict]) -> str:
     """What the figures are of, in one line."""
     args, model = run.args, run.people.model
     alphas, nobody = ", ".join(f"{alpha:g}" for alpha in args.alpha), sum(declines(line["answer"]) for line in made)
-    made = f"answers of {args.answers}, " if args.answers else (
+    source = f"answers of {args.answers}, " if args.answers else (
         f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, frame {run.people.frame}, "
         f"alpha {alphas}, seed {args.seed}; ")
-    head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {made}judges: {', '.join(args.judge)}"
+    head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {source}judges: {', '.join(args.judge)}"
     if run.rater:
         lost = sum(line["score"] is None for line in run.scores if line.get("judge") == run.rater.name)
         head += f" ({run.rater.name}; {lost} replies were no rating)"

@@ -216,6 +216,12 @@ def test_wrong_flags(small, made, monkeypatch, tmp_path, flags, pattern):
         evaluation(small, made, monkeypatch, tmp_path, *flags)
 
 
+def test_who_declines_is_counted(small, made, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "declines", lambda answer: True)
+    evaluation(small, made, monkeypatch, tmp_path, "--method", "unedited", "npti", alphas=("1",))
+    assert "12 of 12 answers decline to be anyone" in details_of(tmp_path)["head"]
+
+
 def test_answers_of_another_source(small, made, monkeypatch, tmp_path):
     lines = [{"trait": "openness", "pole": pole, "question": f"w1{k} ?", "answer": f"w2{k} {word} w32"}
              for k in range(3) for pole, word in zip(POLES, ("w30", "w31"))]

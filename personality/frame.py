@@ -4,6 +4,7 @@ An assistant that is asked bare says that it has no feelings, under a persona to
 frames its questions (a real person, genuine feelings) in its own words; these are ours.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Frame:
     question: str = ""
 
     @classmethod
+    @functools.cache
     def named(cls, name: str) -> "Frame":
         """person (texts/frames.toml), none, or a text of the user's own that the system turn begins with."""
         frames = read_toml(TEXTS / "frames.toml")

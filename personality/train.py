@@ -31,6 +31,7 @@ from .mlp import decoder_of, find_mlps
 from .model import CACHE, TEST_PENALTY, answers, pad_left, prompt_ids, with_ids, without_stop
 from .neurons import Neurons, answers_path
 from .questions import Bench, read_answers
+from .rows import replace
 from .steer import Profile, steer
 from .store import digest, only_run, write_atomically
 from .terminal import UserError, progress, resumable
@@ -125,18 +126,13 @@ def biased(model, bias):
         return forward
 
     weights = [(weight, weight.requires_grad) for weight in model.parameters()]
-    mlps = find_mlps(model)
-    try:
-        for weight, _ in weights:
-            weight.requires_grad_(False)
-        for number, mlp in enumerate(mlps):
-            mlp.module.forward = through(mlp, number)
-        yield
-    finally:
-        for mlp in mlps:
-            mlp.module.__dict__.pop("forward", None)
+    with contextlib.ExitStack() as undo:
         for weight, before in weights:
-            weight.requires_grad_(before)
+            undo.callback(weight.requires_grad_, before)
+            weight.requires_grad_(False)
+        for number, mlp in enumerate(find_mlps(model)):
+            replace(undo, mlp.module, "forward", through(mlp, number))
+        yield
 
 
 def divergence(model, of: Lesson, sign: int):
@@ -160,9 +156,10 @@ def gradient(model, of: Lesson, sign: int, bias):
 
 def choose(model, lessons: list[Lesson], sign: int, share: float, step):
     """The neurons whose biases are trained: a mask (layers, d_ff) of zeros and ones."""
-    depth, width, slope, squares = len(find_mlps(model)), find_mlps(model)[0].width, 0, 0
+    mlps, slope, squares = find_mlps(model), 0, 0
     for of in lessons:
-        rows = len(of.ids) * gradient(model, of, sign, torch.zeros((depth, len(of.ids), 1, width), device=model.device))[:, :, 0]
+        nothing = torch.zeros((len(mlps), len(of.ids), 1, mlps[0].width), device=model.device)
+        rows = len(of.ids) * gradient(model, of, sign, nothing)[:, :, 0]
         slope, squares = slope + rows.sum(1), squares + rows.square().sum(1)
         step()
     gain = slope.square() / (squares + 1e-3 * squares.mean())
@@ -244,6 +241,9 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
     made_with, path = digest(options(seed), bench.fingerprint()), Path(neurons.path)
     if neurons.trained == made_with:
         return neurons
+    if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
+        raise UserError(f"{path}: edits can't be trained while the model is steered or observed: identify.py --train --trait "
+                        f"{neurons.trait} makes them before")
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
         neurons, biases = Neurons.load(path), {}

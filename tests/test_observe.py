@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import prompts, tiny
 from personality import POLES, Neurons, Statistics, UserError, observe, steer
@@ -124,9 +125,9 @@ def test_state_goes_on_in_another_run(tmp_path):
     """What state() gives is all of it, what is pending on a CPU as well: loaded and gone on with, it is as if never left."""
     model = shared("llama")
     whole, first = observed(model, [0] * 4, (0, 1)), observed(model, [0] * 4, (0,))
-    torch.save(first.state(), tmp_path / "state")
+    save_file(first.state(), tmp_path / "state")
     resumed = Statistics.of(model)
-    resumed.load(torch.load(tmp_path / "state"))
+    resumed.load(load_file(tmp_path / "state"))
     same(resumed, first)
     with observe(model, resumed):
         write(model, **prompts(seed=1))

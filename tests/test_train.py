@@ -140,6 +140,18 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
     assert not list(folder.glob(".*safetensors"))
 
 
+def test_no_training_while_steered(small, made):
+    """As /trait in a chat would have it: one line, and the model is steered as before."""
+    ids, bias = torch.tensor([[5, 9, 12]]), torch.full(shape_of(small), 0.3)
+    with torch.no_grad(), steer(small.model, Profile.dense(bias=bias), where="all"):
+        before = small.model(input_ids=ids).logits
+        with pytest.raises(UserError, match="identify.py --train --trait extraversion"):
+            train.add_trained(small.model, small.tokenizer, small.bench, Neurons.load(made / "extraversion.safetensors"))
+        with train.biased(small.model, torch.zeros(shape_of(small))):
+            assert not torch.equal(small.model(input_ids=ids).logits, before)
+        assert torch.equal(small.model(input_ids=ids).logits, before)
+
+
 def test_damaged_trained_edits_are_refused(learnt):
     neurons = Neurons.load(learnt / "extraversion.safetensors")
     for name, value in (("high_place", neurons.high_place + 10_000), ("low_bias", neurons.low_bias[:0]),

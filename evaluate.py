@@ -15,7 +15,7 @@ from personality import POLES, TRAITS
 from personality.terminal import (Flags, UserError, bench_argument, check_trait, model_arguments, number, positive, progress,
                                   refuse, resumable, script, where_argument)
 
-METHODS = ("unedited", "simple", "persona", "npti", "trained", "hybrid", "dpn-le", "activation")
+METHODS = ("unedited", "simple", "persona", "npti", "trained", "hybrid", "dpn-le", "activation", "residual", "lora")
 JUDGES = ("contrast", "llm", "questionnaire")
 DOSES = (0.5, 1.0, 1.5, 2.0)
 STRENGTH = number(0, 100)  # above 0: both poles are measured
@@ -26,8 +26,10 @@ def parser() -> Flags:
     add, doses = flags.add_argument, " ".join(f"{dose:g}" for dose in DOSES)
     add("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
     add("--alpha", action="append", type=STRENGTH, metavar="A", help="strength of the edits, again for several (default: 1.5)")
-    add("--level", action="append", type=STRENGTH, metavar="L", help="likewise, of trained edits, alone and in hybrid (default: 1)")
-    add("--method", nargs="+", choices=METHODS, help="default: " + " ".join(METHODS[:5]))
+    add("--level", action="append", type=STRENGTH, metavar="L",
+        help="likewise, of trained edits, alone and in hybrid, and of residual (default: 1)")
+    add("--method", nargs="+", choices=METHODS, metavar="M",
+        help="of " + ", ".join(METHODS) + "; default: the first five (--full: all but lora, which needs peft)")
     add("--judge", nargs="+", choices=JUDGES, help="default: contrast")
     add("--judge-model", metavar="M",
         help="what judges, contrast and llm, as --model takes it (default: --model): the base model of a baked one, say; with "
@@ -79,8 +81,9 @@ def arguments():
     args.trait = [check_trait(trait) for trait in args.trait]
     args.alpha = sorted(set(args.alpha or [1.5]))
     args.level = sorted(set(args.level or [1.0]))
-    args.strengths = {**dict.fromkeys(("npti", "dpn-le", "activation"), args.alpha), "trained": args.level, "hybrid": args.level}
-    args.method = args.method or list(METHODS if args.full else METHODS[:5])
+    args.strengths = {**dict.fromkeys(("npti", "dpn-le", "activation"), args.alpha),
+                      **dict.fromkeys(("trained", "hybrid", "residual"), args.level)}
+    args.method = args.method or list(METHODS[:-1] if args.full else METHODS[:5])
     args.judge = list(dict.fromkeys(args.judge or (JUDGES if args.full else JUDGES[:1])))
     if args.full:
         args.spill_over, args.capability, args.dose = args.spill_over or 4, args.capability or "", args.dose or list(DOSES)
@@ -97,6 +100,7 @@ from pathlib import Path  # noqa: E402
 
 from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
+from personality.baselines import Baselines, check_peft  # noqa: E402
 from personality.grid import character_cells, grid, random_characters, talks  # noqa: E402
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
@@ -107,8 +111,8 @@ from personality.model import (TEST_PENALTY, answer_ids, answers, dtype_of, fing
 from personality.neurons import NeuronFolder  # noqa: E402
 from personality.questions import Bench, load_bench, read_given  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
-from personality.results import (EDITS, HYBRID, WAYS, Condition, condition_of, distinct, is_answer, is_cost,  # noqa: E402
-                                 is_report, is_score, mean_of, of_edit, only)
+from personality.results import (EDITS, HYBRID, IN_THE_MODEL, TUNED, WAYS, Condition, condition_of, distinct,  # noqa: E402
+                                 is_answer, is_cost, is_report, is_score, mean_of, of_edit, only)
 from personality.steer import Profile, steer  # noqa: E402
 from personality.store import Journal, digest, lines_of, only_run  # noqa: E402
 from personality.train import add_trained  # noqa: E402
@@ -128,6 +132,7 @@ class Personalities:
         self.neurons = NeuronFolder(model, args.neurons, functools.partial(identify, model, tokenizer, **options), self.frame,
                                     functools.partial(add_trained, model, tokenizer, bench, seed=args.seed))
         self.profiles = Profiles(model, tokenizer, self.neurons, suppress=args.suppress)
+        self.baselines = Baselines(model, tokenizer, bench, self.neurons, args.seed)
 
     def profile(self, condition: Condition) -> Profile:
         method, trait, pole, alpha = condition
@@ -139,18 +144,23 @@ class Personalities:
         if method == "levels":  # the strongest alpha of a character is the highest level
             share = max(self.args.level) / max(self.args.alpha)
             return self.profiles.of(Character({trait: own * share for trait, own in zip(TRAITS, alpha)}, "trained"))
+        if method == "residual":
+            return self.baselines.residual(trait, alpha if pole == "high" else -alpha)
         return self.profiles.of(Character({trait: alpha if pole == "high" else -alpha}, "trained" if method == HYBRID else method))
 
     def key(self, condition: Condition) -> str | None:
         """What a method's edits come from, for the keys of what is made with them."""
-        if condition.method not in STEERED:
+        if condition.method not in (*STEERED, TUNED):
             return None
         traits = [condition.trait] if condition.trait else TRAITS
-        keys = [self.neurons.trained(trait).trained if condition.method in TRAINED else "" for trait in traits]
+        keys = [self.neurons.trained(trait).trained if condition.method in TRAINED else
+                self.baselines.key(trait) if condition.method in ("residual", TUNED) else "" for trait in traits]
         return f"{condition.method}/{'/'.join(self.neurons[trait].key + key for trait, key in zip(traits, keys))}"
 
     def steered(self, condition: Condition):
         """A context in which every row of the model has the condition's edits; prompts do nothing here."""
+        if condition.method == TUNED:
+            return self.baselines.tuned(condition.trait, condition.pole)
         return steer(self.model, self.profile(condition), where="all") if condition.method in STEERED else contextlib.nullcontext()
 
     def system(self, condition: Condition) -> str | None:
@@ -163,22 +173,28 @@ class Personalities:
         return next(cell["persona"] for cell in cells if cell["pole"] == condition.pole)
 
     def answer(self, cells: list[dict], journal: Journal, title: str) -> list[dict]:
-        """Answer what is not answered yet. All methods, poles and alphas share batches: each row has its own edits."""
+        """Answer what is not answered yet. Methods, poles and alphas share batches, a row each; but fine-tuning is of the model."""
         cells = [{"key": digest(cell, self.key(condition_of(cell))), **cell} for cell in cells]
         todo = [cell for cell in cells if cell["key"] not in journal]
-        steered = dict.fromkeys(condition for condition in map(condition_of, todo) if condition.method in STEERED)
+        alone = lambda cell: condition_of(cell) if cell["method"] == TUNED else None  # noqa: E731
+        with progress(len(cells), len(cells) - len(todo), title) as bar:
+            for condition in dict.fromkeys(map(alone, todo)):
+                with self.steered(condition) if condition else contextlib.nullcontext():
+                    self.answer_batches([cell for cell in todo if alone(cell) == condition], journal, bar)
+        return [journal[cell["key"]] for cell in cells]
+
+    def answer_batches(self, cells: list[dict], journal: Journal, bar) -> None:
+        steered = dict.fromkeys(condition for condition in map(condition_of, cells) if condition.method in STEERED)
         number_of = {condition: number for number, condition in enumerate(steered, 1)}
         profiles = [self.profile(condition) for condition in steered] or [Profile.empty()]
-        with progress(len(cells), len(cells) - len(todo), title) as bar:
-            for start in range(0, len(todo), self.args.batch_size):
-                batch = todo[start:start + self.args.batch_size]
-                asked = [self.frame.turns(cell["question"], cell["persona"], cell.get("before", ())) for cell in batch]
-                with steer(self.model, profiles, [number_of.get(condition_of(cell), 0) for cell in batch], self.args.where):
-                    said = answers(self.model, self.tokenizer, asked, self.args.max_new_tokens, repetition_penalty=TEST_PENALTY)
-                journal.append(*({**cell, "answer": text, "ids": without_stop(self.tokenizer, ids)}
-                                 for cell, (text, ids) in zip(batch, said)))
-                bar.update(len(batch))
-        return [journal[cell["key"]] for cell in cells]
+        for start in range(0, len(cells), self.args.batch_size):
+            batch = cells[start:start + self.args.batch_size]
+            asked = [self.frame.turns(cell["question"], cell["persona"], cell.get("before", ())) for cell in batch]
+            with steer(self.model, profiles, [number_of.get(condition_of(cell), 0) for cell in batch], self.args.where):
+                said = answers(self.model, self.tokenizer, asked, self.args.max_new_tokens, repetition_penalty=TEST_PENALTY)
+            journal.append(*({**cell, "answer": text, "ids": without_stop(self.tokenizer, ids)}
+                             for cell, (text, ids) in zip(batch, said)))
+            bar.update(len(batch))
 
     def measure(self, conditions: list[Condition], work: str, journal: Journal, measure) -> list[tuple[dict, dict]]:
         """(condition, its line in the journal) of measure(condition) under each condition's edits, of which none is done twice."""
@@ -287,7 +303,7 @@ class Evaluation:
 
         def measure(condition):
             result = {"quiz": capability.quiz(people.model, people.tokenizer, people.system(condition), args.batch_size)}
-            if condition.method in ("unedited", *EDITS):  # a prompt has no part in a text
+            if condition.method in IN_THE_MODEL:  # a prompt has no part in a text
                 edited, chosen = capability.neutral_pass(people.model, people.tokenizer)
                 result |= {"added": [a - b for a, b in zip(edited, losses)],
                            "agreement": [float((a == b).float().mean()) for a, b in zip(chosen, choices)]}
@@ -299,7 +315,7 @@ class Evaluation:
 
     def harness(self, conditions: list[Condition]) -> list[dict]:
         people, tasks = self.people, self.args.capability
-        conditions = [condition for condition in conditions if condition.method in ("unedited", *EDITS)]
+        conditions = [condition for condition in conditions if condition.method in IN_THE_MODEL]
         lines = people.measure(conditions, f"lm_eval {tasks}", self.costs, lambda condition: {"tasks": capability.harness(
             people.model, people.tokenizer, tasks, self.args.batch_size, self.args.seed)})
         return [{**condition, "task": task, "metric": metric, "value": value} for condition, line in lines
@@ -381,7 +397,7 @@ def evaluate(args) -> None:
     with only_run(Path(args.out) / ".lock", f"--out {args.out}: another run is writing it", wait=False):
         run = Evaluation(people, contrast, rater, args, made_with)
         make = people.neurons.trained if args.characters or set(args.method) & set(TRAINED) else people.neurons.__getitem__
-        edited = [trait for trait in args.trait if set(args.method) & set(STEERED)] + list(TRAITS if args.characters else ())
+        edited = [trait for trait in args.trait if set(args.method) & {*STEERED, TUNED}] + list(TRAITS if args.characters else ())
         for trait in edited if not args.answers else ():
             make(trait)  # now, where it is not there yet
         steps(run, args, lambda found, made: write_reports(
@@ -428,5 +444,7 @@ def main(args) -> None:
     args.items = read_inventory(args.inventory)
     if args.characters and "questionnaire" in args.judge and {item[1] for item in args.items} != set(TRAITS):
         raise UserError(f"--characters: --inventory {args.inventory} does not ask about all five traits")
+    if TUNED in args.method:
+        check_peft()
     with resumable():
         evaluate(args)

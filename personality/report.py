@@ -16,7 +16,8 @@ from .store import markdown, read_text, parse_json, rendered, write_atomically
 from .terminal import UserError, show_table
 
 COLOURS = {"unedited": "#000000", "simple": "#56B4E9", "persona": "#E69F00", "npti": "#D55E00",  # Okabe and Ito's
-           "activation": "#0072B2", "dpn-le": "#CC79A7", "trained": "#009E73", "hybrid": "#F0E442", "given": "#999999"}
+           "activation": "#0072B2", "dpn-le": "#CC79A7", "trained": "#009E73", "hybrid": "#F0E442", "given": "#999999",
+           "residual": "#8B5A2B", "lora": "#7F7F00"}
 POLE_COLOURS = {"high": "#D55E00", "low": "#0072B2", "unedited": "#000000"}
 FORMATS = {"perplexity": ".1f", "repetition": ".1%", "tokens": ".0f", "added": "+.3f", "quiz": ".0%"}
 
@@ -130,7 +131,7 @@ def plot_effects(figure, rows: list[dict]) -> None:
         k = methods.index(named(row))
         y = traits.index(row["trait"]) + (k - (len(methods) - 1) / 2) * 0.8 / len(methods)
         mean, low, high = (scale * value for value in (row["mean"], *row["ci95"]))
-        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="osD^v<>"[k % 7], color=COLOURS[row["method"]], capsize=3,
+        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="osD^v<>ph"[k % 9], color=COLOURS[row["method"]], capsize=3,
                       markersize=5, label=named(row) if row["trait"] == traits[0] else None)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_yticks(range(len(traits)), traits)
@@ -144,7 +145,7 @@ def plot_dose(figure, dose: list[dict]) -> None:
     left, right = figure.subplots(1, 2)
     for method in distinct(dose, "method"):
         rows, colour = only(dose, method=method), COLOURS[method]
-        style = {"color": colour, "linewidth": 2, "label": method, "marker": "o^Ds"[EDITS.index(method)]}
+        style = {"color": colour, "linewidth": 2, "label": method, "marker": "o^Dsv"[EDITS.index(method)]}
         for trait in distinct(rows, "trait"):
             curve = sorted([(0, 0), *((row["alpha"], 1000 * row["mean"]) for row in only(rows, trait=trait))])
             left.plot(*zip(*curve), color=colour, alpha=0.3, linewidth=1)

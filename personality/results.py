@@ -16,8 +16,9 @@ from . import POLES, TRAITS
 
 CONDITION = ["method", "trait", "pole", "alpha"]
 Condition = namedtuple("Condition", CONDITION)  # of a whole character: alpha is a tuple over TRAITS, trait and pole are None
-EDITS = ("npti", "trained", "dpn-le", "activation")  # the methods that have a strength
-HYBRID = "hybrid"  # trained edits, and a persona in the prompt
+EDITS = ("npti", "trained", "dpn-le", "activation", "residual")  # the methods that have a strength
+HYBRID, TUNED = "hybrid", "lora"  # trained edits, and a persona in the prompt; fine-tuning
+IN_THE_MODEL = ("unedited", *EDITS, TUNED)  # and nothing in the prompt
 WAYS = ("composed", "added", "levels", "described")  # to a character: methods' rule, NPTI's sets added up, trained edits, a prompt
 DRAWS = 10_000
 

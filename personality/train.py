@@ -113,6 +113,19 @@ def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list
 
 
 @contextlib.contextmanager
+def frozen(model):
+    """The model's weights get no gradients."""
+    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        for weight, _ in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight, before in weights:
+            weight.requires_grad_(before)
+
+
+@contextlib.contextmanager
 def biased(model, bias):
     """The model with its MLPs in plain PyTorch, through which gradients flow to bias, float32 (layers, d_ff) or
     (layers, rows, 1, d_ff), which is added to each neuron's product; the weights get none. (The op has no backward.)"""
@@ -125,11 +138,7 @@ def biased(model, bias):
 
         return forward
 
-    weights = [(weight, weight.requires_grad) for weight in model.parameters()]
-    with contextlib.ExitStack() as undo:
-        for weight, before in weights:
-            undo.callback(weight.requires_grad_, before)
-            weight.requires_grad_(False)
+    with frozen(model), contextlib.ExitStack() as undo:
         for number, mlp in enumerate(find_mlps(model)):
             replace(undo, mlp.module, "forward", through(mlp, number))
         yield
@@ -143,12 +152,12 @@ def divergence(model, of: Lesson, sign: int):
     return (apart * of.counted).sum() / of.counted.sum()
 
 
-def gradient(model, of: Lesson, sign: int, bias):
-    """The slope d divergence / d bias, in the shape of bias, as biased() takes it."""
-    bias = bias.detach().requires_grad_()
-    with biased(model, bias):
+def gradient(model, of: Lesson, sign: int, constants, student=biased):
+    """The slope d divergence / d constants, in their shape, as student(model, constants), a context, takes them."""
+    constants = constants.detach().requires_grad_()
+    with student(model, constants), torch.enable_grad():
         loss = divergence(model, of, sign)
-        slope, = torch.autograd.grad(loss, bias)
+        slope, = torch.autograd.grad(loss, constants)
     if not bool(slope.isfinite().all()):
         raise UserError("training: a gradient is no finite number: try --dtype float32")
     return slope
@@ -168,28 +177,26 @@ def choose(model, lessons: list[Lesson], sign: int, share: float, step):
     return chosen.view_as(gain)
 
 
-def trained_bias(model, lessons: list[Lesson], sign: int, share: float, step) -> torch.Tensor:
-    """The biases (layers, d_ff) of one pole, 0 but for the chosen neurons; step() is called after each batch."""
-    chosen = choose(model, lessons, sign, share, step)
-    bias, steps = torch.zeros_like(chosen), PASSES * len(lessons)
-    adam = torch.optim.Adam([bias], betas=(0.9, 0.99))
+def fitted(model, lessons: list[Lesson], sign: int, chosen, step, rate: float = RATE, student=biased) -> torch.Tensor:
+    """The constants of one pole, in the shape of chosen, 0 but where that is 1; step() is called after each batch."""
+    constants, steps = torch.zeros_like(chosen), PASSES * len(lessons)
+    adam = torch.optim.Adam([constants], betas=(0.9, 0.99))
     for k in range(steps):
-        adam.param_groups[0]["lr"] = RATE * (1 - k / steps)
-        bias.grad = gradient(model, lessons[k % len(lessons)], sign, bias) * chosen
+        adam.param_groups[0]["lr"] = rate * (1 - k / steps)
+        constants.grad = gradient(model, lessons[k % len(lessons)], sign, constants, student) * chosen
         adam.step()
         step()
-    return bias.cpu()
+    return constants.cpu()
 
 
 # --------------------------------------------------------------------------------------------------------- dose response
 
 
-def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, biases: list, step) -> torch.Tensor:
-    """float32 (2, MULTIPLES, 3), pole high first: a multiple of the biases; how far the answers to validation questions move to
+def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, profiles: list[Profile], step) -> torch.Tensor:
+    """float32 (2, MULTIPLES, 3), pole high first: a multiple of the constants; how far the answers to validation questions move to
     their pole, in nats a token of log p(answer|high) - log p(answer|low) under search personas; by what factor their perplexity
-    under the unedited model grows (the geometric mean)."""
-    sides = [multiple * bias for bias in biases for multiple in MULTIPLES]
-    profiles, people, moved, dearer = [Profile.dense(bias=side) for side in sides], range(len(sides) + 1), [], []
+    under the unedited model grows (the geometric mean). profiles: in that order, of all poles and multiples."""
+    people, moved, dearer = range(len(profiles) + 1), [], []
     personas = [bench.personas_for("search", trait, pole)[0] for pole in POLES]
     questions = bench.questions(trait, "validation", VALIDATION)
     for part in (questions[k:k + TOGETHER] for k in range(0, len(questions), TOGETHER)):
@@ -219,20 +226,33 @@ def options(seed: int) -> dict:
             "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "seed": seed}
 
 
-def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int) -> torch.Tensor:
-    """The biases of one pole, from the answers that lie beside a neuron file."""
+def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]:
+    """The answers of one pole that lie beside a neuron file, with ids, in batches of like lengths."""
     path = answers_path(neurons.folder, neurons.trait)
     table = read_answers(path, neurons.trait)[0]
     items = [item for item in table if item["pole"] == pole and not declines(item["answer"])][:ANSWERS]
     items = sorted((item for item in with_ids(tokenizer, items) if len(item["ids"]) > 1), key=lambda item: len(item["ids"]))
     if not items:
         raise UserError(f"{path}: no answers of the {pole} pole to train with")
-    parts, lessons = [items[k:k + ROWS] for k in range(0, len(items), ROWS)], []
+    return [items[k:k + ROWS] for k in range(0, len(items), ROWS)]
+
+
+def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int, fit) -> torch.Tensor:
+    """The constants of one pole, from the answers beside a neuron file: what fit(lessons, sign, step) makes of them."""
+    parts, lessons = answers_to_learn(tokenizer, neurons, pole), []
     with progress(len(parts) * (PASSES + 2), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
         for part in parts:
             lessons.append(lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed))
             bar.update()
-        return trained_bias(model, lessons, 1 if pole == "high" else -1, SHARE, bar.update)
+        return fit(lessons, 1 if pole == "high" else -1, bar.update)
+
+
+def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
+    """The dose response of the profiles profile_of(pole, multiple)."""
+    profiles = [profile_of(pole, multiple) for pole in POLES for multiple in MULTIPLES]
+    questions = len(bench.questions(neurons.trait, "validation", VALIDATION))
+    with progress(questions, 0, f"{neurons.trait}: levels", "question") as bar:
+        return dose_response(model, tokenizer, bench, neurons.trait, neurons.frame, profiles, bar.update)
 
 
 def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0) -> Neurons:
@@ -244,6 +264,9 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
         raise UserError(f"{path}: edits can't be trained while the model is steered or observed: identify.py --train --trait "
                         f"{neurons.trait} makes them before")
+    def fit(lessons, sign, step):
+        return fitted(model, lessons, sign, choose(model, lessons, sign, SHARE, step), step)
+
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
         neurons, biases = Neurons.load(path), {}
@@ -253,12 +276,10 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
             biases = {pole: file.get_tensor(pole) for pole in file.keys()}
         for pole in POLES:
             if pole not in biases or biases[pole].shape != neurons.shape:
-                biases[pole] = trained_on(model, tokenizer, bench, neurons, pole, seed).contiguous()
+                biases[pole] = trained_on(model, tokenizer, bench, neurons, pole, seed, fit).contiguous()
                 write_atomically(kept, save(biases))
-        questions = len(bench.questions(neurons.trait, "validation", VALIDATION))
-        with progress(questions, 0, f"{neurons.trait}: levels", "question") as bar:
-            both = [biases[pole] for pole in POLES]
-            tensors = {"dose": dose_response(model, tokenizer, bench, neurons.trait, neurons.frame, both, bar.update)}
+        tensors = {"dose": levels(model, tokenizer, bench, neurons, lambda pole, multiple: Profile.dense(
+            bias=multiple * biases[pole]))}
         for pole in POLES:
             place = biases[pole].nonzero()
             tensors |= {f"{pole}_place": place.int(), f"{pole}_bias": biases[pole][place[:, 0], place[:, 1]]}

@@ -16,10 +16,11 @@ import transformers
 import evaluate
 from conftest import FRAMED, Server, lines_of, main_of, run, save_model, shared_flags
 from personality import POLES, TRAITS, Neurons, Profile, UserError, composed, dpn_le, load_model, npti, steer
+from personality.baselines import Baselines
 from personality.judges import contrast, read_inventory
 from personality.methods import activation_addition, mean_difference, npti_edits, suppressed, trained
 from personality.model import TEST_PENALTY, answer_ids, answers
-from personality.neurons import neuron_path
+from personality.neurons import NeuronFolder, neuron_path
 from personality.questions import adjectives, built_in_bench
 from personality.report import write_reports
 from personality.train import add_trained
@@ -102,6 +103,7 @@ def test_answers_are_steered_by_row(small, made, monkeypatch, tmp_path):
     evaluation(small, made, monkeypatch, tmp_path, "--method", *evaluate.METHODS)
     neurons = Neurons.load(made / "extraversion.safetensors", small.model)
     direction = mean_difference(small.model, small.tokenizer, made / "extraversion.answers.jsonl", "extraversion", FRAMED)
+    others = Baselines(small.model, small.tokenizer, small.bench, NeuronFolder(small.model, str(made), frame=FRAMED))
     asked = small.bench.questions("extraversion", "test", 4)
     seen = set()
     for line in lines_of(tmp_path / "answers.jsonl")[1:]:
@@ -110,8 +112,10 @@ def test_answers_are_steered_by_row(small, made, monkeypatch, tmp_path):
         signed = (1 if line["pole"] == "high" else -1) * (line["alpha"] or 0)
         profile = (npti(neurons, signed) if line["method"] == "npti" else activation_addition([(direction, signed)])
                    if line["method"] == "activation" else dpn_le([(neurons, signed)]) if line["method"] == "dpn-le"
-                   else trained([(neurons, signed)]) if line["method"] in ("trained", "hybrid") else Profile.empty())
-        with steer(small.model, profile):
+                   else trained([(neurons, signed)]) if line["method"] in ("trained", "hybrid")
+                   else others.residual("extraversion", signed) if line["method"] == "residual" else Profile.empty())
+        tuned = others.tuned("extraversion", line["pole"]) if line["method"] == "lora" else contextlib.nullcontext()
+        with tuned, steer(small.model, profile):
             alone = answers(small.model, small.tokenizer, [turns], 5, repetition_penalty=1.15)
         assert alone == [(line["answer"], line["ids"])]
         assert (line["persona"] is not None) == (line["method"] in ("simple", "persona", "hybrid"))
@@ -367,8 +371,8 @@ def test_full_run_has_everything(whole):
         assert {row["measured"] for row in details["spill_over"] if (row["judge"], row["method"]) == of} == set(TRAITS)
     rows = summary_of(whole)
     assert {row["judge"].split(":")[0] for row in rows} == set(evaluate.JUDGES)
-    assert {row["method"] for row in rows} == set(evaluate.METHODS)
-    assert len(details["questionnaire"]) == 15 and details["agreement"]
+    assert {row["method"] for row in rows} == set(evaluate.METHODS) - {"lora"}
+    assert len(details["questionnaire"]) == 17 and details["agreement"]
     assert {row["n"] for row in rows if row["judge"] == "questionnaire"} == {12}, "two items a facet"
     for row in details.get("matched", ()):
         assert {"mean", "perplexity", "repetition", "added", "quiz"} <= set(row)
@@ -394,11 +398,11 @@ def test_steering_is_on_in_scoring_passes(whole):
     rows = details_of(whole)["capability"]
     plain, *edited = [row for row in rows if "added" in row]
     assert plain["method"] == "unedited" and plain["added"]["mean"] == 0 and plain["agreement"]["mean"] == 1
-    assert {row["method"] for row in edited} == set(evaluate.EDITS) and len(edited) == 8
+    assert {row["method"] for row in edited} == set(evaluate.EDITS) and len(edited) == 10
     for row in edited:
         assert abs(row["added"]["mean"]) > 1e-4 and 0 <= row["agreement"]["mean"] <= 1
         assert row["added"]["ci95"][0] <= row["added"]["mean"] <= row["added"]["ci95"][1]
-    assert all(0 <= row["quiz"]["mean"] <= 1 for row in rows) and len(rows) == 15
+    assert all(0 <= row["quiz"]["mean"] <= 1 for row in rows) and len(rows) == 17
 
 
 class PlantedJudge:

@@ -149,8 +149,8 @@ def test_effects_stand_where_they_were_measured(found):
 
 def test_dose_response_is_of_every_method(found):
     left, right = drawing(plot_dose, found["dose"])
-    assert len(left.lines) == 4 * 2 + 4 and len(right.lines) == 4, "traits and their mean; perplexity"
-    assert [list(line.get_ydata()) for line in left.lines if line.get_linewidth() == 2] == [pytest.approx([0, 50, 100])] * 4
+    assert len(left.lines) == len(EDITS) * (2 + 1) and len(right.lines) == len(EDITS), "traits and their mean; perplexity"
+    assert [list(line.get_ydata()) for line in left.lines if line.get_linewidth() == 2] == [pytest.approx([0, 50, 100])] * len(EDITS)
     assert [text.get_text() for text in left.get_legend().get_texts()] == list(EDITS)
 
 

@@ -72,8 +72,7 @@ def test_a_planted_bias_is_found(small, made, monkeypatch, layer, index, value):
         before = float(train.divergence(small.model, lessons[0], 1))
     some = torch.zeros_like(planted)
     some.view(-1)[::11] = some[layer, index] = 1
-    monkeypatch.setattr(train, "choose", lambda *_: some)
-    bias = train.trained_bias(small.model, lessons, 1, 0.1, lambda: None)
+    bias = train.fitted(small.model, lessons, 1, some, lambda: None)
     assert bool((bias[some == 0] == 0).all()) and bias.abs().max() == bias[layer, index].abs() and bias[layer, index] * value > 0
     with torch.no_grad(), train.biased(small.model, bias):
         assert float(train.divergence(small.model, lessons[0], 1)) < before / 2
@@ -122,7 +121,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
     folder = tmp_path_factory.mktemp("killed")
     for path in made.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    neurons, plain, calls = Neurons.load(folder / "extraversion.safetensors"), train.trained_bias, []
+    neurons, plain, calls = Neurons.load(folder / "extraversion.safetensors"), train.fitted, []
 
     def killed(model, lessons, sign, *more):
         calls.append(sign)
@@ -130,7 +129,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
             raise KeyboardInterrupt
         return plain(model, lessons, sign, *more)
 
-    monkeypatch.setattr(train, "trained_bias", killed)
+    monkeypatch.setattr(train, "fitted", killed)
     with pytest.raises(KeyboardInterrupt, match="what was finished is kept"):
         train.add_trained(small.model, small.tokenizer, small.bench, neurons)
     run(small, folder).identify()  # identify.py --train comes by here first, and leaves what is kept

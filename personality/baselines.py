@@ -1,0 +1,169 @@
+"""What others would train on the same answers; evaluate.py sets the trained edits beside both.
+
+residual    a constant on every layer's output, trained as the edits are: same answers, teacher, passes and levels. PSR (ICML 2026)
+            trains such constants; there are as many as the model is wide and deep, where the edits are of SHARE of its neurons
+lora        fine-tuning, the paper's own yardstick: low-rank adapters of all linear layers, trained to give the persona's answers
+            without the persona, for as many passes as the edits. Needs peft (pip install -e '.[finetune]')
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from . import POLES
+from .methods import multiple_at
+from .mlp import find_mlps
+from .model import answer_inputs
+from .neurons import NeuronFolder, Neurons
+from .questions import Bench
+from .steer import Profile, hidden_states
+from .store import digest, write_atomically
+from .terminal import UserError, progress, resumable
+from .train import PASSES, answers_to_learn, fitted, frozen, levels, options, trained_on
+
+RESIDUAL_RATE = 0.01  # Adam's first step size for the constants
+RANK, LORA_RATE = 8, 1e-3  # of the adapters
+
+
+@contextlib.contextmanager
+def shifted(model, constants):
+    """The model with constants, float32 (layers, hidden_size), added to its layers' outputs; gradients flow to them alone."""
+    def adding(number):
+        def add(module, args, output):
+            hidden = hidden_states(output)
+            hidden = hidden + constants[number].to(hidden.dtype)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return add
+
+    with frozen(model), contextlib.ExitStack() as undo:
+        for number, mlp in enumerate(find_mlps(model)):
+            undo.callback(mlp.layer.register_forward_hook(adding(number)).remove)
+        yield
+
+
+def check_peft():
+    """peft, where it is installed."""
+    if not importlib.util.find_spec("peft"):
+        raise UserError("--method lora needs peft: pip install -e '.[finetune]'")
+    import peft
+
+    return peft
+
+
+class Baselines:
+    """The baselines of a folder of neurons, each made when it is first asked for and kept in FOLDER/baselines, under a name that
+    tells what it was made from."""
+
+    def __init__(self, model, tokenizer, bench: Bench, neurons: NeuronFolder, seed: int = 0):
+        self.model, self.tokenizer, self.bench, self.neurons, self.seed, self.read = model, tokenizer, bench, neurons, seed, {}
+
+    def key(self, trait: str, *more) -> str:
+        """What a trait's baselines depend on."""
+        return digest(self.neurons[trait].key, options(self.seed), self.bench.fingerprint(), *more)
+
+    def path(self, trait: str, kind: str, *more) -> Path:
+        return Path(self.neurons.folder) / "baselines" / f"{trait}.{kind}.{self.key(trait, kind, *more)}"
+
+    # ------------------------------------------------------------------------------------- constants on the residual stream
+
+    def residual(self, trait: str, level: float, name: str = "") -> Profile:
+        """The profile of a level, -1 to 1, of residual constants."""
+        if trait not in self.read:
+            self.read[trait] = self.read_constants(trait)
+        constants, dose = self.read[trait]
+        pole = POLES.index("high" if level >= 0 else "low")
+        return constant_profile(multiple_at(dose[pole], abs(level)) * constants[pole], name)
+
+    def read_constants(self, trait: str):
+        """(float32 (2, layers, hidden_size), the dose response (2, doses, 3)), trained where they are not there."""
+        path = self.path(trait, "residual", RESIDUAL_RATE).with_suffix(".safetensors")
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, save(self.train_constants(self.neurons[trait])))
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor("constants"), file.get_tensor("dose")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: damaged: {error}: delete it, and it is made anew") from error
+
+    def train_constants(self, neurons: Neurons) -> dict:
+        mlps = find_mlps(self.model)
+        every = torch.ones((len(mlps), mlps[0].hidden), device=self.model.device)
+
+        def fit(lessons, sign, step):
+            return fitted(self.model, lessons, sign, every, step, RESIDUAL_RATE, shifted)
+
+        with resumable():
+            both = [trained_on(self.model, self.tokenizer, self.bench, neurons, pole, self.seed, fit) for pole in POLES]
+            dose = levels(self.model, self.tokenizer, self.bench, neurons,
+                          lambda pole, multiple: constant_profile(multiple * both[POLES.index(pole)]))
+        return {"constants": torch.stack(both), "dose": dose}
+
+    # ----------------------------------------------------------------------------------------------------------- fine-tuning
+
+    @contextlib.contextmanager
+    def tuned(self, trait: str, pole: str):
+        """The model with a pole's adapters, which are trained where they are not there."""
+        peft, path = check_peft(), self.path(trait, f"{pole}.lora", RANK, LORA_RATE)
+        if not path.exists():
+            with resumable():
+                self.train_adapters(self.neurons[trait], pole, path)
+        with frozen(self.model):
+            inside = peft.PeftModel.from_pretrained(self.model, path)
+            try:
+                yield
+            finally:
+                unwrap(inside)
+
+    def train_adapters(self, neurons: Neurons, pole: str, path: Path) -> None:
+        """Write a pole's adapters to path, a folder that peft reads."""
+        peft, parts = check_peft(), answers_to_learn(self.tokenizer, neurons, pole)
+        config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        steps, part = PASSES * len(parts), path.with_name(f".{path.name}.part")
+        with frozen(self.model), torch.enable_grad(), torch.random.fork_rng([]), progress(
+                steps, 0, f"{neurons.trait}, {pole}: fine-tuning", "batch") as bar:
+            torch.manual_seed(self.seed)
+            inside = peft.get_peft_model(self.model, config)
+            try:
+                weights = [weight for weight in inside.parameters() if weight.requires_grad]
+                adam = torch.optim.AdamW(weights, weight_decay=0)
+                for step in range(steps):
+                    adam.param_groups[0]["lr"] = LORA_RATE * (1 - step / steps)
+                    adam.zero_grad()
+                    surprise(inside, self.tokenizer, neurons.frame, parts[step % len(parts)]).backward()
+                    adam.step()
+                    bar.update()
+                shutil.rmtree(part, ignore_errors=True)
+                inside.save_pretrained(part)
+            finally:
+                unwrap(inside)
+        os.replace(part, path)
+
+
+def constant_profile(constants, name: str = "") -> Profile:
+    """Of (layers, hidden_size)."""
+    profile = Profile.empty(name)
+    profile.residual = dict(enumerate(constants))
+    return profile
+
+
+def surprise(model, tokenizer, frame, items: list[dict]):
+    """The answers' negative log-likelihood in nats a token, asked without a persona."""
+    inputs, _ = answer_inputs(model, tokenizer, [{**item, "persona": None} for item in items], frame)
+    logits = model(**inputs, use_cache=False).logits
+    said = [logits[k, -len(item["ids"]):].float() for k, item in enumerate(items)]  # the last input gives the last token
+    ids = torch.tensor(sum((item["ids"] for item in items), []), device=logits.device)
+    return torch.nn.functional.cross_entropy(torch.cat(said), ids)
+
+
+def unwrap(inside) -> None:
+    """Take the adapters off: the model is as it was."""
+    model = inside.unload()
+    vars(model).pop("peft_config", None)

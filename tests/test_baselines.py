@@ -1,0 +1,134 @@
+"""What others would train: residual constants and adapters, each beside the trained edits in one evaluation."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import evaluate
+from conftest import FRAMED, exit_of, main_of, shared_flags
+from personality import train
+from personality.baselines import Baselines, check_peft, constant_profile, shifted, surprise
+from personality.mlp import find_mlps
+from personality.model import prompt_ids, with_ids
+from personality.neurons import NeuronFolder
+from personality.questions import read_answers
+from personality.steer import steer
+from personality.terminal import UserError
+
+
+@pytest.fixture
+def folder(small, made, tmp_path):
+    shutil.copytree(made, tmp_path / "neurons")
+    return tmp_path / "neurons"
+
+
+@pytest.fixture
+def baselines(small, folder):
+    return Baselines(small.model, small.tokenizer, small.bench, NeuronFolder(small.model, str(folder), frame=FRAMED))
+
+
+def logits_of(small):
+    ids = torch.tensor([prompt_ids(small.tokenizer, FRAMED.turns("w10 w11 ?"))])
+    with torch.no_grad():
+        return small.model(input_ids=ids).logits
+
+
+def test_the_student_is_the_steered_model(small):
+    mlps = find_mlps(small.model)
+    constants = torch.randn((len(mlps), mlps[0].hidden), generator=torch.Generator().manual_seed(0)) * 0.3
+    plain = logits_of(small)
+    with shifted(small.model, constants):
+        student = logits_of(small)
+    with steer(small.model, constant_profile(constants), where="all"):
+        steered = logits_of(small)
+    assert (student - steered).abs().max() < 1e-4 < (student - plain).abs().max()
+    assert torch.equal(logits_of(small), plain) and all(weight.requires_grad for weight in small.model.parameters())
+
+
+def test_residual_constants_come_nearer_to_the_teacher(small, baselines, monkeypatch):
+    """And are kept: the second time nothing is trained."""
+    monkeypatch.setattr(train, "PASSES", 12)
+    pairs, plain = [], train.fitted
+
+    def watched(model, of, sign, *more):
+        constants = plain(model, of, sign, *more)
+        with torch.no_grad():
+            before = sum(float(train.divergence(model, part, sign)) for part in of)
+            with shifted(model, constants):
+                pairs.append((sum(float(train.divergence(model, part, sign)) for part in of), before))
+        return constants
+
+    monkeypatch.setattr("personality.baselines.fitted", watched)
+    profile = baselines.residual("extraversion", 1.0, "E+")
+    assert len(pairs) == 2 and all(after < before for after, before in pairs)
+    assert set(profile.residual) == {0, 1} and len(profile) == 0 and profile.name == "E+"
+    low, half = (baselines.residual("extraversion", level) for level in (-1.0, 0.5))
+    assert not torch.allclose(low.residual[0], profile.residual[0])
+    ratio = half.residual[1] / profile.residual[1]
+    assert torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-4) and 0 < ratio[0] <= 1
+    again = Baselines(small.model, small.tokenizer, small.bench, baselines.neurons)
+    assert torch.equal(again.residual("extraversion", 1.0).residual[0], profile.residual[0]) and len(pairs) == 2
+
+
+def test_damaged_constants_are_one_line(baselines):
+    baselines.residual("extraversion", 1.0)
+    path = next((baselines.path("extraversion", "residual", 0).parent).glob("*.residual.*"))
+    path.write_bytes(path.read_bytes()[:40])
+    baselines.read.clear()
+    with pytest.raises(UserError, match="made anew"):
+        baselines.residual("extraversion", 1.0)
+
+
+def test_adapters_learn_the_answers_and_come_off(small, baselines, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr("personality.baselines.PASSES", 30)
+    items = read_answers(baselines.neurons.folder + "/extraversion.answers.jsonl", "extraversion")[0]
+    items = with_ids(small.tokenizer, [item for item in items if item["pole"] == "high"][:train.ANSWERS])
+    names, plain = [name for name, _ in small.model.named_parameters()], logits_of(small)
+    with torch.no_grad():
+        before = float(surprise(small.model, small.tokenizer, FRAMED, items))
+        with baselines.tuned("extraversion", "high"):
+            tuned, learnt = logits_of(small), float(surprise(small.model, small.tokenizer, FRAMED, items))
+        with baselines.tuned("extraversion", "high"):  # read from its folder, now
+            assert torch.equal(logits_of(small), tuned)
+    assert learnt < before - 0.05 and not torch.equal(tuned, plain)
+    assert torch.equal(logits_of(small), plain) and [name for name, _ in small.model.named_parameters()] == names
+    assert all(weight.requires_grad for weight in small.model.parameters())
+
+
+def test_surprise_is_the_answers_negative_log_likelihood(small, made):
+    items = [dict(item) for item in read_answers(made / "extraversion.answers.jsonl", "extraversion")[0]][:3]
+    items, total = with_ids(small.tokenizer, items), 0
+    for item in items:
+        prompt = prompt_ids(small.tokenizer, FRAMED.turns(item["question"]))
+        with torch.no_grad():
+            logits = small.model(input_ids=torch.tensor([prompt + item["ids"]])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        total -= float(logits.gather(-1, torch.tensor(item["ids"])[:, None]).sum())
+    with torch.no_grad():
+        ours = float(surprise(small.model, small.tokenizer, FRAMED, items))
+    assert ours == pytest.approx(total / sum(len(item["ids"]) for item in items), rel=1e-4)
+
+
+def test_beside_the_trained_edits_in_one_evaluation(small, folder, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    flags = (*shared_flags(small), "--max-new-tokens", 6, "--neurons", folder, "--trait", "extraversion", "--limit", 2,
+             "--out", tmp_path / "results", "--capability", "--method", "unedited", "trained", "residual", "lora")
+    main_of(evaluate, monkeypatch, *flags)
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    sides = {(row["method"], row["pole"], row["alpha"]) for row in summary}
+    assert sides >= {("residual", "high", 1.0), ("residual", "low", 1.0), ("lora", "high", None), ("lora", "low", None)}
+    details = json.loads((tmp_path / "results" / "details.json").read_text())
+    assert {row["method"] for row in details["capability"] if "added" in row} == {"unedited", "trained", "residual", "lora"}
+    lines = (tmp_path / "results" / "answers.jsonl").read_text()
+    main_of(evaluate, monkeypatch, *flags)
+    assert (tmp_path / "results" / "answers.jsonl").read_text() == lines, "nothing is answered twice"
+
+
+def test_lora_without_peft_is_one_line(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None)
+    with pytest.raises(UserError, match=r"\[finetune\]"):
+        check_peft()
+    code, said = exit_of(evaluate, monkeypatch, capsys, *shared_flags(small), "--method", "lora", "--out", tmp_path)
+    assert code == 2 and "finetune" in said

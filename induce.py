@@ -5,6 +5,7 @@
     python induce.py --trait neuroticism --alpha -1.5 --trait openness --alpha 1 --chat
     python induce.py --profile ada.toml --questions FILE --out FILE
     python induce.py --trait extraversion --alpha 1 --save DIR
+    python induce.py --serve --characters DIR
     python induce.py --list
 
 Sets some of the model's neurons while it writes: no prompt, no changed weights, and no time (the edit rides in the op that
@@ -16,8 +17,8 @@ does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A f
 import os
 
 from personality import TRAITS
-from personality.terminal import (ALPHA, CHAT_HELP, Flags, UserError, check_trait, model_arguments, number, positive, progress,
-                                  refuse, resumable, say, script, show_table, where_argument)
+from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, Flags, UserError, check_trait, edit_arguments, model_arguments, number,
+                                  positive, progress, refuse, resumable, say, script, serve_arguments, show_table)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -40,35 +41,30 @@ def parser() -> Flags:
     who.add_argument("--profile", metavar="FILE", help="a whole character, in TOML: [traits], and method, layers, model, name")
     who.add_argument("--method", choices=METHODS,
                      help="default: npti, or trained with --level; alpha has a scale of its own in each")
-    who.add_argument("--neurons", default="neurons", metavar="DIR",
-                     help="folder of neuron files (default: %(default)s); npti:DIR: of NPTI's released ones")
     work = flags.add_argument_group("what to do (default: ask everyday questions, and show the answers side by side)")
     work = work.add_mutually_exclusive_group()
     work.add_argument("-q", "--question", action="append", metavar="TEXT", help="ask this instead of the everyday questions")
     work.add_argument("--questions", metavar="FILE", help="answer a file of questions, one a line, to --out")
     work.add_argument("--chat", action="store_true", help="talk to it; in the chat: " + CHAT_HELP)
     work.add_argument("--save", metavar="DIR", help="write the personality into a plain Llama checkpoint, for any engine")
+    work.add_argument("--serve", action="store_true",
+                      help="an OpenAI-compatible server, with a personality for each request, and a page")
     work.add_argument("--list", action="store_true", help="show what the folder holds")
     edit = flags.add_argument_group("how to edit")
     edit.add_argument("--keep", type=number(0, 1), default=1.0, metavar="P",
                       help="raise a random share of the neurons, redrawn each step (default: all; NPTI's release: 0.9)")
-    edit.add_argument("--min-delta", type=number(-1e-9, 1), default=0.1, metavar="D", help="default: %(default)s")
-    edit.add_argument("--min-neurons", type=positive, metavar="N",
-                      help="at least so many neurons a pole (default: 0.436 %% of all, NPTI's 2,000 of Llama-3-8B's)")
-    where_argument(edit, None, "; --save: all")
-    edit.add_argument("--suppress", choices=("cap", "zero", "none"),
-                      help="what becomes of the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or nothing (default: "
-                           "cap; --save: zero)")
+    edit_arguments(edit)
+    serve_arguments(flags.add_argument_group("of --serve"))
     more = flags.add_argument_group("of --questions and --save")
     more.add_argument("--out", metavar="FILE", help="where the answers to --questions go (default: the terminal)")
     more.add_argument("--rank", type=positive, metavar="R", help="the best rank-R part only of what a layer's raised neurons do")
     more.add_argument("--verify", action="store_true", help="compare the checkpoint with the live edit, in plain transformers")
     more.add_argument("--verify-server", metavar="URL",
                       help="with --save DIR: compare what a server of that checkpoint says; nothing is written")
-    more.add_argument("--served-model", metavar="NAME", help="its name there (default: the first that it lists)")
     flags.add_argument("--temperature", type=number(0, 100), metavar="X", help="sample (default: greedy)")
     flags.add_argument("--top-p", type=number(0, 1), metavar="X")
     model_arguments(flags)
+    flags.set_defaults(max_new_tokens=None)
     return flags
 
 
@@ -78,6 +74,9 @@ RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{na
     (lambda args: args.save and args.where == "generated", f"--save can't be had with --where generated: {UNSAVABLE}"),
     (lambda args: args.save and args.keep < 1, f"--save can't be had with --keep: {UNSAVABLE}"),
     (lambda args: args.save and args.suppress == "cap", f"--save can't be had with --suppress cap: {UNSAVABLE}"),
+    (lambda args: args.serve and (args.trait or args.alpha or args.level or args.profile or args.method != "npti"),
+     "--serve: each request says which personality it wants: --trait, --level, --alpha, --method and --profile go without it"),
+    (lambda args: args.characters and not args.serve, "--characters DIR goes with --serve"),
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
     (lambda args: args.out and os.path.exists(args.out),
      "--out {out}: there is something already: move it away, or choose another name"),
@@ -87,7 +86,8 @@ RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{na
      "--keep: a random share of the raised neurons is NPTI's; {method} raises none"),
     (lambda args: args.profile and (args.trait or args.alpha or args.level),
      "--profile FILE says what --trait, --level and --alpha would say: expected one or the other"),
-    (lambda args: (args.trait or strengths(args) or not (args.profile or args.questions or args.list or args.verify_server))
+    (lambda args: (args.trait or strengths(args)
+                   or not (args.profile or args.questions or args.list or args.verify_server or args.serve))
      and (not args.trait or len(strengths(args)) not in (1, len(args.trait)) or len(set(args.trait)) < len(args.trait)),
      "expected --trait T --level L (or --alpha A), again for each further trait, or --profile FILE: got the traits {trait}, the "
      "levels {level} and the alphas {alpha}")]
@@ -104,6 +104,7 @@ def arguments():
     refuse(args, RULES)
     args.where = args.where or ("all" if args.save else "generated")
     args.suppress = args.suppress or ("zero" if args.save else "cap")
+    args.max_new_tokens = args.max_new_tokens or (None if args.serve else ANSWER)
     return args
 
 
@@ -207,6 +208,10 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
 def main(args) -> None:
     from personality import bake, chat
 
+    if args.serve:
+        from personality.serve import serve
+
+        return serve(args)
     if args.list:
         return show_folder(args.neurons.removeprefix("npti:"))
     if args.verify_server:

@@ -47,7 +47,7 @@ setup(
                       "huggingface_hub", "jinja2", "matplotlib", "ninja", "numpy", "packaging", "pandas", "rich", "scipy>=1.15",
                       "setuptools", "tqdm", "tomli; python_version < '3.11'"],
     extras_require={"judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"],
-                    "bench": ["openai", "datasketch", "py3langid"], "finetune": ["peft"],
-                    "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft"]},
+                    "bench": ["openai", "datasketch", "py3langid"], "finetune": ["peft"], "serve": ["fastapi", "uvicorn", "pydantic>=2"],
+                    "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft", "fastapi", "uvicorn"]},
     **extension(),
 )

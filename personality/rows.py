@@ -27,12 +27,13 @@ class Rows:
 
     rows: a number for each prompt, or None: all the first if there is one choice only, else first, first + 1, ...
     where: "generated" (positions whose input is a generated token, as NPTI does), "all" (the prompt as well; padding
-    never), or a bool tensor (rows, tokens) for forwards of that shape outside generate().
+    never), a bool tensor (rows, tokens) for forwards of that shape outside generate(), or, for an engine that knows whose each
+    token is, a function that is called at each forward with its rows and tokens, and gives the map, or None for no token.
     layers: by layer, the op's arguments behind the token map."""
 
     def __init__(self, rows, choices: int, none: int, where, layers: list[tuple]):
-        if not (torch.is_tensor(where) or where in ("generated", "all")):
-            raise UserError(f'where: expected "generated", "all" or a bool tensor, got {where!r}')
+        if not (torch.is_tensor(where) or callable(where) or where in ("generated", "all")):
+            raise UserError(f'where: expected "generated", "all", a bool tensor or a function, got {where!r}')
         self.choices, self.none, self.where, self.layers = choices, none, where, layers
         self.assign(rows)
         self.buffers = {}  # by size: the decode map, at a fixed address, as a captured graph wants it
@@ -174,6 +175,8 @@ class Patch:
 
     def map(self, rows: Rows, batch: int, tokens: int, device, kwargs):
         """int32 (batch * tokens), or None: nothing of this forward is mapped."""
+        if callable(rows.where):
+            return rows.where(batch, tokens)
         if self.phase == "decode":
             if tokens != 1:
                 raise RuntimeError(f"expected one token a row and step, got {tokens}: this way of decoding is not supported")

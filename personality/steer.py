@@ -214,7 +214,8 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
 
     profiles: one Profile or a list. rows: for each prompt of the batch 0 (no edit) or the number, from 1, of its profile;
     None: all have the one profile, or prompt i has profile i + 1. where: "generated" (positions whose input is a generated
-    token, as in NPTI), "all" (also the prompt, and forwards outside generate()), or a bool tensor (rows, tokens).
+    token, as in NPTI), "all" (also the prompt, and forwards outside generate()), a bool tensor (rows, tokens), or an engine's
+    function of a forward's rows and tokens, which gives an int32 number, as in rows, for each token (see rows.Rows).
     keep < 1 raises only a random share of each layer's neurons, redrawn at every step, as NPTI's release does with 0.9.
     capacity: room for edits, if larger profiles are to follow by update().
     """

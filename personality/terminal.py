@@ -151,6 +151,7 @@ def check_trait(trait: str) -> str:
     return trait.lower()
 
 
+ANSWER = 64  # tokens of an answer, at most
 FRAME = "person"  # how questions are put, unless --frame says otherwise: see frame.py
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # how many write them
 
@@ -165,14 +166,42 @@ def model_arguments(flags: Flags) -> None:
                        help="how questions are put: person (an interview with a person), none (bare), or a text of your own that "
                             "the system prompt begins with (default: %(default)s)")
     flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="rows of a batch (default: %(default)s)")
-    flags.add_argument("--max-new-tokens", type=positive, default=64, metavar="N",
-                       help="length of an answer (default: %(default)s; the paper's search: 500)")
+    flags.add_argument("--max-new-tokens", type=positive, default=ANSWER, metavar="N",
+                       help=f"length of an answer (default: {ANSWER}; the paper's search: 500; --serve: 512, or what the client "
+                            "asks for)")
     flags.add_argument("--seed", type=whole_number(0, (1 << 32) - 1), default=0, metavar="N", help="default: %(default)s")
 
 
 def where_argument(flags: Flags, default: str | None = "generated", note: str = "") -> None:
     flags.add_argument("--where", choices=("generated", "all"), default=default,
                        help=f"which tokens: the answer's, as in NPTI, or the prompt's as well (default: generated{note})")
+
+
+def edit_arguments(flags) -> None:
+    """How neurons become edits, in induce.py and in the server."""
+    flags.add_argument("--neurons", default="neurons", metavar="DIR",
+                       help="folder of neuron files (default: %(default)s); npti:DIR: of NPTI's released ones")
+    flags.add_argument("--min-delta", type=number(-1e-9, 1), default=0.1, metavar="D", help="default: %(default)s")
+    flags.add_argument("--min-neurons", type=positive, metavar="N",
+                       help="at least so many neurons a pole (default: 0.436 %% of all, NPTI's 2,000 of Llama-3-8B's)")
+    where_argument(flags, None, "; --save: all")
+    flags.add_argument("--suppress", choices=("cap", "zero", "none"),
+                       help="what becomes of the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or nothing (default: "
+                            "cap; --save: zero)")
+
+
+def serve_arguments(flags) -> None:
+    """Of the server."""
+    flags.add_argument("--characters", metavar="DIR", help="profile files (*.toml) that clients may ask for by name")
+    flags.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s; others need a key")
+    flags.add_argument("--port", type=whole_number(0, 65535), default=8000, metavar="N", help="default: %(default)s; 0: any")
+    flags.add_argument("--api-key", metavar="KEY", help="that clients must send (default: $PERSONALITY_API_KEY, or none)")
+    flags.add_argument("--rows", type=positive, default=32, metavar="N", help="requests in a batch (default: %(default)s)")
+    flags.add_argument("--queue", type=whole_number(0), default=128, metavar="N",
+                       help="requests that may wait, beside those (default: %(default)s); more get 429")
+    flags.add_argument("--served-model", metavar="NAME",
+                       help="the model's name for clients (default: its own); with --verify-server: its name there (default: the "
+                            "first that it lists)")
 
 
 def bench_argument(flags: Flags) -> None:

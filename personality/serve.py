@@ -1,0 +1,228 @@
+"""induce.py --serve: an OpenAI-compatible server, in which each request has a personality of its own, and a page with sliders.
+
+    python induce.py --serve --characters DIR               or, where the package is installed: python -m personality.serve
+    curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Who are you?"}], "personality": {"traits": {"extraversion": 0.8}}}'
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import os
+import re
+import socket
+
+from .api import ChatBody, CompletionBody, PersonalityBody, Refusal, parsed
+from .answering import Server
+from .store import TEXTS
+from .terminal import Flags, UserError, edit_arguments, model_arguments, say, script, serve_arguments
+
+MOST_BYTES, PATIENCE = 1 << 20, 30  # of a body; seconds that it may take to come, and that SIGTERM waits for what runs
+KEY = "PERSONALITY_API_KEY"  # where the key may stand
+
+
+def page() -> tuple[bytes, str]:
+    """The page, and the policy that lets its own script and style run, and nothing else."""
+    text = (TEXTS / "serve.html").read_text(encoding="utf-8")
+    inside = {kind: re.search(rf"<{kind}>(.*?)</{kind}>", text, re.S)[1].encode() for kind in ("script", "style")}
+    hashes = {kind: base64.b64encode(hashlib.sha256(part).digest()).decode() for kind, part in inside.items()}
+    return text.encode(), (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+                           "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+def allowed(headers, key: str | None, open_to_all: bool) -> None:
+    """Raise where a request may not come in: without the key, or, where there is none, under a name that isn't this machine's
+    (a page elsewhere whose name points here)."""
+    given = headers.get("authorization", "").encode()
+    if key and not open_to_all and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        raise Refusal(401, "expected the header Authorization: Bearer KEY", "authentication_error")
+    host = re.sub(r":\d+$", "", headers.get("host", "").lower())
+    if not key and host not in ("localhost", "127.0.0.1", "[::1]"):
+        raise Refusal(403, "Host: expected localhost", "permission_error")
+
+
+async def read_body(request) -> bytes:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "Content-Type: expected application/json")
+    data = bytearray()
+
+    async def read():
+        async for part in request.stream():
+            data.extend(part)
+            if len(data) > MOST_BYTES:
+                raise Refusal(413, f"expected a body of at most {MOST_BYTES >> 20} MiB")
+
+    try:
+        await asyncio.wait_for(read(), PATIENCE)
+    except asyncio.TimeoutError:
+        raise Refusal(408, f"expected the body within {PATIENCE} seconds") from None
+    return bytes(data)
+
+
+def as_reply(error: Refusal):
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 429 else None)
+
+
+class Door:
+    """ASGI middleware: who may come in, and what they got."""
+
+    def __init__(self, app, server: Server):
+        self.app, self.server, self.args = app, server, server.args
+
+    async def __call__(self, scope, receive, send):
+        from starlette.datastructures import Headers
+
+        async def counted(message):
+            if message["type"] == "http.response.start":
+                codes, code = self.server.codes, message["status"]
+                codes[code] = codes.get(code, 0) + 1
+            await send(message)
+
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            open_to_all = scope["path"] in ("/", "/health")
+            allowed(Headers(scope=scope), self.args.api_key, open_to_all)
+        except Refusal as error:
+            return await as_reply(error)(scope, receive, counted)
+        await self.app(scope, receive, counted)
+
+
+def application(server: Server):
+    """The routes, as an ASGI application."""
+    from fastapi import FastAPI, Request as Incoming
+    from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+    app, (html, policy) = FastAPI(openapi_url=None), page()
+    app.add_middleware(Door, server=server)
+    answer_errors(app)
+    add_writing(app, server)
+
+    @app.post("/v1/personality")
+    async def made_of(request: Incoming):
+        _, found = await server.person(parsed(PersonalityBody, await read_body(request)))
+        return JSONResponse(found)
+
+    @app.get("/v1/personality")
+    async def inventory():
+        return JSONResponse(server.inventory())
+
+    @app.get("/v1/models")
+    async def models():
+        return JSONResponse(server.models())
+
+    @app.get("/health")
+    async def health():
+        return PlainTextResponse("ok\n", 200 if server.engine.running() else 503)
+
+    @app.get("/metrics")
+    async def metrics():
+        return PlainTextResponse(server.metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/")
+    async def index():
+        return Response(html, media_type="text/html; charset=utf-8", headers={
+            "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"})
+
+    return app
+
+
+def answer_errors(app) -> None:
+    """Every error in OpenAI's form."""
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(Refusal)
+    async def refused(request, error):
+        return as_reply(error)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request, error):
+        return as_reply(Refusal(error.status_code, str(error.detail)))
+
+    @app.exception_handler(Exception)
+    async def failed(request, error):
+        return as_reply(Refusal(500, f"{type(error).__name__}: see the server's log", "server_error"))
+
+
+def add_writing(app, server: Server) -> None:
+    """The routes whose replies are written by the model."""
+    from fastapi import Request as Incoming
+    from fastapi.responses import JSONResponse, StreamingResponse
+
+    async def complete(kind, request):
+        async def gone():
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        found = await server.complete(kind, await read_body(request), gone)
+        if isinstance(found, dict):
+            return JSONResponse(found)
+        return StreamingResponse(found, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Incoming):
+        return await complete(ChatBody, request)
+
+    @app.post("/v1/completions")
+    async def completions(request: Incoming):
+        return await complete(CompletionBody, request)
+
+
+# -------------------------------------------------------------------------------------------------------------------- run
+
+
+def listening(args) -> socket.socket:
+    """A socket on --host and --port; without a key only this machine's own addresses."""
+    try:
+        own = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
+    except ValueError:
+        own = False
+    if not (own or args.api_key):
+        raise UserError(f"--host {args.host}: without a key the server listens on this machine's own addresses only (127.0.0.1): "
+                        f"--api-key KEY, or the environment variable {KEY}")
+    try:
+        family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from None
+
+
+def serve(args) -> None:
+    """Until Ctrl-C or SIGTERM, which wait PATIENCE seconds for what is being written."""
+    try:
+        import uvicorn
+        from fastapi import FastAPI  # noqa: F401
+    except ImportError as error:
+        raise UserError("--serve needs fastapi and uvicorn: pip install -e '.[serve]'") from error
+    args.api_key = args.api_key or os.environ.get(KEY) or None
+    with listening(args) as listener:
+        server = Server(args)
+        try:
+            host, port = listener.getsockname()[:2]
+            say(f"{server.name}: http://{f'[{host}]' if ':' in host else host}:{port}/ has the page, /v1 is for OpenAI's clients; "
+                f"traits: {', '.join(server.people.traits) or 'none'}; Ctrl-C ends it")
+            uvicorn.Server(uvicorn.Config(application(server), log_level="warning", access_log=False, server_header=False,
+                                          lifespan="off", timeout_graceful_shutdown=PATIENCE)).run(sockets=[listener])
+        finally:
+            server.engine.stop()
+
+
+def arguments():
+    flags = Flags(__doc__)
+    edit_arguments(flags)
+    serve_arguments(flags)
+    model_arguments(flags)
+    flags.set_defaults(max_new_tokens=None)
+    args = flags.parse_args()
+    args.where, args.suppress = args.where or "generated", args.suppress or "cap"
+    return args
+
+
+main = serve
+
+if __name__ == "__main__":
+    script(arguments, "personality.serve")

@@ -1,0 +1,201 @@
+"""Requests of different personalities in one batch: each is what it would be alone, and gets what it asked for."""
+
+import asyncio
+import math
+import time
+
+import pytest
+import torch
+
+from conftest import FRAMED
+from personality import Profile, UserError, steer
+from personality.inflight import Engine, Request, Sampling, chosen, nucleus, penalised
+from personality.mlp import find_mlps
+from personality.model import answers, prompt_ids, sampling
+from personality.steer import Tables
+
+
+def profile_of(small, seed: int) -> Profile:
+    mlps = find_mlps(small.model)
+    bias = torch.randn((len(mlps), mlps[0].width), generator=torch.Generator().manual_seed(seed))
+    return Profile.dense(f"bias {seed}", bias=bias * (bias.abs() > 1.2))
+
+
+@pytest.fixture
+def alone(small):
+    """What request 1 gets alone, unedited."""
+    return expected(small, 1, None)
+
+
+@pytest.fixture
+def engine(small, alone):
+    engine = Engine(lambda: (small.model, small.tokenizer), rows=4)
+    yield engine
+    engine.stop()
+    assert "forward" not in vars(find_mlps(small.model)[0].module), "the model is left as it was"
+
+
+def asked(k: int) -> list[dict]:
+    return FRAMED.turns(" ".join(f"w{10 + (k * 7 + j) % 80}" for j in range(3 + k % 5)) + " ?")
+
+
+async def whole(engine, request, after: float = 0.0) -> list[int]:
+    await asyncio.sleep(after)
+    ids = []
+    async for ids in engine.write(request):
+        pass
+    return ids
+
+
+def expected(small, k: int, profile, where="generated", length=12):
+    with steer(small.model, profile or Profile.empty(), where=where):
+        return answers(small.model, small.tokenizer, [asked(k)], length, **sampling())[0][1]
+
+
+@pytest.mark.parametrize("where", ["generated", "all"])
+def test_each_request_is_what_it_would_be_alone(small, where):
+    """Eleven, of seven personalities and none, that come one after the other, four rows at a time: more of them than the tables
+    have room for at once."""
+    people = [None, *(profile_of(small, seed) for seed in range(7))]
+    alone = [expected(small, k, people[k % 8], where) for k in range(11)]
+    assert len({tuple(ids) for ids in alone[:8]}) > 4
+    engine = Engine(lambda: (small.model, small.tokenizer), 4, where)
+    try:
+        async def all_of_them():
+            requests = [Request(prompt_ids(small.tokenizer, asked(k)), Sampling(), people[k % 8], 12) for k in range(11)]
+            return await asyncio.gather(*(whole(engine, request, 0.004 * k) for k, request in enumerate(requests)))
+
+        assert asyncio.run(all_of_them()) == alone
+        assert not engine.requests and engine.tokens >= sum(map(len, alone))
+    finally:
+        engine.stop()
+
+
+def test_a_long_prompt_is_read_in_parts(small, monkeypatch):
+    """Chunks of a prompt are no answer's, wherever they are cut."""
+    monkeypatch.setattr("personality.inflight.TOGETHER", 7)
+    profile = profile_of(small, 3)
+    alone = [expected(small, k, profile) for k in (0, 4)]
+    engine = Engine(lambda: (small.model, small.tokenizer), 2)
+    try:
+        async def both():
+            return await asyncio.gather(*(whole(engine, Request(prompt_ids(small.tokenizer, asked(k)), Sampling(), profile, 12))
+                                          for k in (0, 4)))
+
+        assert asyncio.run(both()) == alone
+    finally:
+        engine.stop()
+
+
+def test_a_leaver_frees_its_row(small, alone, engine):
+    """Four endless answers hold the four rows; when their readers leave, a fifth gets in."""
+    async def scene():
+        ids = prompt_ids(small.tokenizer, asked(1))
+        hogs = [asyncio.ensure_future(whole(engine, Request(ids, Sampling(), None, 400))) for _ in range(4)]
+        await asyncio.sleep(0.3)
+        assert len(engine.requests) == 4
+        for hog in hogs:
+            hog.cancel()
+        await asyncio.gather(*hogs, return_exceptions=True)
+        steps = engine.steps
+        answer = await whole(engine, Request(ids, Sampling(), None, 2))
+        return answer, engine.steps - steps
+
+    answer, steps = asyncio.run(scene())
+    assert answer == alone[:2] and steps <= 6 and not engine.requests
+    assert not engine.manager.batch_processor.scheduler.active_requests
+
+
+def test_work_between_steps_is_on_the_unedited_model(small, engine):
+    ids = torch.tensor([prompt_ids(small.tokenizer, asked(2))])
+    with torch.no_grad():
+        plain = small.model(input_ids=ids).logits
+
+    async def scene():
+        writing = asyncio.ensure_future(whole(engine, Request(ids[0].tolist(), Sampling(), profile_of(small, 1), 200)))
+        await asyncio.sleep(0.05)
+        logits = await engine.between(lambda: small.model(input_ids=ids).logits)
+        with pytest.raises(ZeroDivisionError):
+            await engine.between(lambda: 1 / 0)
+        writing.cancel()
+        return logits
+
+    assert torch.allclose(asyncio.run(scene()), plain, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_loaded():
+    def load():
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        Engine(load)
+
+
+def test_an_error_in_a_step_reaches_who_waits(small, monkeypatch):
+    engine = Engine(lambda: (small.model, small.tokenizer), rows=2)
+    monkeypatch.setattr(Tables, "fill", lambda *_: 1 / 0)
+    try:
+        with pytest.raises(RuntimeError, match="division"):
+            asyncio.run(whole(engine, Request([5, 6, 7], Sampling(), profile_of(small, 1), 4)))
+        deadline = time.monotonic() + 20
+        while engine.running() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not engine.running()
+        with pytest.raises((UserError, RuntimeError)):
+            asyncio.run(whole(engine, Request([5, 6, 7], Sampling(), None, 4)))
+    finally:
+        engine.stop()
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def request_of(**how):
+    return Request([1, 2], Sampling(**{"repetition_penalty": 1.0, **how}))
+
+
+def test_penalties():
+    scores = torch.tensor([2.0, -1.0, 0.5, 3.0])
+    like_generate = penalised(scores, request_of(repetition_penalty=2.0), [0, 1], [1, 3])
+    assert like_generate.tolist() == [1.0, -2.0, 0.5, 1.5]
+    openai = penalised(scores, request_of(frequency_penalty=0.5, presence_penalty=1.0), [0], [3, 3, 2])
+    assert openai.tolist() == [2.0, -1.0, -1.0, 1.0], "of the answer only, the prompt's tokens are free"
+    assert penalised(scores, request_of(), [0], [1]) is scores
+
+
+@pytest.mark.parametrize("first", [2, 100])
+def test_nucleus(first, monkeypatch):
+    monkeypatch.setattr("personality.inflight.FIRST", first)
+    scores = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
+    for top_p, kept in ((0.39, [1]), (0.41, [1, 2]), (0.75, [1, 2, 3]), (1e-6, [1])):
+        left = nucleus(scores, top_p)
+        assert left.isfinite().nonzero().flatten().tolist() == sorted(kept) and torch.equal(left[kept], scores[kept])
+
+
+def test_draws_follow_the_probabilities_and_the_seed():
+    scores, seeded = torch.tensor([0.2, 0.5, 0.3]).log(), request_of(temperature=1.0, seed=7)
+    draws = [chosen(scores, seeded) for _ in range(3000)]
+    shares = [draws.count(token) / len(draws) for token in range(3)]
+    assert all(abs(share - p) < 4 * math.sqrt(p * (1 - p) / 3000) for share, p in zip(shares, (0.2, 0.5, 0.3)))
+    again = request_of(temperature=1.0, seed=7)
+    assert [chosen(scores, again) for _ in range(50)] == draws[:50]
+    cold = request_of(temperature=0.1, seed=7)
+    assert [chosen(scores, cold) for _ in range(50)].count(1) > 45
+    assert [chosen(scores, request_of()) for _ in range(3)] == [1, 1, 1]
+
+
+def test_logprobs_are_the_steered_models_own(small, engine):
+    """Before penalties and temperature."""
+    profile = profile_of(small, 5)
+    request = Request(prompt_ids(small.tokenizer, asked(3)), Sampling(top_logprobs=2), profile, 5)
+    ids = asyncio.run(whole(engine, request))
+    whole_text = torch.tensor([request.ids + ids])
+    edited = torch.zeros_like(whole_text, dtype=torch.bool)
+    edited[0, len(request.ids):] = True
+    engine.stop()
+    with torch.no_grad(), steer(small.model, profile, where=edited):
+        logprobs = small.model(input_ids=whole_text).logits[0, len(request.ids) - 1:-1].log_softmax(-1)
+    assert len(request.logprobs) == len(ids)
+    for k, (own, best) in enumerate(request.logprobs):
+        assert own == pytest.approx(float(logprobs[k, ids[k]]), abs=1e-3)
+        assert [token for token, _ in best] == logprobs[k].topk(2).indices.tolist()

@@ -1,0 +1,511 @@
+"""The server: OpenAI's client against it, every refusal, clients that go, stall or send garbage, and the page in a browser."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import importlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import openai
+import pytest
+import uvicorn
+
+import induce
+from conftest import FRAMED, ROOT, exit_of, run
+from personality import Character, Neurons, Profile, UserError, steer
+from personality.answering import Server, Text
+from personality.methods import Profiles
+from personality.model import answers, sampling
+from personality.neurons import NeuronFolder
+from personality.serve import KEY, application, listening, page
+from personality.train import add_trained
+
+# httpx or httpx2: what this version of openai is built on
+httpx = importlib.import_module(next(
+    kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__name__ == "Client").__module__.split(".")[0])
+CHARACTERS = {"ada": '[traits]\nextraversion = 1\nopenness = -0.7\n', "bob": 'method = "npti"\n[traits]\nextraversion = 2\n'}
+
+
+def arguments(small, neurons, **changes):
+    return SimpleNamespace(**{**dict(
+        model=str(small.model_dir), device="cpu", dtype="float32", frame="person", neurons=str(neurons), min_delta=0.1, min_neurons=None,
+        suppress="cap", where="generated", characters=None, host="127.0.0.1", port=0, api_key=None, rows=8, queue=40,
+        served_model="tiny", max_new_tokens=None, seed=0), **changes})
+
+
+@contextlib.contextmanager
+def serving(args):
+    """A server in this process; yields (server, its address)."""
+    with listening(args) as listener:
+        server = Server(args)
+        web = uvicorn.Server(uvicorn.Config(application(server), log_level="error", access_log=False, lifespan="off",
+                                            timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=lambda: asyncio.run(web.serve([listener])))
+        thread.start()
+        try:
+            yield server, "http://127.0.0.1:%d" % listener.getsockname()[1]
+        finally:
+            web.should_exit = True
+            thread.join()
+            server.engine.stop()
+
+
+@pytest.fixture(scope="module")
+def neurons(small, tmp_path_factory):
+    """Two traits with trained edits, and a folder of characters beside them."""
+    out = tmp_path_factory.mktemp("served")
+    for trait in ("extraversion", "openness"):
+        add_trained(small.model, small.tokenizer, small.bench, run(small, out, trait).identify())
+    (out / "characters").mkdir()
+    for name, text in CHARACTERS.items():
+        (out / "characters" / f"{name}.toml").write_text(text)
+    return out
+
+
+@pytest.fixture(scope="module")
+def served(small, neurons):
+    with serving(arguments(small, neurons, characters=str(neurons / "characters"))) as (server, url):
+        yield SimpleNamespace(server=server, url=url, client=openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0))
+
+
+def asked(k: int = 0) -> list[dict]:
+    return FRAMED.turns(" ".join(f"w{10 + (k * 7 + j) % 80}" for j in range(3 + k % 5)) + " ?")
+
+
+def expected(small, neurons, k: int, character, length=10) -> str:
+    """What induce.py says."""
+    profiles = Profiles(small.model, small.tokenizer, NeuronFolder(small.model, str(neurons), frame=FRAMED))
+    with steer(small.model, profiles.of(character) if character else Profile.empty()):
+        return answers(small.model, small.tokenizer, [asked(k)], length, **sampling())[0][0]
+
+
+def post(served, path="/v1/chat/completions", content=None, headers=None, **body):
+    body = {"messages": asked(), "max_tokens": 4, **body} if "chat" in path and content is None else body
+    data = json.dumps(body).encode() if content is None else content
+    return httpx.post(served.url + path, content=data, headers={"content-type": "application/json", **(headers or {})}, timeout=60)
+
+
+# --------------------------------------------------------------------------------------------------- OpenAI's own client
+
+
+def test_thirty_two_requests_of_thirty_two_personalities(small, neurons, served):
+    """At once, streamed and whole in turn: each is to the letter what induce.py says."""
+    people = [None] + [Character({"extraversion": round(-1.5 + k / 10, 2)}, "trained") for k in range(25)] + [
+        Character({"extraversion": 0.5, "openness": -k / 4}, "trained") for k in range(1, 4)] + [
+        Character({"extraversion": alpha}, "npti") for alpha in (-2.0, 1.0, 2.0)]
+    assert len(people) == 32
+
+    def ask(k):
+        who = people[k]
+        extra = {"personality": {"traits": who.strengths, "method": who.method}} if who else {}
+        reply = served.client.chat.completions.create(model="tiny", messages=asked(k), max_tokens=10, extra_body=extra, stream=k % 2 == 1)
+        if k % 2:
+            parts = list(reply)
+            assert parts[0].choices[0].delta.role == "assistant" and parts[-1].choices[0].finish_reason in ("stop", "length")
+            return "".join(part.choices[0].delta.content or "" for part in parts)
+        if who:
+            assert reply.model_extra["personality"]["traits"] == who.strengths
+            assert reply.model_extra["personality"]["method"] == who.method
+        return reply.choices[0].message.content
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        said = list(pool.map(ask, range(32)))
+    reference = subprocess_free(small, neurons, people)
+    assert said == reference and len(set(reference)) > 16
+
+
+def subprocess_free(small, neurons, people):
+    """In a model of its own: the served one is steered."""
+    from personality import load_model
+
+    model, tokenizer = load_model(str(small.model_dir), "cpu", "float32")
+    own = SimpleNamespace(model=model, tokenizer=tokenizer)
+    return [expected(own, neurons, k, who) for k, who in enumerate(people)]
+
+
+def test_the_model_name_can_hold_the_personality(served):
+    ask = lambda model, **extra: served.client.chat.completions.create(  # noqa: E731
+        model=model, messages=asked(), max_tokens=8, extra_body=extra).choices[0].message.content
+    assert ask("tiny+extraversion=-1.5") == ask("tiny", personality="extraversion=-1.5") != ask("tiny")
+    assert ask("tiny+ada") == ask("tiny", personality="ada") == ask("TINY", personality={"extraversion": 1, "openness": -0.7})
+    assert ask("tiny+npti:extraversion=2") == ask("tiny", personality="bob")
+    assert {model.id for model in served.client.models.list()} == {"tiny", "tiny+ada", "tiny+bob"}
+
+
+def test_streams_have_openais_form(served):
+    parts = list(served.client.chat.completions.create(
+        model="tiny+ada", messages=asked(), max_completion_tokens=6, n=2, temperature=1, seed=5, stream=True, logprobs=True,
+        top_logprobs=3, stream_options={"include_usage": True}))
+    usage, chunks = parts[-1].usage, [choice for part in parts for choice in part.choices]
+    assert {chunk.index for chunk in chunks} == {0, 1} and usage.completion_tokens <= 12
+    assert usage.prompt_tokens + usage.completion_tokens == usage.total_tokens and parts[-1].choices == []
+    for index in (0, 1):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert own[0].delta.role == "assistant" and [chunk.finish_reason for chunk in own[:-1]] == [None] * (len(own) - 1)
+        tokens = [token for chunk in own if chunk.logprobs for token in chunk.logprobs.content]
+        assert len(tokens) <= 6 and all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in tokens)
+    again = list(served.client.chat.completions.create(model="tiny+ada", messages=asked(), max_completion_tokens=6, n=2,
+                                                       temperature=1, seed=5, stream=True))
+    text = lambda found, index: "".join(choice.delta.content or "" for part in found for choice in part.choices  # noqa: E731
+                                        if choice.index == index)
+    assert [text(parts, k) for k in (0, 1)] == [text(again, k) for k in (0, 1)] and text(parts, 0) != text(parts, 1)
+    raw = post(served, stream=True).text.split("\n\n")
+    assert raw[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: ") for line in raw[:-1])
+
+
+def test_stop_strings_end_an_answer_before_they_show(served):
+    whole = served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=10).choices[0].message.content.split()
+    assert len(set(whole)) > 3
+    stop = " " + whole[3]
+    for stream in (False, True):
+        reply = served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=10, stop=[stop, "never"], stream=stream)
+        text = reply.choices[0].message.content if not stream else "".join(part.choices[0].delta.content or "" for part in reply)
+        assert text == " ".join(whole[:3])
+    assert post(served, stop=stop, max_tokens=10).json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_completions(small, served):
+    ids = small.tokenizer("w10 w11 w12")["input_ids"]
+    one = served.client.completions.create(model="tiny", prompt="w10 w11 w12", max_tokens=5, logprobs=2)
+    two = served.client.completions.create(model="tiny", prompt=[ids, "w13 w14"], max_tokens=5, n=2)
+    assert one.choices[0].text == two.choices[0].text == two.choices[1].text and [choice.index for choice in two.choices] == [0, 1, 2, 3]
+    assert len(one.choices[0].logprobs.token_logprobs) == one.usage.completion_tokens == 5
+    parts = list(served.client.completions.create(model="tiny", prompt="w10 w11 w12", max_tokens=5, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == one.choices[0].text
+
+
+def test_penalties_are_heeded(served):
+    bare = post(served, max_tokens=24, repetition_penalty=1).json()["choices"][0]["message"]["content"].split()
+    for more in ({"frequency_penalty": 2}, {"presence_penalty": 2}, {"repetition_penalty": 3}):
+        words = post(served, max_tokens=24, **{"repetition_penalty": 1, **more}).json()["choices"][0]["message"]["content"].split()
+        assert len(set(words)) > len(set(bare))
+
+
+def test_perplexity_is_the_unedited_models(small, served):
+    import math
+
+    import torch
+
+    from personality import load_model
+    from personality.model import prompt_ids
+
+    model, tokenizer = load_model(str(small.model_dir), "cpu", "float32")
+    reply = post(served, personality="extraversion=1.5", perplexity=True, max_tokens=8).json()["choices"][0]
+    prompt, ids = prompt_ids(tokenizer, asked()), tokenizer(reply["message"]["content"])["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
+    assert reply["perplexity"] == pytest.approx(math.exp(float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids)))), rel=1e-3)
+
+
+def test_what_a_character_is_made_of(small, neurons, served):
+    found = post(served, "/v1/personality", personality="ada").json()
+    file = Neurons.load(neurons / "extraversion.safetensors", small.model)
+    assert found["method"] == "trained" and found["range"] == [-1, 1] and found["expected_perplexity"] >= 1
+    assert sum(found["layers"].values()) == found["neurons"] >= len(file.high_bias)
+    assert post(served, "/v1/personality", personality="bob").json()["method"] == "npti"
+    there = httpx.get(served.url + "/v1/personality").json()
+    assert set(there["traits"]) == {"extraversion", "openness"} and there["characters"]["ada"]["traits"]["openness"] == -0.7
+    assert there["frame"]["system"] == FRAMED.system
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(("body", "named"), [
+    ({"tools": []}, "tools"), ({"logit_bias": {}}, "logit_bias"), ({"response_format": {"type": "text"}}, "response_format"),
+    ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"), ({"n": 0}, "n:"), ({"n": 99}, "n:"), ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 4, "max_completion_tokens": 4}, "max_completion_tokens"), ({"stop": [""]}, "stop"), ({"stop": ["a"] * 17}, "stop"),
+    ({"frequency_penalty": 9}, "frequency_penalty"), ({"top_logprobs": 2}, "logprobs"), ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream"), ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role"), ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ({"personality": "nobody"}, "ada, bob"), ({"personality": "../../etc/passwd"}, "personality"), ({"personality": "extraversion=x"}, "personality"),
+    ({"personality": "extraversion=1,extraversion=1"}, "personality"), ({"personality": {"traits": {"charm": 1}}}, "charm"),
+    ({"personality": {"traits": {"extraversion": 1}, "method": "magic"}}, "magic"), ({"personality": {"extraversion": 1e9}}, "extraversion"),
+    ({"personality": "neuroticism=1"}, "neuroticism"), ({"personality": 7}, "personality"), ({"personality": "dpn:extraversion=1"}, "dpn"),
+    ({"model": "tiny+ada", "personality": "bob"}, "model's name"), ({"max_tokens": 10_000}, "context"), ({"seed": 1.5}, "seed")])
+def test_refused_by_name(served, body, named):
+    reply = post(served, **body)
+    assert reply.status_code == 400 and named in reply.json()["error"]["message"]
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_other_refusals(served):
+    assert post(served, model="gpt-5").status_code == 404 and post(served, model="gpt-5+ada").status_code == 404
+    assert httpx.get(served.url + "/v1/nothing").status_code == 404 and httpx.get(served.url + "/v1/chat/completions").status_code == 405
+    assert post(served, content=b"{").status_code == 400 and post(served, content=b"[]").status_code == 400
+    assert post(served, content=b"\xff\xfe").status_code == 400
+    assert post(served, content=b" " * (1 << 20) + b"{}").status_code == 413
+    assert post(served, headers={"content-type": "text/plain"}).status_code == 415
+    assert post(served, headers={"host": "evil.example"}).status_code == 403
+    assert post(served, "/v1/completions", prompt=[]).status_code == 400
+    assert post(served, "/v1/completions", prompt=[10 ** 6]).status_code == 400
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        served.client.chat.completions.create(model="tiny", messages=asked(), tools=[])
+
+
+def test_a_full_queue(small, neurons):
+    with serving(arguments(small, neurons, rows=1, queue=1)) as (server, url):
+        served = SimpleNamespace(url=url)
+        hogs = [threading.Thread(target=lambda: post(served, max_tokens=400)) for _ in range(2)]
+        for hog in hogs:
+            hog.start()
+        deadline = time.monotonic() + 10
+        while len(server.engine.requests) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        reply = post(served)
+        assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
+        for hog in hogs:
+            hog.join()
+        assert post(served).status_code == 200
+
+
+def test_the_key(small, neurons, monkeypatch):
+    with serving(arguments(small, neurons, api_key="s3cret")) as (_, url):
+        served = SimpleNamespace(url=url)
+        assert post(served).status_code == 401 and post(served, headers={"authorization": "Bearer wrong"}).status_code == 401
+        assert post(served, headers={"authorization": "Bearer s3cret"}).status_code == 200
+        assert httpx.get(url + "/").status_code == httpx.get(url + "/health").status_code == 200
+        assert httpx.get(url + "/metrics").status_code == 401
+    for host in ("0.0.0.0", "192.0.2.1", "example.org"):
+        with pytest.raises(UserError, match=KEY):
+            listening(arguments(small, neurons, host=host))
+    with listening(arguments(small, neurons)) as taken, pytest.raises(UserError, match="in use"):
+        listening(arguments(small, neurons, port=taken.getsockname()[1]))
+
+
+# -------------------------------------------------------------------------------------------------- clients that misbehave
+
+
+def raw(served, data: bytes, wait: float = 0.0) -> bytes:
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        line.sendall(data)
+        time.sleep(wait)
+        line.shutdown(socket.SHUT_WR)
+        return line.recv(4096)
+
+
+def request_of(body: dict) -> bytes:
+    data = json.dumps(body).encode()
+    return (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(data)) + data
+
+
+def idle(served) -> None:
+    deadline = time.monotonic() + 10
+    while served.server.engine.requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not served.server.engine.requests
+
+
+def test_garbage_and_half_requests(served):
+    assert b"400" in raw(served, b"\x16\x03\x01\x00garbage\r\n\r\n")
+    raw(served, request_of({"messages": asked()})[:-10])
+    raw(served, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+    assert post(served).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_frees_the_row(served, stream):
+    before, tokens = served.server.counts["cancelled"], served.server.engine.tokens
+    host, port = served.url.removeprefix("http://").split(":")
+    line = socket.create_connection((host, int(port)))
+    line.sendall(request_of({"messages": asked(), "max_tokens": 450, "stream": stream}))
+    deadline = time.monotonic() + 10
+    while served.server.engine.tokens < tokens + 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    line.close()
+    idle(served)
+    assert served.server.counts["cancelled"] == before + 1 and served.server.engine.tokens < tokens + 440
+
+
+def test_a_slow_reader_holds_up_nobody(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        line.sendall(request_of({"messages": asked(), "max_tokens": 100, "stream": True}))
+        for _ in range(5):
+            line.recv(1)
+            begin = time.monotonic()
+            assert post(served).status_code == 200 and time.monotonic() - begin < 5
+    idle(served)
+
+
+def test_metrics_count(served):
+    read = lambda: dict(line.rsplit(" ", 1) for line in httpx.get(served.url + "/metrics").text.splitlines()  # noqa: E731
+                        if not line.startswith("#"))
+    before = read()
+    post(served, max_tokens=4)
+    post(served, tools=[])
+    after = read()
+    grown = lambda name: float(after[name]) - float(before.get(name, 0))  # noqa: E731
+    assert grown("personality_tokens_total") == 4 and grown('personality_replies_total{code="400"}') == 1
+    assert float(after["personality_requests_running"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the process
+
+
+def start(small, neurons, *more):
+    process = subprocess.Popen([sys.executable, "-m", "personality.serve", "--model", small.model_dir, "--device", "cpu", "--dtype",
+                                "float32", "--neurons", neurons, "--port", "0", "--served-model", "tiny", *map(str, more)],
+                               cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    line = process.stderr.readline()
+    assert line.startswith("tiny: http://"), line + process.stderr.read()
+    return process, SimpleNamespace(url=line.split()[1].rstrip("/"))
+
+
+def test_sigterm_finishes_what_runs_and_a_killed_server_starts_again(small, neurons):
+    process, served = start(small, neurons)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(post, served, max_tokens=300, personality="extraversion=1")
+        line = "personality_requests_running 1"
+        while line not in httpx.get(served.url + "/metrics").text:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        assert reply.result().json()["usage"]["completion_tokens"] > 0
+    assert process.wait(20) in (0, -signal.SIGTERM) and "Traceback" not in process.stderr.read()
+    process, served = start(small, neurons)
+    assert post(served).status_code == 200
+    process.kill()
+    process.wait(20)
+    process, served = start(small, neurons)
+    assert post(served).status_code == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130 and "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    (("--serve", "--trait", "extraversion"), "--serve"), (("--serve", "--level", "1"), "--serve"), (("--characters", "x"), "--serve"),
+    (("--serve", "--chat"), "not allowed"), (("--serve", "--port", "70000"), "port"), (("--serve", "--host", "0.0.0.0"), KEY),
+    (("--serve", "--characters", "nowhere"), "nowhere"), (("--serve", "--model", "nowhere.gguf"), "nowhere.gguf")])
+def test_wrong_flags(monkeypatch, capsys, flags, named):
+    monkeypatch.delenv(KEY, raising=False)
+    code, said = exit_of(induce, monkeypatch, capsys, *flags, *(() if "--port" in flags else ("--port", "0")))
+    assert code == 2 and named in said
+
+
+# ------------------------------------------------------------------------------------------------------------------ text
+
+
+def test_text_never_shows_half_a_character_or_a_stop(small):
+    class Bytes:
+        """A tokenizer of bytes."""
+
+        stop_text = None
+
+        def decode(self, ids, skip_special_tokens=True):
+            return bytes(ids).decode(errors="replace")
+
+    said = "  Čau ✌️, ab\nabc!  "
+    ids, text, shown = list(said.encode()), Text(Bytes(), ["abc"]), ""
+    for k in range(1, len(ids) + 1):
+        if text.stopped:
+            break
+        shown += text.add(ids[:k], k == len(ids))
+        assert "\ufffd" not in shown and "abc" not in shown
+    assert shown == "Čau ✌️, ab" and text.stopped
+    text, shown = Text(Bytes(), []), ""
+    for k in range(1, len(ids) + 1):
+        shown += text.add(ids[:k], k == len(ids))
+    assert shown == said.strip()
+
+
+# ------------------------------------------------------------------------------------------------------------------ page
+
+
+def test_the_page_needs_nothing_from_elsewhere(served):
+    reply = httpx.get(served.url + "/")
+    html, policy = page()
+    assert reply.content == html and reply.headers["content-security-policy"] == policy and "unsafe" not in policy
+    text = html.decode()
+    assert "style=" not in text and "onclick=\"" not in text
+    assert [part for part in text.split('"') if part.startswith(("http:", "https:", "//"))] == ["http://www.w3.org/2000/svg"]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not BROWSER:
+        pytest.skip("no chromium here")
+    # in a thread of its own: playwright's event loop would be in the way of others'
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(lambda: sync_api.sync_playwright().start()).result()
+        chromium = pool.submit(lambda: whole.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])).result()
+        yield lambda work, *given: pool.submit(work, chromium, *given).result()
+        pool.submit(chromium.close).result()
+        pool.submit(whole.stop).result()
+
+
+def test_the_page_in_a_browser(served, browser, tmp_path):
+    def scene(chromium):
+        wrong, view = [], chromium.new_page(viewport={"width": 1440, "height": 900})
+        view.on("pageerror", lambda error: wrong.append(str(error)))
+        view.goto(served.url + "/#extraversion=-1.45")
+        slider = view.get_by_label("Extraversion")
+        slider.wait_for()
+        assert slider.input_value() == "-1.45" and "introverted" in slider.get_attribute("aria-valuetext")
+        slider.press("ArrowLeft")
+        assert slider.input_value() == "-1.5" and "may not be fluent" in slider.get_attribute("aria-valuetext")
+        assert view.url.endswith("#extraversion=-1.5")
+        view.locator("details summary").click()
+        view.get_by_label("Tokens").fill("12")
+        view.get_by_label("Temperature").fill("0")
+        view.get_by_label("Your message").fill("w10 w11 w12 ?")
+        view.get_by_label("Your message").press("Enter")
+        view.locator(".facts").nth(1).filter(has_text="tokens/s").wait_for()
+        edited, plain = view.locator(".answer p").all_text_contents()
+        assert edited != plain
+        assert view.locator(".facts").first.text_content().split(" ·")[0].endswith("neurons") and view.locator("svg.layers").count() == 1
+        view.get_by_role("button", name="Regenerate").click()
+        view.locator("#said", has_text="Both answers").wait_for()
+        assert view.locator(".answer p").all_text_contents() == [edited, plain], "greedy: the same again"
+        view.get_by_label("Your message").fill("<b>w13</b>")
+        view.get_by_role("button", name="Ask", exact=True).click()
+        view.locator(".facts").nth(3).filter(has_text="tokens/s").wait_for()
+        assert view.locator(".asked p").nth(1).text_content() == "<b>w13</b>", "what is typed is text"
+        view.get_by_label("Choose a character").select_option("ada")
+        assert view.get_by_label("Openness").input_value() == "-0.7"
+        with view.expect_download() as saved:
+            view.get_by_role("button", name="Save").click()
+        saved.value.save_as(tmp_path / "saved.toml")
+        view.get_by_role("button", name="Unedited").click()
+        assert slider.input_value() == "0" and "#" not in view.url
+        assert Character.read(str(tmp_path / "saved.toml")).strengths == {"extraversion": 1.0, "openness": -0.7}
+        assert not wrong
+        for width in (390, 768):
+            view.set_viewport_size({"width": width, "height": 844})
+            assert view.evaluate("() => document.documentElement.scrollWidth") <= width, "nothing sticks out"
+        view.close()
+
+    browser(scene)
+
+
+def test_stop_on_the_page_frees_both_rows(served, browser):
+    def scene(chromium):
+        view = chromium.new_page()
+        view.goto(served.url + "/#openness=-1")
+        view.get_by_label("Openness").wait_for()
+        view.locator("details summary").click()
+        view.get_by_label("Tokens").fill("400")
+        view.get_by_label("Your message").fill("w10 ?")
+        view.get_by_role("button", name="Ask", exact=True).click()
+        view.get_by_role("button", name="Stop").click()
+        view.locator("#said", has_text="Stopped").wait_for()
+        view.close()
+
+    before = served.server.counts["cancelled"]
+    browser(scene)
+    idle(served)
+    assert served.server.counts["cancelled"] > before

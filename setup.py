@@ -48,6 +48,7 @@ setup(
                       "setuptools", "tqdm", "tomli; python_version < '3.11'"],
     extras_require={"judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"],
                     "bench": ["openai", "datasketch", "py3langid"], "finetune": ["peft"], "serve": ["fastapi", "uvicorn", "pydantic>=2"],
-                    "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft", "fastapi", "uvicorn"]},
+                    "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft", "fastapi", "uvicorn",
+                             "playwright"]},
     **extension(),
 )

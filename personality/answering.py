@@ -313,7 +313,7 @@ class Server:
         """Prometheus' text."""
         engine = self.engine
         rows = [("requests_running", "gauge", "", len(engine.requests)), ("steps_total", "counter", "", engine.steps),
-                ("tokens_total", "counter", "", self.counts["tokens"]),
+                ("written_total", "counter", "", engine.tokens), ("tokens_total", "counter", "", self.counts["tokens"]),
                 ("cancelled_total", "counter", "", self.counts["cancelled"]),
                 *(("replies_total", "counter", f'{{code="{code}"}}', n) for code, n in sorted(self.codes.items()))]
         kinds = dict.fromkeys((name, kind) for name, kind, _, _ in rows)

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import importlib
 import ipaddress
 import os
 import re
@@ -194,8 +195,7 @@ def listening(args) -> socket.socket:
 def serve(args) -> None:
     """Until Ctrl-C or SIGTERM, which wait PATIENCE seconds for what is being written."""
     try:
-        import uvicorn
-        from fastapi import FastAPI  # noqa: F401
+        _, uvicorn = map(importlib.import_module, ("fastapi", "uvicorn"))
     except ImportError as error:
         raise UserError("--serve needs fastapi and uvicorn: pip install -e '.[serve]'") from error
     args.api_key = args.api_key or os.environ.get(KEY) or None

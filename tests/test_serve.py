@@ -453,7 +453,7 @@ def test_the_page_in_a_browser(served, browser, tmp_path):
         wrong, view = [], chromium.new_page(viewport={"width": 1440, "height": 900})
         view.on("pageerror", lambda error: wrong.append(str(error)))
         view.goto(served.url + "/#extraversion=-1.45")
-        slider = view.get_by_label("Extraversion")
+        slider = view.get_by_role("slider", name="Extraversion")
         slider.wait_for()
         assert slider.input_value() == "-1.45" and "introverted" in slider.get_attribute("aria-valuetext")
         slider.press("ArrowLeft")
@@ -473,10 +473,10 @@ def test_the_page_in_a_browser(served, browser, tmp_path):
         assert view.locator(".answer p").all_text_contents() == [edited, plain], "greedy: the same again"
         view.get_by_label("Your message").fill("<b>w13</b>")
         view.get_by_role("button", name="Ask", exact=True).click()
-        view.locator(".facts").nth(3).filter(has_text="tokens/s").wait_for()
+        view.locator(".facts").nth(3).filter(has_text="neurons").wait_for()
         assert view.locator(".asked p").nth(1).text_content() == "<b>w13</b>", "what is typed is text"
         view.get_by_label("Choose a character").select_option("ada")
-        assert view.get_by_label("Openness").input_value() == "-0.7"
+        assert view.get_by_role("slider", name="Openness").input_value() == "-0.7"
         with view.expect_download() as saved:
             view.get_by_role("button", name="Save").click()
         saved.value.save_as(tmp_path / "saved.toml")
@@ -496,7 +496,7 @@ def test_stop_on_the_page_frees_both_rows(served, browser):
     def scene(chromium):
         view = chromium.new_page()
         view.goto(served.url + "/#openness=-1")
-        view.get_by_label("Openness").wait_for()
+        view.get_by_role("slider", name="Openness").wait_for()
         view.locator("details summary").click()
         view.get_by_label("Tokens").fill("400")
         view.get_by_label("Your message").fill("w10 ?")

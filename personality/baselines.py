@@ -69,7 +69,7 @@ class Baselines:
         return digest(self.neurons[trait].key, options(self.seed), self.bench.fingerprint(), *more)
 
     def path(self, trait: str, kind: str, *more) -> Path:
-        return Path(self.neurons.folder) / "baselines" / f"{trait}.{kind}.{self.key(trait, kind, *more)}"
+        return Path(self.neurons.folder) / "baselines" / f"{trait}.{self.key(trait, kind, *more)}.{kind}"
 
     # ------------------------------------------------------------------------------------- constants on the residual stream
 
@@ -83,7 +83,7 @@ class Baselines:
 
     def read_constants(self, trait: str):
         """(float32 (2, layers, hidden_size), the dose response (2, doses, 3)), trained where they are not there."""
-        path = self.path(trait, "residual", RESIDUAL_RATE).with_suffix(".safetensors")
+        path = self.path(trait, "residual.safetensors", RESIDUAL_RATE)
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, save(self.train_constants(self.neurons[trait])))

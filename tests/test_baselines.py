@@ -70,11 +70,14 @@ def test_residual_constants_come_nearer_to_the_teacher(small, baselines, monkeyp
     assert torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-4) and 0 < ratio[0] <= 1
     again = Baselines(small.model, small.tokenizer, small.bench, baselines.neurons)
     assert torch.equal(again.residual("extraversion", 1.0).residual[0], profile.residual[0]) and len(pairs) == 2
+    other = Baselines(small.model, small.tokenizer, small.bench, baselines.neurons, seed=1)
+    other.residual("extraversion", 1.0)
+    assert len(pairs) == 4, "of another seed they are others"
 
 
-def test_damaged_constants_are_one_line(baselines):
+def test_damaged_constants_are_one_line(baselines, folder):
     baselines.residual("extraversion", 1.0)
-    path = next((baselines.path("extraversion", "residual", 0).parent).glob("*.residual.*"))
+    path, = (folder / "baselines").iterdir()
     path.write_bytes(path.read_bytes()[:40])
     baselines.read.clear()
     with pytest.raises(UserError, match="made anew"):

@@ -87,6 +87,28 @@ def test_a_long_prompt_is_read_in_parts(small, monkeypatch):
         engine.stop()
 
 
+def test_a_full_cache_changes_nothing(small, monkeypatch):
+    """Requests that have to leave are read again, answer and all; what was an answer is edited as an answer."""
+    monkeypatch.setattr("personality.inflight.cache_blocks", lambda *_: 3)
+    people, texts = [profile_of(small, seed) for seed in range(3)], [" ".join(["w20 w31 w47 ?"] * (50 + k)) for k in range(3)]
+    prompts, alone = [prompt_ids(small.tokenizer, FRAMED.turns(text)) for text in texts], []
+    for text, profile in zip(texts, people):
+        with steer(small.model, profile):
+            alone.append(answers(small.model, small.tokenizer, [FRAMED.turns(text)], 90, **sampling())[0][1])
+    engine, resets = Engine(lambda: (small.model, small.tokenizer), rows=3), []
+    scheduler = engine.manager.batch_processor.scheduler
+    waiting = scheduler.add_waiting_request
+    scheduler.add_waiting_request = lambda state: (resets.append(state._true_initial_tokens), waiting(state))
+    try:
+        async def all_of_them():
+            return await asyncio.gather(*(whole(engine, Request(ids, Sampling(), profile, 90))
+                                          for ids, profile in zip(prompts, people)))
+
+        assert asyncio.run(all_of_them()) == alone and any(resets), "none had to leave"
+    finally:
+        engine.stop()
+
+
 def test_a_leaver_frees_its_row(small, alone, engine):
     """Four endless answers hold the four rows; when their readers leave, a fifth gets in."""
     async def scene():

@@ -175,7 +175,12 @@ def surprise(model, prompt: list[int], answer: list[int]) -> float:
 
 
 async def collect(choices: list[Choice]) -> list[Choice]:
-    return list(await asyncio.gather(*(choice.run() for choice in choices)))
+    tasks = [asyncio.ensure_future(choice.run()) for choice in choices]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:  # where one has failed
+            task.cancel()
 
 
 async def pieces(choices: list[Choice]):
@@ -238,16 +243,20 @@ class Server:
         character = of_request(body, self.name, self.people.characters)
         if character is None:
             return None, None
+        self.check_engine()
         try:
             return await self.engine.between(lambda: self.people.of(character))
         except UserError as error:
             raise Refusal(400, str(error), param="personality") from None
 
-    def check_room(self, more: int) -> None:
-        if len(self.engine.requests) + more > self.args.rows + self.args.queue:
-            raise Refusal(429, f"{len(self.engine.requests)} requests are being written or wait: try again", "rate_limit_exceeded")
+    def check_engine(self) -> None:
         if not self.engine.running():
             raise Refusal(503, "the engine has stopped: see the server's log", "server_error")
+
+    def check_room(self, more: int) -> None:
+        self.check_engine()
+        if len(self.engine.requests) + more > self.args.rows + self.args.queue:
+            raise Refusal(429, f"{len(self.engine.requests)} requests are being written or wait: try again", "rate_limit_exceeded")
 
     async def complete(self, kind, data: bytes, gone):
         """A reply as a dict, or the chunks of a stream, to the body `data`; gone(): returns when the client has hung up."""

@@ -188,6 +188,13 @@ class Engine:
             self.manager._generation_thread = threading.current_thread()
             ready.set_result(None)
             self.manager._run_generation_loop()
+        self.refuse_jobs()
+
+    def refuse_jobs(self) -> None:
+        """Tell those whose work nobody will do any more."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.jobs.get_nowait()[1].set_exception(UserError("the engine has stopped"))
 
     def managed(self):
         """transformers' manager of continuous batching, with the sampler and the steps' hooks in it; its loop is not begun."""
@@ -291,6 +298,8 @@ class Engine:
         result = Future()
         self.jobs.put((work, result))
         self.manager._wake_up_loop.set()
+        if not self.running():
+            self.refuse_jobs()
         return await asyncio.wrap_future(result)
 
     def stop(self) -> None:

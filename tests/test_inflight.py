@@ -163,8 +163,10 @@ def test_an_error_in_a_step_reaches_who_waits(small, monkeypatch):
         while engine.running() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not engine.running()
-        with pytest.raises((UserError, RuntimeError)):
+        with pytest.raises(UserError, match="has stopped"):
             asyncio.run(whole(engine, Request([5, 6, 7], Sampling(), None, 4)))
+        with pytest.raises(UserError, match="has stopped"):
+            asyncio.run(engine.between(lambda: 1))
     finally:
         engine.stop()
 

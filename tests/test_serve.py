@@ -267,6 +267,24 @@ def test_a_full_queue(small, neurons):
         assert post(served).status_code == 200
 
 
+def test_an_engine_that_died(small, neurons):
+    """Who is being answered and who comes later are told, and so is /health."""
+    with serving(arguments(small, neurons)) as (server, url):
+        served = SimpleNamespace(url=url)
+        assert httpx.get(url + "/health").status_code == 200
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(post, served, max_tokens=400, stream=stream) for stream in (False, True)]
+            deadline = time.monotonic() + 10
+            while server.engine.tokens < 10 and time.monotonic() < deadline:
+                time.sleep(0.002)
+            server.engine.stop()
+            whole, stream = (reply.result() for reply in waiting)
+        assert whole.status_code == 500 and whole.json()["error"]["type"] == "server_error"
+        assert '"error"' in stream.text.strip().split("\n\n")[-1]
+        assert httpx.get(url + "/health").status_code == 503
+        assert post(served).status_code == post(served, personality="extraversion=1").status_code == 503
+
+
 def test_the_key(small, neurons, monkeypatch):
     with serving(arguments(small, neurons, api_key="s3cret")) as (_, url):
         served = SimpleNamespace(url=url)

@@ -1,103 +1,25 @@
-"""A request and its answer: whose personality it is in, its text as it grows, what it costs. Knows nothing of HTTP."""
+"""A request and its answer: its text as it grows, its place in the server, what it costs. Knows nothing of HTTP."""
 
 import asyncio
 import contextlib
 import itertools
 import json
 import math
-import re
+import weakref
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from . import POLES, TRAITS
+from . import POLES
 from .api import ChatBody, Refusal, Reply, logprobs_of, of_request, parsed, usage_of
-from .frame import Frame
 from .inflight import Engine, Request
-from .methods import Character, Profiles, multiple_at
-from .model import end_tokens, load_model, name_of, prompt_ids
-from .neurons import NeuronFolder, neuron_path
+from .model import end_tokens, name_of, prompt_ids
+from .people import People
 from .questions import adjectives
 from .steer import Profile
-from .store import digest
-from .terminal import UserError, say
+from .terminal import UserError
 
 LENGTH = 512  # tokens of an answer where neither the client nor --max-new-tokens says how many
-KEPT = 512  # personalities whose edits are kept
-
-
-# ----------------------------------------------------------------------------------------------------------------- people
-
-
-class People:
-    """The personalities that a folder of neuron files has. All but its constructor runs between two steps of the engine."""
-
-    def __init__(self, args):
-        self.args, self.frame = args, Frame.named(args.frame)
-        self.characters = read_characters(args.characters)
-
-    def load(self):
-        """(model, tokenizer), and what the files hold; called once, in the engine's thread."""
-        args = self.args
-        model, tokenizer = load_model(args.model, args.device, args.dtype)
-        self.neurons = NeuronFolder(model, args.neurons, frame=self.frame)
-        self.profiles = Profiles(model, tokenizer, self.neurons, (args.min_delta, args.min_neurons), args.suppress)
-        self.kept: dict[str, tuple[Profile, dict]] = {}
-        self.traits = {trait: self.neurons[trait] for trait in TRAITS
-                       if self.neurons.released or neuron_path(self.neurons.folder, trait).exists()}
-        if not self.traits:
-            say(f"--neurons {args.neurons}: no neuron files, so everybody gets the unedited model: python identify.py --train "
-                "makes them")
-        return model, tokenizer
-
-    def of(self, character: Character) -> tuple[Profile, dict]:
-        """(profile, what is said of it in replies): the same objects each time, as the engine wants them."""
-        key = digest(character.strengths, character.method, character.layers)
-        if key not in self.kept:
-            missing = [trait for trait, own in character.strengths.items() if own and trait not in self.traits]
-            if missing:
-                raise UserError(f"personality: there are no neuron files here of {', '.join(missing)}, but of "
-                                f"{', '.join(self.traits) or 'no trait'}: python identify.py --train makes them")
-            profile = self.profiles.of(character)
-            self.kept[key] = profile, self.described(character, profile)
-        self.kept[key] = self.kept.pop(key)  # the latest last
-        while len(self.kept) > KEPT:
-            self.kept.pop(next(iter(self.kept)))
-        return self.kept[key]
-
-    def described(self, character: Character, profile: Profile) -> dict:
-        layers = profile.layer.bincount().tolist()
-        found = {"name": character.name, "method": character.method, "traits": character.strengths, "neurons": len(profile),
-                 "layers": {str(layer): n for layer, n in enumerate(layers) if n}}
-        if profile.residual:
-            found["residual_layers"] = sorted(profile.residual)
-        if character.method == "trained":
-            found |= {"range": [-1, 1], "expected_perplexity": self.expected(character)}
-        return found
-
-    def expected(self, character: Character) -> float:
-        """By what factor a character's perplexity grows, by the traits' dose responses: as if they were independent."""
-        total = 0.0
-        for trait, level in character.strengths.items():
-            if level:
-                dose = self.traits[trait].dose[0 if level > 0 else 1]
-                doses = np.concatenate([[[0.0, 1.0]], dose[:, [0, 2]].double().numpy()])
-                total += float(np.interp(multiple_at(dose, abs(level)), doses[:, 0], np.log(doses[:, 1])))
-        return round(math.exp(total), 3)
-
-
-def read_characters(folder: str | None) -> dict[str, Character]:
-    """The profile files of a folder, by their names without .toml."""
-    if folder is None:
-        return {}
-    paths = sorted(Path(folder).glob("*.toml"))
-    if not paths:
-        raise UserError(f"--characters {folder}: no profile files (*.toml) there")
-    wrong = [path.name for path in paths if not re.fullmatch(r"[\w.-]{1,64}", path.stem)]
-    if wrong:
-        raise UserError(f"--characters {folder}: {wrong[0]!r}: expected a name of letters, digits, dots and dashes")
-    return {path.stem: Character.read(str(path), "trained") for path in paths}
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -106,7 +28,8 @@ def read_characters(folder: str | None) -> dict[str, Character]:
 class Text:
     """An answer's text as it grows: what can be shown of it, which a stop string or half a character may not be."""
 
-    def __init__(self, tokenizer, stops: list[str]):
+    def __init__(self, tokenizer, stops: list[str], chat: bool = True):
+        self.chat = chat  # a completion's outer spaces are a part of it
         self.tokenizer, self.stops = tokenizer, [*stops, *filter(None, [tokenizer.stop_text])]
         self.begun, self.read, self.text, self.shown, self.stopped = 0, 0, "", 0, False
 
@@ -115,15 +38,21 @@ class Text:
         decode = lambda part: self.tokenizer.decode(part, skip_special_tokens=True)  # noqa: E731
         before, after = decode(ids[self.begun:self.read]), decode(ids[self.begun:])
         if len(after) > len(before) and (last or not after.endswith("�")):
-            self.text, self.begun, self.read = (self.text + after[len(before):]).lstrip(), self.read, len(ids)
+            self.text, self.begun, self.read = self.text + after[len(before):], self.read, len(ids)
+            if self.chat and not self.shown:
+                self.text = self.text.lstrip()
         found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
         if found:
             self.text, self.stopped = self.text[:min(found)], True
         held = 0 if last or self.stopped else max(
             (k for stop in self.stops for k in range(1, len(stop)) if self.text.endswith(stop[:k])), default=0)
-        end = len(self.text[:len(self.text) - held].rstrip())
+        end = len(self.text) - held
+        end = len(self.text[:end].rstrip()) if self.chat else end
         piece, self.shown = self.text[self.shown:end], max(self.shown, end)
         return piece
+
+    def stripped(self, text: str) -> str:
+        return text.strip() if self.chat else text
 
 
 class Choice:
@@ -133,10 +62,12 @@ class Choice:
         self.server, self.index, self.body = server, index, body
         self.profile, self.person = person
         self.request = Request(prompt, body.sampling(index), self.profile, server.length(body, prompt))
-        self.text, self.ids, self.finish, self.sent = Text(server.engine.tokenizer, body.stops()), [], None, 0
+        self.chat, self.ids, self.finish, self.sent, self.told = isinstance(body, ChatBody), [], None, 0, 0
+        self.text = Text(server.engine.tokenizer, body.stops(), self.chat)
 
     async def run(self, tell=None) -> "Choice":
-        """tell(choice, piece, finish): called with each piece of text, the last time with why it ended."""
+        """tell(choice, piece, tokens, finish): called with each piece of text, the number of tokens so far, and the last time with
+        why it ended."""
         engine, ends = self.server.engine, self.server.ends
         async with contextlib.aclosing(engine.write(self.request)) as grown:
             async for ids in grown:
@@ -146,18 +77,29 @@ class Choice:
                 if over or self.text.stopped:
                     self.finish = "length" if not self.text.stopped and ids[-1] not in ends else "stop"
                 if tell and (piece or self.finish):
-                    tell(self, piece, self.finish)
+                    tell(self, piece, len(ids), self.finish)
                 if self.finish:
                     break
         self.server.counts["tokens"] += len(self.ids)
         return self
 
-    def logprobs(self, chat: bool):
-        """Of the tokens that were not told yet; None where they were not asked for."""
-        if self.request.sampling.top_logprobs is None:
+    def logprobs(self, tokens: int):
+        """Of the tokens up to this number that were not told yet, but for those of a stop string; None where they were not asked
+        for, or where there are none."""
+        if self.text.stopped:
+            tokens = min(tokens, self.shown_tokens())
+        if self.request.sampling.top_logprobs is None or tokens <= self.sent:
             return None
-        begin, self.sent = self.sent, len(self.ids)
-        return logprobs_of(chat, self.server.engine.tokenizer, self.ids[begin:], self.request.logprobs[begin:len(self.ids)])
+        begin, self.sent = self.sent, tokens
+        decode, ids = self.server.engine.tokenizer.decode, self.ids[begin:tokens]
+        return logprobs_of(self.chat, self.server.engine.tokenizer, ids, self.request.logprobs[begin:tokens],
+                           len(decode(self.ids[:begin])))
+
+    def shown_tokens(self) -> int:
+        """How many of the tokens it takes to write the text that is shown."""
+        decode, text = self.server.engine.tokenizer.decode, self.text
+        return next(n for n in range(len(self.ids) + 1)
+                    if len(text.stripped(decode(self.ids[:n], skip_special_tokens=True))) >= len(text.stripped(text.text)))
 
     async def more(self) -> dict:
         """What the request asked for beside OpenAI's fields."""
@@ -170,7 +112,8 @@ class Choice:
 
 def surprise(model, prompt: list[int], answer: list[int]) -> float:
     """The unedited model's nats a token of an answer."""
-    logits = model(input_ids=torch.tensor([prompt + answer[:-1]], device=model.device), use_cache=False).logits
+    few = {"logits_to_keep": len(answer)} if model._supports_logits_to_keep() else {}  # not of the whole prompt
+    logits = model(input_ids=torch.tensor([prompt + answer[:-1]], device=model.device), use_cache=False, **few).logits
     return float(torch.nn.functional.cross_entropy(logits[0, -len(answer):].float(), torch.tensor(answer, device=model.device)))
 
 
@@ -184,7 +127,7 @@ async def collect(choices: list[Choice]) -> list[Choice]:
 
 
 async def pieces(choices: list[Choice]):
-    """(choice, piece of its text, why it ended or None) as they come; who stops reading stops the writing."""
+    """(choice, piece of its text, tokens so far, why it ended or None) as they come; who stops reading stops the writing."""
     told, tasks = asyncio.Queue(), []
     try:
         tasks = [asyncio.ensure_future(choice.run(lambda *piece: told.put_nowait(piece))) for choice in choices]
@@ -206,6 +149,18 @@ async def pieces(choices: list[Choice]):
 # ----------------------------------------------------------------------------------------------------------------- server
 
 
+class Places:
+    """The places that a request takes in the server, from when it comes in until it is answered, or forgotten."""
+
+    def __init__(self, server: "Server", number: int):
+        server.taken += number
+
+        def free():
+            server.taken -= number
+
+        self.free = weakref.finalize(self, free)  # at once, or where a reply was never begun; only the first call counts
+
+
 class Server:
     """What the routes share. args: of induce.py --serve."""
 
@@ -215,7 +170,8 @@ class Server:
         model = self.engine.model
         self.name = args.served_model or Path(name_of(model).removesuffix(".gguf")).name
         self.ends = set(end_tokens(model))
-        self.most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.most = min(self.engine.longest, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        self.people.most, self.taken = self.engine.most, 0  # taken: places that requests have, from when they come in
         self.counts, self.codes, self.serial = {"tokens": 0, "cancelled": 0}, {}, itertools.count(1)
 
     def length(self, body, prompt: list[int]) -> int:
@@ -245,7 +201,8 @@ class Server:
             return None, None
         self.check_engine()
         try:
-            return await self.engine.between(lambda: self.people.of(character))
+            profile, found = await self.engine.between(lambda: self.people.of(character))
+            return profile, {"name": character.name, **found}
         except UserError as error:
             raise Refusal(400, str(error), param="personality") from None
 
@@ -253,22 +210,34 @@ class Server:
         if not self.engine.running():
             raise Refusal(503, "the engine has stopped: see the server's log", "server_error")
 
-    def check_room(self, more: int) -> None:
+    def take(self, places: int) -> "Places":
+        """Room for a request's choices, or a refusal."""
         self.check_engine()
-        if len(self.engine.requests) + more > self.args.rows + self.args.queue:
-            raise Refusal(429, f"{len(self.engine.requests)} requests are being written or wait: try again", "rate_limit_exceeded")
+        room = self.args.rows + self.args.queue
+        if places > room:
+            raise Refusal(400, f"n: {places} answers at once are more than the server has room for, which is {room}", param="n")
+        if self.taken + places > room:
+            raise Refusal(429, f"{self.taken} answers are being written or wait: try again", "rate_limit_exceeded")
+        return Places(self, places)
 
     async def complete(self, kind, data: bytes, gone):
         """A reply as a dict, or the chunks of a stream, to the body `data`; gone(): returns when the client has hung up."""
-        body = parsed(kind, data)
-        chat, person, prompts = kind is ChatBody, await self.person(body), self.prompts(body)
-        number = body.n or 1
-        self.check_room(len(prompts) * number)
-        choices = [Choice(self, k, prompts[k // number], body, person) for k in range(len(prompts) * number)]
-        reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{next(self.serial)}", body.model or self.name, person[1])
-        usage = lambda: usage_of(sum(map(len, prompts)), sum(len(choice.ids) for choice in choices))  # noqa: E731
-        if body.stream:
-            return self.stream(body, reply, choices, usage)
+        body, streamed = parsed(kind, data), None
+        chat, prompts, number = kind is ChatBody, self.prompts(body), body.n or 1
+        places = self.take(len(prompts) * number)
+        try:
+            person = await self.person(body)
+            choices = [Choice(self, k, prompts[k // number], body, person) for k in range(len(prompts) * number)]
+            reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{next(self.serial)}", body.model or self.name, person[1])
+            usage = lambda: usage_of(sum(map(len, prompts)), sum(len(choice.ids) for choice in choices))  # noqa: E731
+            streamed = self.stream(body, reply, choices, usage, places) if body.stream else None
+            return streamed or await self.whole(reply, choices, usage, gone)
+        finally:
+            if streamed is None:
+                places.free()
+
+    async def whole(self, reply: Reply, choices: list[Choice], usage, gone) -> dict:
+        """A reply that is not streamed."""
         work, left = asyncio.ensure_future(collect(choices)), asyncio.ensure_future(gone())
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         left.cancel()
@@ -277,22 +246,23 @@ class Server:
             self.counts["cancelled"] += 1
             raise Refusal(499, "the client has gone")
         await work
-        whole = [reply.choice(choice.index, choice.text.text.rstrip(), choice.finish, choice.logprobs(chat), **await choice.more())
-                 for choice in choices]
+        whole = [reply.choice(choice.index, choice.text.stripped(choice.text.text), choice.finish, choice.logprobs(len(choice.ids)),
+                              **await choice.more()) for choice in choices]
         return reply.whole(whole, usage())
 
-    async def stream(self, body, reply: Reply, choices: list[Choice], usage):
+    async def stream(self, body, reply: Reply, choices: list[Choice], usage, places: "Places"):
         """The lines of a stream: role first, then pieces, why each ended, usage if it was asked for, and [DONE]."""
         line, over = lambda found: f"data: {json.dumps(found, ensure_ascii=False)}\n\n", False  # noqa: E731
         try:
             for choice in choices if reply.chat else ():
                 yield line(reply.part(choice.index, begins=True))
-            async for choice, piece, finish in pieces(choices):
+            async for choice, piece, tokens, finish in pieces(choices):
                 if piece:
-                    yield line(reply.part(choice.index, piece, logprobs=choice.logprobs(reply.chat)))
+                    yield line(reply.part(choice.index, piece, logprobs=choice.logprobs(tokens)))
                 if finish:
-                    rest = choice.logprobs(reply.chat) if choice.sent < len(choice.ids) else None
-                    yield line(reply.part(choice.index, finish=finish, logprobs=rest, **await choice.more()))
+                    yield line(reply.part(choice.index, finish=finish, logprobs=choice.logprobs(tokens)))
+                    if more := await choice.more():
+                        yield line(reply.part(choice.index, **more))
             if body.stream_options and body.stream_options.include_usage:
                 yield line(reply.usage(usage()))
             over = True
@@ -301,6 +271,7 @@ class Server:
             over = True
             yield line({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
         finally:
+            places.free()
             self.counts["cancelled"] += not over
 
     def inventory(self) -> dict:
@@ -311,7 +282,8 @@ class Server:
         return {"model": self.name, "layers": len(self.engine.steering.mlps), "neurons": sum(
                     mlp.width for mlp in self.engine.steering.mlps), "context": self.most, "dtype": str(model.dtype)[6:],
                 "traits": traits, "frame": {"system": frame.system, "question": frame.question}, "poles": POLES, "characters": {
-                    name: {"traits": who.strengths, "method": who.method} for name, who in self.people.characters.items()}}
+                    name: {"traits": who.strengths, "method": who.method, "layers": who.layers}
+                    for name, who in self.people.characters.items()}}
 
     def models(self) -> dict:
         names = [self.name, *(f"{self.name}+{name}" for name in self.people.characters)]

@@ -26,7 +26,7 @@ class Refusal(Exception):
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
@@ -40,7 +40,11 @@ class Part(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    name: str | None = None
+    refusal: None = None  # these four stand in every message that OpenAI's client got, and gives back
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Annotated[list, Field(max_length=0)] | None = None
 
     def turn(self) -> dict:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -168,10 +172,11 @@ def as_character(given: str | dict, characters: dict[str, Character]) -> Charact
 
 def of_request(body, served: str, characters: dict[str, Character]) -> Character | None:
     """The character that a request asks for, in its personality or behind a + in the model's name; None: the unedited model."""
-    name, _, inside = body.model.partition("+")
-    if name and name.lower() != served.lower():
+    name, inside = body.model[:len(served)], body.model[len(served):]
+    if body.model and (name.lower() != served.lower() or inside and (inside[0] != "+" or len(inside) < 2)):
         raise Refusal(404, f"model: expected {served}, or that with +CHARACTER or +trait=level behind it; got {body.model[:80]!r}",
                       param="model")
+    inside = inside[1:]
     if inside and body.personality is not None:
         raise Refusal(400, "personality: stands in the model's name already", param="personality")
     try:
@@ -219,13 +224,14 @@ def whole_bytes(word: str) -> list[int] | None:
     return None if "\ufffd" in word else list(word.encode())
 
 
-def logprobs_of(chat: bool, tokenizer, ids: list[int], kept: list):
-    """OpenAI's form of the log-probabilities that a request kept of its tokens."""
+def logprobs_of(chat: bool, tokenizer, ids: list[int], kept: list, at: int = 0):
+    """OpenAI's form of the log-probabilities that a request kept of its tokens, which begin at character `at` of the text."""
     words = lambda token: tokenizer.decode([token])  # noqa: E731
     if not chat:
-        best = [{words(token): value for token, value in best} for _, best in kept]
-        return {"tokens": [words(token) for token in ids], "token_logprobs": [own for own, _ in kept],
-                "top_logprobs": best if any(best) else None, "text_offset": []}
+        tokens = [words(token) for token in ids]
+        best = [{**{words(token): value for token, value in best}, word: own} for word, (own, best) in zip(tokens, kept)]
+        return {"tokens": tokens, "token_logprobs": [own for own, _ in kept], "top_logprobs": best,
+                "text_offset": [at + sum(map(len, tokens[:k])) for k in range(len(tokens))]}
     one = lambda token, value: {"token": words(token), "logprob": value, "bytes": whole_bytes(words(token))}  # noqa: E731
     return {"content": [{**one(token, own), "top_logprobs": [one(other, value) for other, value in best]}
                         for token, (own, best) in zip(ids, kept)], "refusal": None}

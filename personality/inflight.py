@@ -11,6 +11,7 @@ import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -25,7 +26,7 @@ from .terminal import UserError
 
 EDITS, SHARE = 4096, 0.05  # room for a profile: so many edits, or this share of the model's neurons
 TOGETHER = 1024  # tokens that one step reads at most: longer prompts take several
-CACHE_BYTES = 2 << 30  # of keys and values, on a CPU; on a GPU it is what is free
+PAGE, CACHE_BYTES = 256, 2 << 30  # tokens of a block of the cache; bytes of keys and values on a CPU (on a GPU: what is free)
 FIRST = 1024  # tokens among which top_p looks first
 
 
@@ -138,14 +139,8 @@ class Sampler:
 # --------------------------------------------------------------------------------------------------------------- engine
 
 
-def config_of(**options):
-    """A ContinuousBatchingConfig with those of the options that this version of transformers has."""
-    known = configuration_utils.ContinuousBatchingConfig.__dataclass_fields__
-    return configuration_utils.ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
-
-
-def cache_blocks(model, rows: int, page: int = 256) -> int | None:
-    """Blocks of `page` tokens that the keys and values of a CPU's cache get: enough for all rows at the model's longest, at most
+def cache_blocks(model, rows: int) -> int | None:
+    """Blocks of PAGE tokens that the keys and values of a CPU's cache get: enough for all rows at the model's longest, at most
     CACHE_BYTES. On a GPU None: what is free."""
     if model.device.type != "cpu":
         return None
@@ -154,7 +149,7 @@ def cache_blocks(model, rows: int, page: int = 256) -> int | None:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
     longest = getattr(config, "max_position_embeddings", None) or 4096
-    return max(2 * -(-longest // page), min(rows * -(-longest // page), CACHE_BYTES // (token * page)))
+    return max(4, min(rows * -(-longest // PAGE), CACHE_BYTES // (token * PAGE)))
 
 
 class Engine:
@@ -169,6 +164,7 @@ class Engine:
         self.requests: dict[str, Request] = {}  # that are waiting or being written
         self.numbers, self.map, self.count, self.jobs = {}, None, itertools.count(), queue.SimpleQueue()
         self.steps = self.tokens = 0
+        self.ended = lambda: None  # called in its thread when it has stopped, for whatever reason
         self.profiles, ready = [Profile.empty()] * rows, Future()
         self.thread = threading.Thread(target=self.work, args=(ready,), name="engine", daemon=True)
         self.thread.start()
@@ -189,48 +185,60 @@ class Engine:
             ready.set_result(None)
             self.manager._run_generation_loop()
         self.refuse_jobs()
+        self.ended()
 
     def refuse_jobs(self) -> None:
         """Tell those whose work nobody will do any more."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self.jobs.get_nowait()[1].set_exception(UserError("the engine has stopped"))
+                _, result = self.jobs.get_nowait()
+                if result.set_running_or_notify_cancel():
+                    result.set_exception(UserError("the engine has stopped"))
 
     def managed(self):
         """transformers' manager of continuous batching, with the sampler and the steps' hooks in it; its loop is not begun."""
-        if not hasattr(self.model, "init_continuous_batching"):
-            raise UserError(f"{type(self.model).__name__} has no continuous batching in transformers {transformers.__version__}")
+        fields = getattr(configuration_utils.ContinuousBatchingConfig, "__dataclass_fields__", ())
+        if not hasattr(self.model, "init_continuous_batching") or "page_size" not in fields:
+            raise UserError(f"{type(self.model).__name__}: transformers {transformers.__version__} has no continuous batching that "
+                            "the server knows: 5.23 has")
         ends = end_tokens(self.model)
         options = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=ends or -1,
                                    pad_token_id=self.tokenizer.pad_token_id)
-        config = config_of(num_blocks=cache_blocks(self.model, self.rows), max_batch_tokens=max(TOGETHER, self.rows),
-                           max_requests_per_batch=self.rows, use_cuda_graph=False, use_async_batching=False,
-                           allow_block_sharing=False,  # an answer's keys are those of one personality
-                           auto_switch_to_flash=False)
+        config = configuration_utils.ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=cache_blocks(self.model, self.rows), max_batch_tokens=max(TOGETHER, self.rows),
+            max_requests_per_batch=self.rows, use_cuda_graph=False, use_async_batching=False, auto_switch_to_flash=False,
+            allow_block_sharing=False)  # an answer's keys are those of one personality
         try:
             manager = self.model.init_continuous_batching(generation_config=options, continuous_batching_config=config)
             manager.logit_processor = Sampler(self.requests)
             manager.batch_processor = processor = manager._create_batch_processor()
             inputs = processor.inputs_and_outputs
-            processor.prepare_next_batch = self.between_steps(processor.prepare_next_batch)
+            processor.prepare_next_batch = self.between_steps(processor.prepare_next_batch, processor.scheduler)
+            manager.output_router.output_queue = SimpleNamespace(put=lambda output: None)  # of those that nobody awaits any more
             inputs.prepare_batch_tensors = self.before_step(inputs.prepare_batch_tensors)
+            self.longest = (manager.continuous_batching_config.num_blocks - 1) * PAGE  # tokens of a request that the cache can hold
             return manager
         except (AttributeError, TypeError, ValueError, NotImplementedError, KeyError) as error:
             raise UserError(f"continuous batching of transformers {transformers.__version__} can't serve "
                             f"{type(self.model).__name__}: {error}") from error
 
-    def between_steps(self, prepare_next_batch):
+    def between_steps(self, prepare_next_batch, scheduler):
+        """Do the work of between() first, then go on."""
         def prepare():
             while True:
                 with contextlib.suppress(queue.Empty):
                     work, result = self.jobs.get_nowait()
                     self.map = None
+                    if not result.set_running_or_notify_cancel():  # who asked has gone
+                        continue
                     try:
                         with torch.no_grad():
                             result.set_result(work())
                     except Exception as error:
                         result.set_exception(error)
                     continue
+                # set where the cache is full, and else only cleared when a request finishes, not when it is cancelled
+                scheduler.block_new_requests &= bool(scheduler.active_requests)
                 return prepare_next_batch()
 
         return prepare

@@ -230,17 +230,17 @@ class Character:
         method, layers, model = values.get("method", method), values.get("layers"), values.get("model", "")
         if not isinstance(traits, dict) or not traits or not all(
                 trait.lower() in TRAITS and type(alpha) in (int, float) and abs(alpha) <= 1e3 for trait, alpha in traits.items()):
-            raise UserError(f"{where}: expected some of {', '.join(TRAITS)} with a number each, got {traits!r}")
+            raise UserError(f"{where}: expected some of {', '.join(TRAITS)} with a number each, got {repr(traits)[:200]}")
         strengths = {trait.lower(): float(alpha) for trait, alpha in traits.items()}
         if len(strengths) < len(traits):
             raise UserError(f"{where}: a trait stands twice in {traits!r}")
         if unknown:
-            raise UserError(f"{where}: expected traits, method, layers, model and name, got {sorted(unknown)}")
+            raise UserError(f"{where}: expected traits, method, layers, model and name, got {repr(sorted(unknown))[:200]}")
         if method not in list(METHODS):
-            raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, got {method!r}")
+            raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, got {repr(method)[:200]}")
         if layers is not None and not (isinstance(layers, list) and [type(layer) for layer in layers] == [int, int]
                                        and 0 <= layers[0] <= layers[1] < 1 << 31):
-            raise UserError(f"{where}: layers: expected [first, last], got {layers!r}")
+            raise UserError(f"{where}: layers: expected [first, last], got {repr(layers)[:200]}")
         if not isinstance(model, str):
             raise UserError(f"{where}: model: expected a name, got {model!r}")
         return cls(strengths, method, layers and tuple(layers), model, str(values.get("name", "")))

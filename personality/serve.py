@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import importlib
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -33,15 +34,22 @@ def page() -> tuple[bytes, str]:
                            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-def allowed(headers, key: str | None, open_to_all: bool) -> None:
+def allowed(headers, args, open_to_all: bool) -> None:
     """Raise where a request may not come in: without the key, or, where there is none, under a name that isn't this machine's
     (a page elsewhere whose name points here)."""
-    given = headers.get("authorization", "").encode()
-    if key and not open_to_all and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+    given = headers.get("authorization", "").encode("latin-1")
+    if args.api_key and not open_to_all and not hmac.compare_digest(given, f"Bearer {args.api_key}".encode()):
         raise Refusal(401, "expected the header Authorization: Bearer KEY", "authentication_error")
-    host = re.sub(r":\d+$", "", headers.get("host", "").lower())
-    if not key and host not in ("localhost", "127.0.0.1", "[::1]"):
+    if not args.api_key and not own_address(re.sub(r":\d+$", "", headers.get("host", "").lower()).strip("[]")):
         raise Refusal(403, "Host: expected localhost", "permission_error")
+
+
+def own_address(host: str) -> bool:
+    """Whether this is a name of this machine for itself."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def read_body(request) -> bytes:
@@ -76,9 +84,13 @@ class Door:
 
     async def __call__(self, scope, receive, send):
         from starlette.datastructures import Headers
+        from starlette.requests import ClientDisconnect
+
+        begun = []
 
         async def counted(message):
             if message["type"] == "http.response.start":
+                begun.append(True)
                 codes, code = self.server.codes, message["status"]
                 codes[code] = codes.get(code, 0) + 1
             await send(message)
@@ -87,10 +99,17 @@ class Door:
             return await self.app(scope, receive, send)
         try:
             open_to_all = scope["path"] in ("/", "/health")
-            allowed(Headers(scope=scope), self.args.api_key, open_to_all)
+            allowed(Headers(scope=scope), self.args, open_to_all)
+            await self.app(scope, receive, counted)
         except Refusal as error:
-            return await as_reply(error)(scope, receive, counted)
-        await self.app(scope, receive, counted)
+            await as_reply(error)(scope, receive, counted)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            logging.getLogger("uvicorn.error").exception("a request failed")
+            if not begun:
+                why = Refusal(500, f"{type(error).__name__}: see the server's log", "server_error")
+                await as_reply(why)(scope, receive, counted)
 
 
 def application(server: Server):
@@ -144,10 +163,6 @@ def answer_errors(app) -> None:
     async def unknown(request, error):
         return as_reply(Refusal(error.status_code, str(error.detail)))
 
-    @app.exception_handler(Exception)
-    async def failed(request, error):
-        return as_reply(Refusal(500, f"{type(error).__name__}: see the server's log", "server_error"))
-
 
 def add_writing(app, server: Server) -> None:
     """The routes whose replies are written by the model."""
@@ -178,11 +193,7 @@ def add_writing(app, server: Server) -> None:
 
 def listening(args) -> socket.socket:
     """A socket on --host and --port; without a key only this machine's own addresses."""
-    try:
-        own = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
-    except ValueError:
-        own = False
-    if not (own or args.api_key):
+    if not (own_address(args.host) or args.api_key):
         raise UserError(f"--host {args.host}: without a key the server listens on this machine's own addresses only (127.0.0.1): "
                         f"--api-key KEY, or the environment variable {KEY}")
     try:
@@ -199,14 +210,20 @@ def serve(args) -> None:
     except ImportError as error:
         raise UserError("--serve needs fastapi and uvicorn: pip install -e '.[serve]'") from error
     args.api_key = args.api_key or os.environ.get(KEY) or None
+    if not (args.api_key or "").isascii():
+        raise UserError(f"--api-key, {KEY}: expected letters, digits and signs of ASCII, since that is what headers can hold")
     with listening(args) as listener:
         server = Server(args)
         try:
             host, port = listener.getsockname()[:2]
             say(f"{server.name}: http://{f'[{host}]' if ':' in host else host}:{port}/ has the page, /v1 is for OpenAI's clients; "
                 f"traits: {', '.join(server.people.traits) or 'none'}; Ctrl-C ends it")
-            uvicorn.Server(uvicorn.Config(application(server), log_level="warning", access_log=False, server_header=False,
-                                          lifespan="off", timeout_graceful_shutdown=PATIENCE)).run(sockets=[listener])
+            web = uvicorn.Server(uvicorn.Config(application(server), log_level="warning", access_log=False, server_header=False,
+                                                lifespan="off", timeout_graceful_shutdown=PATIENCE))
+            server.engine.ended = lambda: setattr(web, "should_exit", True)  # a supervisor starts it anew
+            web.run(sockets=[listener])
+            if not server.engine.running():
+                raise UserError(f"the engine has stopped: {server.engine.manager.background_thread_status.fatal_error}")
         finally:
             server.engine.stop()
 

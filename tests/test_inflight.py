@@ -109,6 +109,50 @@ def test_a_full_cache_changes_nothing(small, monkeypatch):
         engine.stop()
 
 
+def test_those_who_leave_a_full_cache_let_others_in(small, monkeypatch):
+    """transformers lets nobody in where the cache was full, until somebody has finished: who is cancelled never does."""
+    monkeypatch.setattr("personality.inflight.cache_blocks", lambda *_: 3)
+    engine = Engine(lambda: (small.model, small.tokenizer), rows=3)
+    scheduler, ids = engine.manager.batch_processor.scheduler, prompt_ids(small.tokenizer, FRAMED.turns("w20 w31 w47 " * 55))
+    try:
+        async def scene():
+            hogs = [asyncio.ensure_future(whole(engine, Request(ids, Sampling(), None, 250))) for _ in range(3)]
+            while not scheduler.block_new_requests:
+                await asyncio.sleep(0.001)
+            for hog in hogs:
+                hog.cancel()
+            return await asyncio.wait_for(whole(engine, Request(ids, Sampling(), None, 3)), 30)
+
+        assert len(asyncio.run(scene())) == 3
+    finally:
+        engine.stop()
+
+
+def test_who_goes_while_work_waits_harms_nobody(small, engine):
+    async def scene():
+        for _ in range(30):
+            work = asyncio.ensure_future(engine.between(lambda: time.sleep(0.002)))
+            await asyncio.sleep(0.001)
+            work.cancel()
+        return await engine.between(lambda: 7)
+
+    assert asyncio.run(scene()) == 7 and engine.running()
+
+
+def test_nothing_is_kept_of_those_who_leave(small, engine):
+    async def scene():
+        for k in range(12):
+            leaver = asyncio.ensure_future(whole(engine, Request(prompt_ids(small.tokenizer, asked(k)), Sampling(), None, 300)))
+            await asyncio.sleep(0.02)
+            leaver.cancel()
+            await asyncio.gather(leaver, return_exceptions=True)
+        await whole(engine, Request([5, 6], Sampling(), None, 2))
+
+    asyncio.run(scene())
+    router = engine.manager.output_router
+    assert not router.result_handlers and not engine.requests and not hasattr(router.output_queue, "get")
+
+
 def test_a_leaver_frees_its_row(small, alone, engine):
     """Four endless answers hold the four rows; when their readers leave, a fifth gets in."""
     async def scene():

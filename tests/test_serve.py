@@ -31,7 +31,8 @@ from personality.train import add_trained
 # httpx or httpx2: what this version of openai is built on
 httpx = importlib.import_module(next(
     kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__name__ == "Client").__module__.split(".")[0])
-CHARACTERS = {"ada": '[traits]\nextraversion = 1\nopenness = -0.7\n', "bob": 'method = "npti"\n[traits]\nextraversion = 2\n'}
+CHARACTERS = {"ada": 'name = "Ada"\nmethod = "trained"\n[traits]\nextraversion = 1\nopenness = -0.7\n',
+              "bob": "[traits]\nextraversion = 2\n"}
 
 
 def arguments(small, neurons, **changes):
@@ -225,7 +226,8 @@ def test_what_a_character_is_made_of(small, neurons, served):
     ({"max_tokens": 4, "max_completion_tokens": 4}, "max_completion_tokens"), ({"stop": [""]}, "stop"), ({"stop": ["a"] * 17}, "stop"),
     ({"frequency_penalty": 9}, "frequency_penalty"), ({"top_logprobs": 2}, "logprobs"), ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
     ({"stream_options": {"include_usage": True}}, "stream"), ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "role"), ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role"), ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "name"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "tool_calls"), ({"max_tokens": "3"}, "max_tokens"), ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     ({"personality": "nobody"}, "ada, bob"), ({"personality": "../../etc/passwd"}, "personality"), ({"personality": "extraversion=x"}, "personality"),
     ({"personality": "extraversion=1,extraversion=1"}, "personality"), ({"personality": {"traits": {"charm": 1}}}, "charm"),
     ({"personality": {"traits": {"extraversion": 1}, "method": "magic"}}, "magic"), ({"personality": {"extraversion": 1e9}}, "extraversion"),
@@ -238,7 +240,10 @@ def test_refused_by_name(served, body, named):
 
 
 def test_other_refusals(served):
-    assert post(served, model="gpt-5").status_code == 404 and post(served, model="gpt-5+ada").status_code == 404
+    for name in ("gpt-5", "gpt-5+ada", "tiny+", "+", "+ada", "tinyada"):
+        assert post(served, model=name).status_code == 404
+    assert len(post(served, personality={"traits": {"x" * 100_000: 1}}).content) < 1000
+    assert post(served, "/v1/completions", prompt=["w10"] * 16, n=16).status_code == 400, "more than there will ever be room for"
     assert httpx.get(served.url + "/v1/nothing").status_code == 404 and httpx.get(served.url + "/v1/chat/completions").status_code == 405
     assert post(served, content=b"{").status_code == 400 and post(served, content=b"[]").status_code == 400
     assert post(served, content=b"\xff\xfe").status_code == 400
@@ -251,9 +256,70 @@ def test_other_refusals(served):
         served.client.chat.completions.create(model="tiny", messages=asked(), tools=[])
 
 
+def test_a_reply_can_be_given_back(served):
+    """As OpenAI's client does it, with all the fields that its messages have."""
+    said = served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=5).choices[0].message
+    more = [*asked(), said, {"role": "user", "content": [{"type": "text", "text": "w10 ?"}]}]
+    assert served.client.chat.completions.create(model="tiny", messages=more, max_tokens=3).choices
+
+
+def test_names_stay_with_who_gave_them(served):
+    traits = {"traits": {"extraversion": 0.31}}
+    mine = post(served, "/v1/personality", personality={**traits, "name": "mine"}).json()
+    assert mine["name"] == "mine" and post(served, "/v1/personality", personality=traits).json()["name"] == ""
+    assert post(served, personality="ada").json()["personality"]["name"] == "Ada"
+    assert post(served, "/v1/personality", personality="extraversion=40").json()["expected_perplexity"] is None, "never tried"
+
+
+def test_logprobs_are_of_their_chunk(served):
+    parts = list(served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=10, stream=True, logprobs=True))
+    for part in parts:
+        choice = part.choices[0]
+        if choice.delta.content:
+            assert "".join(token.token for token in choice.logprobs.content).split() == choice.delta.content.split()
+    whole = served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=10).choices[0].message.content.split()
+    cut = served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=10, logprobs=True, stop=" " + whole[3])
+    assert [token.token for token in cut.choices[0].logprobs.content] == whole[:3], "no token of the stop string"
+    told = served.client.completions.create(model="tiny", prompt="w10 w11", max_tokens=5, logprobs=1).choices[0].logprobs
+    assert len(told.text_offset) == len(told.tokens) == 5 and told.text_offset[0] == 0
+    assert all(token in best for token, best in zip(told.tokens, told.top_logprobs))
+
+
+def test_too_much_for_the_tables_is_refused(small, neurons, monkeypatch):
+    monkeypatch.setattr("personality.inflight.EDITS", 3)
+    monkeypatch.setattr("personality.inflight.SHARE", 0.0)
+    with serving(arguments(small, neurons)) as (server, url):
+        served = SimpleNamespace(url=url)
+        reply = post(served, personality="npti:extraversion=1")
+        assert reply.status_code == 400 and "room for 3" in reply.json()["error"]["message"]
+        assert post(served, personality="extraversion=1").status_code in (200, 400) and server.engine.running()
+
+
+def test_more_than_the_cache_holds_is_refused(small, neurons, monkeypatch):
+    monkeypatch.setattr("personality.inflight.cache_blocks", lambda *_: 2)
+    with serving(arguments(small, neurons)) as (server, url):
+        served = SimpleNamespace(url=url)
+        assert server.most == 256 and post(served, max_tokens=250).status_code == 400
+        assert post(served, max_tokens=30).json()["usage"]["completion_tokens"] > 0
+
+
+def test_hanging_up_while_perplexity_is_asked_for(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    for k in range(20):
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(request_of({"messages": asked(), "max_tokens": 3, "stream": True, "perplexity": True}))
+            time.sleep(0.01 + 0.002 * k)
+    idle(served)
+    assert served.server.engine.running() and post(served, perplexity=True).json()["choices"][0]["perplexity"] > 1
+
+
 def test_a_full_queue(small, neurons):
     with serving(arguments(small, neurons, rows=1, queue=1)) as (server, url):
         served = SimpleNamespace(url=url)
+        ask = lambda _: post(served, max_tokens=60, personality="extraversion=1").status_code  # noqa: E731
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:  # all at once, before any is written
+            codes = list(pool.map(ask, range(12)))
+        assert set(codes) == {200, 429} and server.taken == 0
         hogs = [threading.Thread(target=lambda: post(served, max_tokens=400)) for _ in range(2)]
         for hog in hogs:
             hog.start()
@@ -295,6 +361,8 @@ def test_the_key(small, neurons, monkeypatch):
     for host in ("0.0.0.0", "192.0.2.1", "example.org"):
         with pytest.raises(UserError, match=KEY):
             listening(arguments(small, neurons, host=host))
+    with serving(arguments(small, neurons, host="127.0.0.2")) as (_, url):
+        assert httpx.get(url.replace("127.0.0.1", "127.0.0.2") + "/health").status_code == 200
     with listening(arguments(small, neurons)) as taken, pytest.raises(UserError, match="in use"):
         listening(arguments(small, neurons, port=taken.getsockname()[1]))
 
@@ -324,11 +392,11 @@ def idle(served) -> None:
     assert not served.server.engine.requests
 
 
-def test_garbage_and_half_requests(served):
+def test_garbage_and_half_requests(served, caplog):
     assert b"400" in raw(served, b"\x16\x03\x01\x00garbage\r\n\r\n")
     raw(served, request_of({"messages": asked()})[:-10])
     raw(served, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
-    assert post(served).status_code == 200
+    assert post(served).status_code == 200 and "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -381,6 +449,32 @@ def start(small, neurons, *more):
     return process, SimpleNamespace(url=line.split()[1].rstrip("/"))
 
 
+def test_a_server_whose_engine_died_goes(small, neurons, monkeypatch):
+    """So that whoever watches over it starts it anew."""
+    from personality import serve as module
+
+    args = arguments(small, neurons)
+    monkeypatch.setattr(module, "Server", lambda args: servers.append(Server(args)) or servers[0])
+    servers, errors = [], []
+
+    def run():
+        try:
+            module.serve(args)
+        except UserError as error:
+            errors.append(str(error))
+
+    monkeypatch.setattr("uvicorn.Server.capture_signals", lambda self: contextlib.nullcontext())  # of the main thread only
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not servers:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    servers[0].engine.manager.batch_processor.prepare_next_batch = lambda: 1 / 0
+    servers[0].engine.manager._wake_up_loop.set()
+    thread.join(20)
+    assert not thread.is_alive() and errors == ["the engine has stopped: division by zero"]
+
+
 def test_sigterm_finishes_what_runs_and_a_killed_server_starts_again(small, neurons):
     process, served = start(small, neurons)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -431,10 +525,11 @@ def test_text_never_shows_half_a_character_or_a_stop(small):
         shown += text.add(ids[:k], k == len(ids))
         assert "\ufffd" not in shown and "abc" not in shown
     assert shown == "Čau ✌️, ab" and text.stopped
-    text, shown = Text(Bytes(), []), ""
-    for k in range(1, len(ids) + 1):
-        shown += text.add(ids[:k], k == len(ids))
-    assert shown == said.strip()
+    for chat in (True, False):  # of a completion the outer spaces are a part
+        text, shown = Text(Bytes(), [], chat), ""
+        for k in range(1, len(ids) + 1):
+            shown += text.add(ids[:k], k == len(ids))
+        assert shown == text.stripped(text.text) == (said.strip() if chat else said)
 
 
 # ------------------------------------------------------------------------------------------------------------------ page

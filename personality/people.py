@@ -1,0 +1,94 @@
+"""Who can be served: the personalities that a folder of neuron files and one of characters have."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from . import TRAITS
+from .frame import Frame
+from .methods import Character, Profiles, multiple_at
+from .model import load_model
+from .neurons import NeuronFolder, neuron_path
+from .steer import Profile
+from .store import digest
+from .terminal import UserError, say
+
+KEPT = 512  # personalities whose edits are kept
+
+
+class People:
+    """The personalities that a folder of neuron files has. All but its constructor runs between two steps of the engine."""
+
+    def __init__(self, args):
+        self.args, self.frame, self.most = args, Frame.named(args.frame), 1 << 30  # most: edits of a profile
+        self.characters = read_characters(args.characters)
+
+    def load(self):
+        """(model, tokenizer), and what the files hold; called once, in the engine's thread."""
+        args = self.args
+        model, tokenizer = load_model(args.model, args.device, args.dtype)
+        self.neurons = NeuronFolder(model, args.neurons, frame=self.frame)
+        self.profiles = Profiles(model, tokenizer, self.neurons, (args.min_delta, args.min_neurons), args.suppress)
+        self.kept: dict[str, tuple[Profile, dict]] = {}
+        self.traits = {trait: self.neurons[trait] for trait in TRAITS
+                       if self.neurons.released or neuron_path(self.neurons.folder, trait).exists()}
+        if not self.traits:
+            say(f"--neurons {args.neurons}: no neuron files, so everybody gets the unedited model: python identify.py --train "
+                "makes them")
+        return model, tokenizer
+
+    def of(self, character: Character) -> tuple[Profile, dict]:
+        """(profile, what is said of it in replies): the same objects each time, as the engine wants them."""
+        key = digest(character.strengths, character.method, character.layers, character.model)
+        if key not in self.kept:
+            missing = [trait for trait, own in character.strengths.items() if own and trait not in self.traits]
+            if missing:
+                raise UserError(f"personality: there are no neuron files here of {', '.join(missing)}, but of "
+                                f"{', '.join(self.traits) or 'no trait'}: python identify.py --train makes them")
+            profile = self.profiles.of(character)
+            if len(profile) > self.most:
+                raise UserError(f"personality: {len(profile)} neurons would be edited, there is room for {self.most} a request")
+            self.kept[key] = profile, self.described(character, profile)
+        self.kept[key] = self.kept.pop(key)  # the latest last
+        while len(self.kept) > KEPT:
+            self.kept.pop(next(iter(self.kept)))
+        return self.kept[key]
+
+    def described(self, character: Character, profile: Profile) -> dict:
+        layers = profile.layer.bincount().tolist()
+        found = {"method": character.method, "traits": character.strengths, "neurons": len(profile),
+                 "layers": {str(layer): n for layer, n in enumerate(layers) if n}}
+        if profile.residual:
+            found["residual_layers"] = sorted(profile.residual)
+        if character.method == "trained":
+            found |= {"range": [-1, 1], "expected_perplexity": self.expected(character)}
+        return found
+
+    def expected(self, character: Character) -> float | None:
+        """By what factor a character's perplexity grows, by the traits' dose responses, as if they were independent; None beyond
+        the doses that were tried."""
+        total = 0.0
+        for trait, level in character.strengths.items():
+            if level:
+                dose = self.traits[trait].dose[0 if level > 0 else 1]
+                doses = np.concatenate([[[0.0, 1.0]], dose[:, [0, 2]].double().numpy()])
+                multiple = multiple_at(dose, abs(level))
+                if multiple > doses[-1, 0] + 1e-6:
+                    return None
+                total += float(np.interp(multiple, doses[:, 0], np.log(doses[:, 1])))
+        return round(math.exp(total), 3)
+
+
+def read_characters(folder: str | None) -> dict[str, Character]:
+    """The profile files of a folder, by their names without .toml."""
+    if folder is None:
+        return {}
+    paths = sorted(Path(folder).glob("*.toml"))
+    if not paths:
+        raise UserError(f"--characters {folder}: no profile files (*.toml) there")
+    wrong = [path.name for path in paths if not re.fullmatch(r"[\w.-]{1,64}", path.stem)]
+    if wrong:
+        raise UserError(f"--characters {folder}: {wrong[0]!r}: expected a name of letters, digits, dots and dashes")
+    return {path.stem: Character.read(str(path)) for path in paths}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from . import POLES
 from .methods import multiple_at
@@ -23,7 +23,7 @@ from .model import answer_inputs
 from .neurons import NeuronFolder, Neurons
 from .questions import Bench
 from .steer import Profile, hidden_states
-from .store import digest, write_atomically
+from .store import digest, only_run, write_atomically
 from .terminal import UserError, progress, resumable
 from .train import PASSES, answers_to_learn, fitted, frozen, levels, options, trained_on
 
@@ -113,11 +113,18 @@ class Baselines:
         """The model with a pole's adapters, which are trained where they are not there."""
         peft, path = check_peft(), self.path(trait, f"{pole}.lora", RANK, LORA_RATE)
         if not path.exists():
-            with resumable():
-                self.train_adapters(self.neurons[trait], pole, path)
+            path.parent.mkdir(exist_ok=True)
+            with resumable(), only_run(path.with_name(f".{path.name}.lock"), f"{path}: another run trains it, this one waits"):
+                if not path.exists():
+                    self.train_adapters(self.neurons[trait], pole, path)
+        try:
+            config, weights = peft.PeftConfig.from_pretrained(path), load_file(path / "adapter_model.safetensors")
+        except Exception as error:  # of a damaged folder, in many ways
+            raise UserError(f"{path}: damaged: {str(error)[:200]}: delete it, and it is made anew") from error
         with frozen(self.model):
-            inside = peft.PeftModel.from_pretrained(self.model, path)
+            inside = peft.get_peft_model(self.model, config).eval()
             try:
+                peft.set_peft_model_state_dict(inside, weights)
                 yield
             finally:
                 unwrap(inside)

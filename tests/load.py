@@ -1,4 +1,5 @@
-"""Load on the server: clients that each ask again as soon as they are answered, beside generate() with as many rows.
+"""Load on the server: clients that each ask again as soon as they are answered, beside generate() with as many rows. Some of them stop
+at a string, ask for perplexity, or hang up.
 
     python tests/load.py --neurons DIR [--clients 64] [--seconds 60] [--model M] [--dtype float32]
 
@@ -14,6 +15,7 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -62,15 +64,20 @@ def memory(process: int) -> float:
 async def client(openai, number: int, name: str, questions: list[str], until: float, done: list) -> None:
     from personality.frame import Frame
 
-    pick, frame = random.Random(number), Frame.named("person")
+    pick, frame, kept = random.Random(number), Frame.named("person"), 0
     while time.monotonic() < until:
         who = {pick.choice(TRAITS): round(pick.uniform(-1, 1), 2)}
-        begin = time.monotonic()
-        stream = number % 2 == 0
+        begin, stream, kept = time.monotonic(), number % 2 == 0, kept + 1
+        more = {"stop": "!"} if kept % 5 == 1 else {}
         try:
             reply = await openai.chat.completions.create(
                 model=name, messages=frame.turns(pick.choice(questions)), max_tokens=TOKENS, stream=stream,
-                extra_body={"personality": {"traits": who}}, **({"stream_options": {"include_usage": True}} if stream else {}))
+                extra_body={"personality": {"traits": who}, "perplexity": kept % 7 == 1}, **more,
+                **({"stream_options": {"include_usage": True}} if stream else {}))
+            if stream and kept % 6 == 2:  # it reads a little, and hangs up
+                await anext(aiter(reply))
+                await reply.close()
+                continue
             if stream:
                 async for reply in reply:
                     pass
@@ -126,12 +133,14 @@ def main() -> None:
     server = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         url = next(part.rstrip("/") for part in server.stderr.readline().split() if part.startswith("http://"))
+        said = []
+        threading.Thread(target=lambda: said.extend(server.stderr), daemon=True).start()
         found = {"seconds until it listens": time.monotonic() - begin, **asyncio.run(load(args, url, server.pid))}
     finally:
         server.terminate()
         server.wait()
     after = alone(args)
-    found |= {"generate(), tokens a second": [round(before, 1), round(after, 1)],
+    found |= {"lines in the server's log": len(said), "generate(), tokens a second": [round(before, 1), round(after, 1)],
               "server / generate()": found["tokens a second"] / statistics.mean((before, after))}
     print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}, indent=1))
 

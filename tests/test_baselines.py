@@ -101,6 +101,18 @@ def test_adapters_learn_the_answers_and_come_off(small, baselines, monkeypatch):
     assert all(weight.requires_grad for weight in small.model.parameters())
 
 
+def test_damaged_adapters_are_one_line(small, baselines):
+    pytest.importorskip("peft")
+    names = [name for name, _ in small.model.named_parameters()]
+    with baselines.tuned("extraversion", "low"):
+        pass
+    folder = next((baselines.path("extraversion", "x").parent).glob("*.low.lora"))
+    (folder / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="made anew"), baselines.tuned("extraversion", "low"):
+        pass
+    assert [name for name, _ in small.model.named_parameters()] == names
+
+
 def test_surprise_is_the_answers_negative_log_likelihood(small, made):
     items = [dict(item) for item in read_answers(made / "extraversion.answers.jsonl", "extraversion")[0]][:3]
     items, total = with_ids(small.tokenizer, items), 0

@@ -571,7 +571,7 @@ def test_the_page_in_a_browser(served, browser, tmp_path):
         assert slider.input_value() == "-1.45" and "introverted" in slider.get_attribute("aria-valuetext")
         slider.press("ArrowLeft")
         assert slider.input_value() == "-1.5" and "may not be fluent" in slider.get_attribute("aria-valuetext")
-        assert view.url.endswith("#extraversion=-1.5")
+        view.wait_for_url(served.url + "/#extraversion=-1.5")
         view.locator("details summary").click()
         view.get_by_label("Tokens").fill("12")
         view.get_by_label("Temperature").fill("0")
@@ -588,18 +588,41 @@ def test_the_page_in_a_browser(served, browser, tmp_path):
         view.get_by_role("button", name="Ask", exact=True).click()
         view.locator(".facts").nth(3).filter(has_text="neurons").wait_for()
         assert view.locator(".asked p").nth(1).text_content() == "<b>w13</b>", "what is typed is text"
+        view.get_by_role("button", name="Edit", exact=True).first.click()
+        view.get_by_label("Your message").press("Escape")
+        view.get_by_label("Your message").fill("w14 ?")
+        view.get_by_label("Your message").press("Enter")
+        view.locator(".facts").nth(5).filter(has_text="neurons").wait_for()
+        view.get_by_role("button", name="Edit", exact=True).nth(1).click()
+        assert view.get_by_label("Your message").input_value() == "<b>w13</b>"
+        view.get_by_label("Your message").fill("w15 ?")
+        view.get_by_label("Your message").press("Enter")
+        view.locator(".asked p", has_text="w15").wait_for()
+        view.locator("#said", has_text="Both answers").wait_for()
+        assert view.locator(".asked p").all_text_contents() == ["w10 w11 w12 ?", "w15 ?"], "what followed is gone"
+        view.get_by_label("Choose a character").select_option("bob")
+        view.get_by_role("button", name="Regenerate").nth(1).click()
+        view.locator(".answer h3", has_text="bob: extraversion +2").wait_for()
+        view.locator("#said", has_text="Both answers").wait_for()
         view.get_by_label("Choose a character").select_option("ada")
         assert view.get_by_role("slider", name="Openness").input_value() == "-0.7"
+        view.wait_for_url(served.url + "/#ada")
         with view.expect_download() as saved:
             view.get_by_role("button", name="Save").click()
         saved.value.save_as(tmp_path / "saved.toml")
         view.get_by_role("button", name="Unedited").click()
+        view.locator("#cost", has_text="Nothing").wait_for()
         assert slider.input_value() == "0" and "#" not in view.url
         assert Character.read(str(tmp_path / "saved.toml")).strengths == {"extraversion": 1.0, "openness": -0.7}
         assert not wrong
         for width in (390, 768):
             view.set_viewport_size({"width": width, "height": 844})
             assert view.evaluate("() => document.documentElement.scrollWidth") <= width, "nothing sticks out"
+        view.set_viewport_size({"width": 390, "height": 844})
+        view.get_by_label("Your message").fill("w16 ?")
+        view.get_by_label("Your message").press("Enter")
+        view.locator("#said", has_text="Both answers").wait_for()
+        assert 0 <= view.locator(".answer").nth(4).bounding_box()["y"] < 600, "the answer is in sight"
         view.close()
 
     browser(scene)

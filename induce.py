@@ -76,6 +76,8 @@ RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{na
     (lambda args: args.save and args.suppress == "cap", f"--save can't be had with --suppress cap: {UNSAVABLE}"),
     (lambda args: args.serve and (args.trait or args.alpha or args.level or args.profile or args.method != "npti"),
      "--serve: each request says which personality it wants: --trait, --level, --alpha, --method and --profile go without it"),
+    (lambda args: args.serve and (args.keep < 1 or args.temperature or args.top_p),
+     "--serve: clients send temperature and top_p, and the neurons are not drawn: --temperature, --top-p and --keep go without it"),
     (lambda args: args.characters and not args.serve, "--characters DIR goes with --serve"),
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
     (lambda args: args.out and os.path.exists(args.out),

@@ -99,14 +99,16 @@ def post(served, path="/v1/chat/completions", content=None, headers=None, **body
 
 def test_thirty_two_requests_of_thirty_two_personalities(small, neurons, served):
     """At once, streamed and whole in turn: each is to the letter what induce.py says."""
-    people = [None] + [Character({"extraversion": round(-1.5 + k / 10, 2)}, "trained") for k in range(25)] + [
+    people = [None] + [Character({"extraversion": round(-1.5 + k / 10, 2)}, "trained") for k in range(22)] + [
+        Character({"extraversion": 2.0, "openness": -1.0}, "activation"), Character({"extraversion": -4.0}, "dpn-le"),
+        Character({"extraversion": 3.0}, "npti", (1, 1))] + [
         Character({"extraversion": 0.5, "openness": -k / 4}, "trained") for k in range(1, 4)] + [
         Character({"extraversion": alpha}, "npti") for alpha in (-2.0, 1.0, 2.0)]
     assert len(people) == 32
 
     def ask(k):
         who = people[k]
-        extra = {"personality": {"traits": who.strengths, "method": who.method}} if who else {}
+        extra = {"personality": {"traits": who.strengths, "method": who.method, "layers": who.layers}} if who else {}
         reply = served.client.chat.completions.create(model="tiny", messages=asked(k), max_tokens=10, extra_body=extra, stream=k % 2 == 1)
         if k % 2:
             parts = list(reply)
@@ -497,7 +499,8 @@ def test_sigterm_finishes_what_runs_and_a_killed_server_starts_again(small, neur
 
 @pytest.mark.parametrize(("flags", "named"), [
     (("--serve", "--trait", "extraversion"), "--serve"), (("--serve", "--level", "1"), "--serve"), (("--characters", "x"), "--serve"),
-    (("--serve", "--chat"), "not allowed"), (("--serve", "--port", "70000"), "port"), (("--serve", "--host", "0.0.0.0"), KEY),
+    (("--serve", "--chat"), "not allowed"), (("--serve", "--keep", "0.9"), "--keep"), (("--serve", "--temperature", "1"), "temperature"),
+    (("--serve", "--port", "70000"), "port"), (("--serve", "--host", "0.0.0.0"), KEY),
     (("--serve", "--characters", "nowhere"), "nowhere"), (("--serve", "--model", "nowhere.gguf"), "nowhere.gguf")])
 def test_wrong_flags(monkeypatch, capsys, flags, named):
     monkeypatch.delenv(KEY, raising=False)

@@ -58,11 +58,10 @@ class Text:
 class Choice:
     """One answer of a request: run() writes it."""
 
-    def __init__(self, server: "Server", index: int, prompt: list[int], body, person):
+    def __init__(self, server: "Server", index: int, prompt: list[int], body, profile: Profile | None):
         self.server, self.index, self.body = server, index, body
-        self.profile, self.person = person
-        self.request = Request(prompt, body.sampling(index), self.profile, server.length(body, prompt))
-        self.chat, self.ids, self.finish, self.sent, self.told = isinstance(body, ChatBody), [], None, 0, 0
+        self.request = Request(prompt, body.sampling(index), profile, server.length(body, prompt))
+        self.chat, self.ids, self.finish, self.sent = isinstance(body, ChatBody), [], None, 0  # sent: tokens told of in logprobs
         self.text = Text(server.engine.tokenizer, body.stops(), self.chat)
 
     async def run(self, tell=None) -> "Choice":
@@ -226,9 +225,9 @@ class Server:
         chat, prompts, number = kind is ChatBody, self.prompts(body), body.n or 1
         places = self.take(len(prompts) * number)
         try:
-            person = await self.person(body)
-            choices = [Choice(self, k, prompts[k // number], body, person) for k in range(len(prompts) * number)]
-            reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{next(self.serial)}", body.model or self.name, person[1])
+            profile, found = await self.person(body)
+            choices = [Choice(self, k, prompts[k // number], body, profile) for k in range(len(prompts) * number)]
+            reply = Reply(chat, f"{'chatcmpl' if chat else 'cmpl'}-{next(self.serial)}", body.model or self.name, found)
             usage = lambda: usage_of(sum(map(len, prompts)), sum(len(choice.ids) for choice in choices))  # noqa: E731
             streamed = self.stream(body, reply, choices, usage, places) if body.stream else None
             return streamed or await self.whole(reply, choices, usage, gone)
@@ -293,7 +292,7 @@ class Server:
     def metrics(self) -> str:
         """Prometheus' text."""
         engine = self.engine
-        rows = [("requests_running", "gauge", "", len(engine.requests)), ("steps_total", "counter", "", engine.steps),
+        rows = [("requests_in_flight", "gauge", "", len(engine.requests)), ("steps_total", "counter", "", engine.steps),
                 ("written_total", "counter", "", engine.tokens), ("tokens_total", "counter", "", self.counts["tokens"]),
                 ("cancelled_total", "counter", "", self.counts["cancelled"]),
                 *(("replies_total", "counter", f'{{code="{code}"}}', n) for code, n in sorted(self.codes.items()))]

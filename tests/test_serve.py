@@ -436,7 +436,7 @@ def test_metrics_count(served):
     after = read()
     grown = lambda name: float(after[name]) - float(before.get(name, 0))  # noqa: E731
     assert grown("personality_tokens_total") == 4 and grown('personality_replies_total{code="400"}') == 1
-    assert float(after["personality_requests_running"]) == 0
+    assert float(after["personality_requests_in_flight"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ the process
@@ -481,7 +481,7 @@ def test_sigterm_finishes_what_runs_and_a_killed_server_starts_again(small, neur
     process, served = start(small, neurons)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         reply = pool.submit(post, served, max_tokens=300, personality="extraversion=1")
-        line = "personality_requests_running 1"
+        line = "personality_requests_in_flight 1"
         while line not in httpx.get(served.url + "/metrics").text:
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)

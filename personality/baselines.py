@@ -97,8 +97,8 @@ class Baselines:
         mlps = find_mlps(self.model)
         every = torch.ones((len(mlps), mlps[0].hidden), device=self.model.device)
 
-        def fit(lessons, neutral, sign, step):
-            return fitted(self.model, lessons, neutral, sign, every, step, RESIDUAL_RATE, shifted)
+        def fit(lessons, sign, step):
+            return fitted(self.model, lessons, sign, every, step, RESIDUAL_RATE, shifted)
 
         with resumable():
             both = [trained_on(self.model, self.tokenizer, self.bench, neurons, pole, self.seed, fit) for pole in POLES]

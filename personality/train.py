@@ -8,7 +8,6 @@ persona's words about, and how far. For each pole of a trait, from answers y tha
     chosen    SHARE of the neurons: those whose bias would gain most, g^2 / E g^2, g being d KL(teacher, student) / d bias at
               bias 0 and the expectation over the answers (a diagonal Fisher matrix: sure of their direction, not just large)
     trained   by Adam, those numbers alone; the model's weights stay as they are
-    kept      what the model says of neutral text: NEUTRAL * KL(unedited, student at BEYOND times the bias) is a part of the loss
 
 Shifts of the activation, before the product, were tried too: for the same personality they cost more perplexity (see
 tests/MEASURED.md). Then both poles are tried at some multiples of their biases on the validation questions, beside the unedited
@@ -34,15 +33,14 @@ from .neurons import Neurons, answers_path
 from .questions import Bench, read_answers
 from .rows import replace
 from .steer import Profile, steer
-from .store import digest, lines_of, only_run, write_atomically
+from .store import digest, only_run, write_atomically
 from .terminal import UserError, progress, resumable
 
 GAIN = 2.0  # how much further than the persona itself the teacher goes
 SHARE = 0.005  # of all neurons, a pole
 ANSWERS, ROWS, PASSES, RATE = 32, 16, 4, 0.03  # answers a pole, rows of a batch, passes over them, Adam's first step size
 TOP = 256  # tokens of the vocabulary in which student and teacher are compared
-NEUTRAL, BEYOND = 0.3, 3.0  # weight of the neutral texts, in nats a token; how much further than trained the edits will be used
-MULTIPLES = (2.0, 4.0, 6.0, 9.0)  # of the biases, that are tried on
+MULTIPLES = (1.0, 2.5, 4.0, 6.0)  # of the biases, that are tried on
 VALIDATION, TOGETHER, TOKENS = 10, 5, 64  # questions, of which some are asked in one batch; tokens of an answer
 
 
@@ -154,31 +152,12 @@ def divergence(model, of: Lesson, sign: int):
     return (apart * of.counted).sum() / of.counted.sum()
 
 
-class Neutral:
-    """Texts that are nobody's answers (not those by which evaluate.py measures a price), and what the unedited model says of
-    them."""
-
-    def __init__(self, model, tokenizer):
-        rows = [tokenizer(text)["input_ids"] for text in lines_of("neutral_training.txt")]
-        ids, self.mask = pad_left(rows, tokenizer.pad_token_id, model.device)
-        places = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": places, "use_cache": False}
-        with torch.no_grad():
-            self.plain = self.said(model)
-
-    def said(self, model):
-        return model(**self.inputs).logits.float().log_softmax(-1)
-
-    def divergence(self, model):
-        """KL(unedited, student) in nats a token."""
-        return ((self.plain.exp() * (self.plain - self.said(model))).sum(-1) * self.mask).sum() / self.mask.sum()
-
-
-def gradient(model, loss, constants, student=biased):
-    """The slope d loss() / d constants, in their shape, as student(model, constants), a context, takes them."""
+def gradient(model, of: Lesson, sign: int, constants, student=biased):
+    """The slope d divergence / d constants, in their shape, as student(model, constants), a context, takes them."""
     constants = constants.detach().requires_grad_()
     with student(model, constants), torch.enable_grad():
-        slope, = torch.autograd.grad(loss(), constants)
+        loss = divergence(model, of, sign)
+        slope, = torch.autograd.grad(loss, constants)
     if not bool(slope.isfinite().all()):
         raise UserError("training: a gradient is no finite number: try --dtype float32")
     return slope
@@ -189,7 +168,7 @@ def choose(model, lessons: list[Lesson], sign: int, share: float, step):
     mlps, slope, squares = find_mlps(model), 0, 0
     for of in lessons:
         nothing = torch.zeros((len(mlps), len(of.ids), 1, mlps[0].width), device=model.device)
-        rows = len(of.ids) * gradient(model, lambda of=of: divergence(model, of, sign), nothing)[:, :, 0]
+        rows = len(of.ids) * gradient(model, of, sign, nothing)[:, :, 0]
         slope, squares = slope + rows.sum(1), squares + rows.square().sum(1)
         step()
     gain = slope.square() / (squares + 1e-3 * squares.mean())
@@ -198,15 +177,13 @@ def choose(model, lessons: list[Lesson], sign: int, share: float, step):
     return chosen.view_as(gain)
 
 
-def fitted(model, lessons: list[Lesson], neutral: Neutral, sign: int, chosen, step, rate: float = RATE, student=biased):
+def fitted(model, lessons: list[Lesson], sign: int, chosen, step, rate: float = RATE, student=biased) -> torch.Tensor:
     """The constants of one pole, in the shape of chosen, 0 but where that is 1; step() is called after each batch."""
     constants, steps = torch.zeros_like(chosen), PASSES * len(lessons)
     adam = torch.optim.Adam([constants], betas=(0.9, 0.99))
     for k in range(steps):
         adam.param_groups[0]["lr"] = rate * (1 - k / steps)
-        towards = gradient(model, lambda: divergence(model, lessons[k % len(lessons)], sign), constants, student)
-        away = gradient(model, lambda: neutral.divergence(model), BEYOND * constants, student)
-        constants.grad = (towards + NEUTRAL * BEYOND * away) * chosen
+        constants.grad = gradient(model, lessons[k % len(lessons)], sign, constants, student) * chosen
         adam.step()
         step()
     return constants.cpu()
@@ -246,8 +223,7 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
     return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "passes": PASSES, "rate": RATE, "top": TOP,
-            "neutral": [NEUTRAL, BEYOND, lines_of("neutral_training.txt")], "multiples": MULTIPLES, "validation": VALIDATION,
-            "tokens": TOKENS, "seed": seed}
+            "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "seed": seed}
 
 
 def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]:
@@ -262,13 +238,13 @@ def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]
 
 
 def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int, fit) -> torch.Tensor:
-    """The constants of one pole, from the answers beside a neuron file: what fit(lessons, neutral, sign, step) makes of them."""
+    """The constants of one pole, from the answers beside a neuron file: what fit(lessons, sign, step) makes of them."""
     parts, lessons = answers_to_learn(tokenizer, neurons, pole), []
     with progress(len(parts) * (PASSES + 2), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
         for part in parts:
             lessons.append(lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed))
             bar.update()
-        return fit(lessons, Neutral(model, tokenizer), 1 if pole == "high" else -1, bar.update)
+        return fit(lessons, 1 if pole == "high" else -1, bar.update)
 
 
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
@@ -288,8 +264,8 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
         raise UserError(f"{path}: edits can't be trained while the model is steered or observed: identify.py --train --trait "
                         f"{neurons.trait} makes them before")
-    def fit(lessons, neutral, sign, step):
-        return fitted(model, lessons, neutral, sign, choose(model, lessons, sign, SHARE, step), step)
+    def fit(lessons, sign, step):
+        return fitted(model, lessons, sign, choose(model, lessons, sign, SHARE, step), step)
 
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):

@@ -52,8 +52,8 @@ def test_residual_constants_come_nearer_to_the_teacher(small, baselines, monkeyp
     monkeypatch.setattr(train, "PASSES", 12)
     pairs, plain = [], train.fitted
 
-    def watched(model, of, neutral, sign, *more):
-        constants = plain(model, of, neutral, sign, *more)
+    def watched(model, of, sign, *more):
+        constants = plain(model, of, sign, *more)
         with torch.no_grad():
             before = sum(float(train.divergence(model, part, sign)) for part in of)
             with shifted(model, constants):

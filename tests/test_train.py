@@ -62,7 +62,6 @@ def test_a_planted_bias_is_found(small, made, monkeypatch, layer, index, value):
     """A teacher that is the model itself with one biased neuron: of those that are trained it moves most, to its side,
     and the student comes near."""
     monkeypatch.setattr(train, "PASSES", 60)
-    monkeypatch.setattr(train, "NEUTRAL", 0.0)  # the plant shows on neutral text too
     planted, lessons = torch.zeros(shape_of(small)), lessons_of(small, made)
     planted[layer, index] = value
     for of in lessons:
@@ -73,7 +72,7 @@ def test_a_planted_bias_is_found(small, made, monkeypatch, layer, index, value):
         before = float(train.divergence(small.model, lessons[0], 1))
     some = torch.zeros_like(planted)
     some.view(-1)[::11] = some[layer, index] = 1
-    bias = train.fitted(small.model, lessons, train.Neutral(small.model, small.tokenizer), 1, some, lambda: None)
+    bias = train.fitted(small.model, lessons, 1, some, lambda: None)
     assert bool((bias[some == 0] == 0).all()) and bias.abs().max() == bias[layer, index].abs() and bias[layer, index] * value > 0
     with torch.no_grad(), train.biased(small.model, bias):
         assert float(train.divergence(small.model, lessons[0], 1)) < before / 2
@@ -88,26 +87,12 @@ def test_those_are_chosen_of_whose_direction_the_answers_are_sure(small, made):
             alone = train.Lesson([(keys[k:k + 1], values[k:k + 1]) for keys, values in of.cache], of.mask[k:k + 1], of.ids[k:k + 1],
                                  of.counted[k:k + 1], of.top[k:k + 1], of.plain[k:k + 1], of.apart[k:k + 1])
             share = len(of.ids) * of.counted[k].sum() / of.counted.sum()
-            slopes.append(train.gradient(small.model, lambda alone=alone: train.divergence(small.model, alone, 1), bias) * share)
+            slopes.append(train.gradient(small.model, alone, 1, bias) * share)
     slopes = torch.stack(slopes)
     squares = slopes.square().sum(0)
     expected = (slopes.sum(0).square() / (squares + 1e-3 * squares.mean())).flatten().topk(12).indices
     chosen = train.choose(small.model, lessons, 1, 12 / squares.numel(), lambda: None)
     assert set(chosen.flatten().nonzero().flatten().tolist()) == set(expected.tolist())
-
-
-def test_neutral_text_stays_as_it_is(small, made, monkeypatch):
-    """More so, the more it weighs; and by Neutral's own measure nothing is lost at bias 0."""
-    neutral, lessons, lost = train.Neutral(small.model, small.tokenizer), lessons_of(small, made), []
-    every = torch.ones(shape_of(small))
-    for weight in (0.0, 3.0):
-        monkeypatch.setattr(train, "NEUTRAL", weight)
-        bias = train.fitted(small.model, lessons, neutral, 1, every, lambda: None)
-        with torch.no_grad(), train.biased(small.model, train.BEYOND * bias):
-            lost.append(float(neutral.divergence(small.model)))
-    assert lost[1] < 0.7 * lost[0]
-    with torch.no_grad():
-        assert abs(float(neutral.divergence(small.model))) < 1e-5
 
 
 @pytest.fixture
@@ -138,11 +123,11 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
         (folder / path.name).write_bytes(path.read_bytes())
     neurons, plain, calls = Neurons.load(folder / "extraversion.safetensors"), train.fitted, []
 
-    def killed(model, lessons, neutral, sign, *more):
+    def killed(model, lessons, sign, *more):
         calls.append(sign)
         if calls == [1, -1]:
             raise KeyboardInterrupt
-        return plain(model, lessons, neutral, sign, *more)
+        return plain(model, lessons, sign, *more)
 
     monkeypatch.setattr(train, "fitted", killed)
     with pytest.raises(KeyboardInterrupt, match="what was finished is kept"):

@@ -21,17 +21,21 @@ def attend_by_row(module, query, key, value, attention_mask, scaling=None, cache
     keys, values = pages._kv_token_views[layer]  # (places, key heads, size)
     keys.index_copy_(0, write, key[0].transpose(0, 1))
     values.index_copy_(0, write, value[0].transpose(0, 1))
-    places, result = read if len(read) else write, torch.empty_like(query)
-    new, old = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"][pages.layer_type].tolist()
-    for begin, end, first, last in zip(new, new[1:], old, old[1:]):
-        where = places[first:last]
-        if last - first <= pages.tokens_per_page:  # they lie in a row
-            where = slice(int(where[0]), int(where[0]) + last - first)
-        own = (table[where].transpose(0, 1)[None] for table in (keys, values))
-        several = end - begin > 1
-        mask = attention_mask[..., begin:end, first:last] if several and end - begin < last - first else None
-        result[:, :, begin:end] = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, begin:end], *own, attn_mask=mask, is_causal=several and mask is None, scale=scaling, enable_gqa=True)
+    places, result, scores = read if len(read) else write, torch.empty_like(query), torch.nn.functional.scaled_dot_product_attention
+    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # (1, key heads, places, size)
+    groups = (1, keys.shape[1], -1, query.shape[-1])  # heads that share keys, in the place of tokens
+    ends = kwargs["cu_seq_lens_k"][pages.layer_type]
+    new, old, begins = kwargs["cu_seq_lens_q"].tolist(), ends.tolist(), places[ends[:-1].long()].tolist()
+    for begin, end, first, last, place in zip(new, new[1:], old, old[1:], begins):
+        in_a_row = last - first <= pages.tokens_per_page
+        where = slice(place, place + last - first) if in_a_row else places[first:last]
+        own, asked = (keys[:, :, where], values[:, :, where]), query[:, :, begin:end]
+        if end - begin == 1:  # three times as fast as enable_gqa
+            said = scores(asked.view(groups), *own, scale=scaling)
+        else:
+            mask = attention_mask[..., begin:end, first:last] if end - begin < last - first else None
+            said = scores(asked, *own, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        result[:, :, begin:end] = said.view(asked.shape)
     return result.transpose(1, 2).contiguous(), None
 
 

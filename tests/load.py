@@ -43,7 +43,7 @@ def generate(args) -> float:
     speeds = []
     with steer(model, people):
         answers(model, tokenizer, turns, 4, **sampling())
-        for _ in range(3):
+        for _ in range(2):
             begin = time.perf_counter()
             said = answers(model, tokenizer, turns, TOKENS, **sampling())
             speeds.append(sum(len(ids) for _, ids in said) / (time.perf_counter() - begin))
@@ -72,7 +72,7 @@ async def client(openai, number: int, name: str, questions: list[str], until: fl
         try:
             reply = await openai.chat.completions.create(
                 model=name, messages=frame.turns(pick.choice(questions)), max_tokens=TOKENS, stream=stream,
-                extra_body={"personality": {"traits": who}, "perplexity": kept % 7 == 1}, **more,
+                extra_body={"personality": {"traits": who}, "perplexity": (number + kept) % 40 == 1}, **more,
                 **({"stream_options": {"include_usage": True}} if stream else {}))
             if stream and kept % 6 == 2:  # it reads a little, and hangs up
                 await anext(aiter(reply))

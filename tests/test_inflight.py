@@ -117,8 +117,9 @@ def test_those_who_leave_a_full_cache_let_others_in(small, monkeypatch):
     try:
         async def scene():
             hogs = [asyncio.ensure_future(whole(engine, Request(ids, Sampling(), None, 250))) for _ in range(3)]
-            while not scheduler.block_new_requests:
+            while not scheduler.block_new_requests and not all(hog.done() for hog in hogs):
                 await asyncio.sleep(0.001)
+            assert scheduler.block_new_requests, "the cache was never full"
             for hog in hogs:
                 hog.cancel()
             return await asyncio.wait_for(whole(engine, Request(ids, Sampling(), None, 3)), 30)

@@ -6,6 +6,7 @@ profile of the request that it belongs to, and each request the sampling that it
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import queue
 import threading
@@ -182,8 +183,13 @@ class Engine:
             except BaseException as error:
                 return ready.set_exception(error)
             self.manager._generation_thread = threading.current_thread()
+            loop = self.manager._run_generation_loop
+            mode = {"use_inference_mode": False} if "use_inference_mode" in inspect.signature(loop).parameters else {}  # since 5.24
             ready.set_result(None)
-            self.manager._run_generation_loop()
+            try:
+                loop(**mode)
+            except Exception as error:  # it catches its own; this is another version's
+                self.manager._handle_critical_error(error, self.manager.batch_processor)
         self.refuse_jobs()
         self.ended()
 
@@ -286,7 +292,8 @@ class Engine:
         self.requests[name] = request
         self.manager.register_result_handler(name, grown.put_nowait)  # of the event loop that runs
         try:
-            going = self.manager.add_request(request.ids, name, request.max_new_tokens, streaming=True) is not None
+            add = self.manager.add_request
+            going = self.running() and add(request.ids, name, request.max_new_tokens, streaming=True) is not None
             if not going:
                 raise UserError("the engine has stopped")
             while going:

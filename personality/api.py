@@ -40,7 +40,7 @@ class Part(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    refusal: None = None  # these four stand in every message that OpenAI's client got, and gives back
+    refusal: None = None  # these five stand in every message that OpenAI's client got, and gives back
     tool_calls: None = None
     function_call: None = None
     audio: None = None
@@ -151,7 +151,8 @@ def parsed(kind, data: bytes):
 
 def as_character(given: str | dict, characters: dict[str, Character]) -> Character:
     """From the name of a character file, from "extraversion=0.8,neuroticism=-0.5" (levels; "npti:extraversion=2" has another
-    method's strengths), or from {"traits": {...}, "method": ...}, as a line of induce.py --questions has it."""
+    method's strengths), or from {"traits": {...}, "method": ...}, as a line of induce.py --questions has it, but levels where no
+    method is named."""
     if isinstance(given, dict):
         return Character.of(given, "personality", "trained")
     if given in characters:  # looked up, never a part of a path

@@ -47,8 +47,8 @@ class Sampling:
 
 @dataclass
 class Request:
-    """ids: the prompt's. profile: None for the unedited model; its name tells it from others. logprobs: filled as tokens come, a
-    tuple for each: its log-probability, and pairs of a token and its log-probability."""
+    """ids: the prompt's. profile: None for the unedited model; requests with the same object share its place in the tables.
+    logprobs: filled as tokens come, a tuple for each: its log-probability, and pairs of a token and its log-probability."""
 
     ids: list[int]
     sampling: Sampling
@@ -224,6 +224,7 @@ class Engine:
             inputs.prepare_batch_tensors = self.before_step(inputs.prepare_batch_tensors)
             self.longest = (manager.continuous_batching_config.num_blocks - 1) * PAGE  # tokens of a request that the cache can hold
             return manager
+        # all of these are raised by inner names that another version lacks, or by a configuration that its cache can't read
         except (AttributeError, TypeError, ValueError, NotImplementedError, KeyError) as error:
             raise UserError(f"continuous batching of transformers {transformers.__version__} can't serve "
                             f"{type(self.model).__name__}: {error}") from error

@@ -264,6 +264,7 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
         raise UserError(f"{path}: edits can't be trained while the model is steered or observed: identify.py --train --trait "
                         f"{neurons.trait} makes them before")
+
     def fit(lessons, sign, step):
         return fitted(model, lessons, sign, choose(model, lessons, sign, SHARE, step), step)
 

@@ -106,8 +106,8 @@ from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, Endpoint
                                 rate_answers, read_inventory, rubric, self_report)
 from personality.methods import Character, Profiles, described, npti_edits, suppressed  # noqa: E402
 from personality.frame import Frame, declines  # noqa: E402
-from personality.model import (TEST_PENALTY, answer_ids, answers, dtype_of, fingerprint, load_model,  # noqa: E402
-                               name_of, without_stop)
+from personality.load import load_asked  # noqa: E402
+from personality.model import TEST_PENALTY, answer_ids, answers, dtype_of, fingerprint, name_of, without_stop  # noqa: E402
 from personality.neurons import NeuronFolder  # noqa: E402
 from personality.questions import Bench, load_bench, read_given  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
@@ -380,7 +380,7 @@ def head_line(run: Evaluation, made_with: dict, made: list[dict]) -> str:
 
 def evaluate(args) -> None:
     bench = load_bench(args.bench)
-    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    model, tokenizer = load_asked(args)
     judging = digest(lines_of("neutral.txt"), lines_of("quiz.csv"), OPTIONS, JUDGE_PERSONAS, rubric(None), rubric(TRAITS[0]))
     made_with = {"model": f"{name_of(model)} {fingerprint(model)}", "template": digest(tokenizer.chat_template), "judging": judging,
                  "bench": bench.fingerprint(), "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed,
@@ -388,7 +388,7 @@ def evaluate(args) -> None:
     if (args.where, args.suppress) != ("generated", "cap"):
         made_with["edits"] = f"--where {args.where} --suppress {args.suppress}"
     people, local = Personalities(model, tokenizer, bench, args), args.judge_model and not args.judge_url
-    reader = load_model(args.judge_model, args.device, args.dtype, "--judge-model") if local else (model, tokenizer)
+    reader = load_asked(args, args.judge_model, "--judge-model") if local else (model, tokenizer)
     contrast = ContrastJudge(*reader, bench, args.batch_size, people.frame, tokenizer if local else None)
     rater = LocalJudge(*reader, min(args.batch_size, 32)) if "llm" in args.judge and not args.judge_url else None
     if args.judge_url:

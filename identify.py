@@ -12,7 +12,7 @@ import os
 
 from personality import POLES, TRAITS
 from personality.terminal import (Flags, UserError, bench_argument, check_trait, model_arguments, positive, progress, refuse,
-                                  resumable, say, script, where_argument)
+                                  resumable, say, script, team_argument, where_argument)
 
 LIMIT, SIZE = 128, 360  # search questions: asked, and built
 
@@ -41,6 +41,7 @@ def parser() -> Flags:
     flags.add_argument("--out", default="neurons", metavar="DIR", help="default: %(default)s")
     where_argument(flags)
     model_arguments(flags)
+    team_argument(flags)
     return flags
 
 
@@ -54,6 +55,10 @@ RULES = [(lambda args, name=name: args.build_bench and getattr(args, name),
     (lambda args: args.max_new_tokens == 1 and args.where == "generated" and not args.answers and not args.build_bench,
      "--max-new-tokens 1: no generated token is ever an input then, so there is nothing to count: 2 at least"),
     (lambda args: args.answers and args.engine, "--answers FILE has the answers already: --engine goes without it"),
+    (lambda args: args.device_map and os.environ.get("WORLD_SIZE", "1") != "1",
+     "--device-map {device_map} spreads one model over all GPUs: one process; --tp shares a model among torchrun's"),
+    (lambda args: args.train and args.tp != 1,
+     "--train: edits are trained by one process: --tp goes without it (--device-map auto)"),
     (lambda args: args.answers and args.limit,
      "--answers FILE has questions and answers, all of which count: --limit goes without it")]
 
@@ -68,9 +73,7 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "identify")  # imports this file, which needs torch from here on, and runs main()
 
-import contextlib, hashlib, itertools, json, random, re, signal, time  # noqa: E401, E402
-from dataclasses import dataclass  # noqa: E402
-from datetime import timedelta  # noqa: E402
+import contextlib, hashlib, itertools, json, random, re, time  # noqa: E401, E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -80,13 +83,14 @@ from safetensors.torch import save  # noqa: E402
 from personality.endpoint import Endpoint, Engine  # noqa: E402
 from personality.frame import Frame, declines  # noqa: E402
 from personality.mlp import decoder_of  # noqa: E402
-from personality.model import (SEARCH_PENALTY, answer_inputs, answers, dtype_of, fingerprint, load_model,  # noqa: E402
-                               out_of_memory, with_ids)
+from personality.load import load_asked  # noqa: E402
+from personality.model import SEARCH_PENALTY, answer_inputs, answers, dtype_of, fingerprint, out_of_memory, with_ids  # noqa: E402
 from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show_neurons  # noqa: E402
 from personality.observe import Statistics, observe  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
 from personality.train import add_trained  # noqa: E402
 from personality.store import Journal, digest, json_lines, only_run, to_line, write_atomically  # noqa: E402
+from personality.world import World  # noqa: E402
 
 
 def groups_of(items: list[dict]) -> list[int]:
@@ -112,57 +116,6 @@ def read_batches(model, tokenizer, items: list[dict], frame: Frame, statistics: 
         inputs, counted = answer_inputs(model, tokenizer, batch, frame, where)
         with torch.no_grad(), observe(model, statistics, groups_of(batch), counted):
             decoder_of(model)(**inputs, use_cache=False)
-
-
-@dataclass
-class World:
-    """The processes that torchrun started to share the questions: this is number rank of size."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def join(cls) -> "World":
-        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not (re.fullmatch("[0-9]{1,9},[0-9]{1,9}", f"{rank},{size}") and int(rank) < int(size) and
-                (int(size) == 1 or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys())):
-            raise UserError(f"RANK {rank} of WORLD_SIZE {size}, MASTER_ADDR and MASTER_PORT: expected as torchrun sets them")
-        world = cls(int(rank), int(size))
-        if world.size > 1:
-            signal.signal(signal.SIGTERM, lambda *_: (say(world.ended()), os._exit(143)))
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # one rank may wait long for another
-        return world
-
-    def ended(self) -> str:
-        return f"rank {self.rank}: another rank has ended. What was finished is kept: the same command goes on"
-
-    def say(self, text: str) -> None:
-        """One process speaks."""
-        if not self.rank:
-            say(text)
-
-    def share(self, number: int, step: int) -> range:
-        """This process's part of `number` items, in whole steps: what is in a batch shows in the last bits of a forward, so the
-        counts are those of one process only if the batches are."""
-        steps = -(-number // step)
-        return range(*(min(number, steps * k // self.size * step) for k in (self.rank, self.rank + 1)))
-
-    def add_up(self, statistics: Statistics) -> None:
-        """The sums over all ranks, on rank 0."""
-        for tensor in statistics.state().values() if self.size > 1 else ():
-            here = tensor.cpu()
-            self.together(torch.distributed.reduce, here, 0)
-            tensor.copy_(here)
-
-    def wait(self) -> None:
-        if self.size > 1:
-            self.together(torch.distributed.barrier)
-
-    def together(self, work, *arguments) -> None:
-        try:
-            work(*arguments)
-        except RuntimeError as error:  # gloo notices before torchrun does
-            raise UserError(self.ended()) from error
 
 
 class Run:
@@ -199,7 +152,7 @@ class Run:
 
     def file_of(self, rank: int, what: str) -> Path:
         """Named by what is run, so that a run with other options leaves it alone."""
-        of = f".{rank}of{self.world.size}" if self.world.size > 1 else ""
+        of = f".{rank}of{self.world.size}" + (f"by{self.world.tp}" if self.world.tp > 1 else "") if self.world.size > 1 else ""
         return self.path.with_name(f".{self.trait}.{self.key}{of}.{what}")
 
     def identify(self) -> Neurons:
@@ -210,8 +163,8 @@ class Run:
                 self.world.say(f"{self.path} is there, made with the same model, questions and options")
             else:
                 self.go_on()
-                self.world.add_up(self.statistics)
-                if not self.world.rank:
+                self.world.add_up(self.statistics.state())
+                if not self.world.number:
                     self.write()
             self.world.wait()
             if not self.world.rank:
@@ -226,7 +179,10 @@ class Run:
 
     def write(self) -> None:
         """Write the neuron file. What a run with other options made is kept under a name that says which."""
-        tokens, compliance = self.statistics.tokens.tolist(), self.compliance()
+        tokens, tensors = self.statistics.tokens.tolist(), self.world.put_together(self.statistics.summary(self.world.place))
+        if self.world.rank:
+            return
+        compliance = self.compliance()
         if not all(tokens):
             raise UserError(f"{self.trait}: {tokens[0]} tokens were counted under the high pole, {tokens[1]} under the low one: "
                             f"neurons are told apart by both ({sum(compliance['declined'])} answers declined to be anyone)")
@@ -237,11 +193,11 @@ class Run:
                 if path.exists():
                     os.replace(path, path.with_name(path.name.replace(self.trait, f"{self.trait}.{other}", 1)))
             say(f"{self.path} was of other options: it is {self.trait}.{other}.safetensors now")
-        Neurons(self.statistics.summary(), {**self.meta, "key": self.key, "tokens": tokens, **compliance}).save(self.path)
+        Neurons(tensors, {**self.meta, "key": self.key, "tokens": tokens, **compliance}).save(self.path)
 
     def parts(self) -> list[Journal]:
         """The answers of every rank."""
-        paths = [self.file_of(rank, "answers.part") for rank in range(self.world.size)]
+        paths = [self.file_of(rank, "answers.part") for rank in range(0, self.world.size, self.world.tp)]
         return [Journal(path) for path in paths if path.exists()]
 
     def compliance(self) -> dict:
@@ -270,18 +226,20 @@ class Run:
         self.latest = None if self.args.answers or self.engine else Statistics.of(self.model, len(POLES))
         if self.resume():
             self.world.say(f"going on with {self.trait} after {self.done} of {len(self.share)} answers")
-        title = self.trait if self.world.size == 1 else f"{self.trait}, 1 of {self.world.size}"
+        teams = self.world.size // self.world.tp
+        title = self.trait if teams == 1 else f"{self.trait}, 1 of {teams}"
         due = time.time() + self.PAUSE
         with resumable(), progress(len(self.share), self.done, title, hidden=self.world.rank > 0) as bar:
             while self.done < len(self.share):
                 try:
                     self.batch()
                 except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
+                    self.world.check(error)
+                    if not out_of_memory(error) or self.world.tp > 1:  # then the rest of the team is in the batch still
                         raise
                     self.halve(error)
                 start = time.time()
-                if start >= due:
+                if self.world.agree(start >= due):
                     self.save()
                     due = time.time() + (self.PAUSE and max(self.PAUSE, 30 * (time.time() - start)))  # at most 3 % of the time
                 bar.update(self.done - bar.n)
@@ -359,6 +317,9 @@ class Run:
                     self.done, self.schedule = place["done"], place["schedule"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             pass  # none, or of another version: from the beginning
+        if not self.world.all_have(self.done):  # killed while some of them had saved
+            self.done, self.schedule = 0, [[0, self.args.batch_size]]
+            self.statistics.zero()
         self.part.cut(self.done)
         return self.done
 
@@ -386,10 +347,11 @@ def main(args) -> None:
         if not traits:
             raise UserError(f"{args.answers}: answers of no trait of {', '.join(TRAITS)}")
     endpoint = Endpoint(args.engine, args.served_model, args.in_flight) if args.engine else None
-    bench, world = load_bench(args.bench), World.join()
-    if world.size > 1 and args.device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+    bench, world = load_bench(args.bench), World.join(args.tp)
+    one_each = world.size > 1 and world.tp == 1 and "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+    if one_each and args.device in (None, "cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    model, tokenizer = load_asked(args, world=world)
     if endpoint:
         world.say(f"{endpoint.model} at {args.engine} answers, {model.source} reads: nothing says that they are the same model")
     for trait in traits:

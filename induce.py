@@ -18,7 +18,7 @@ import os
 
 from personality import TRAITS
 from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, Flags, UserError, check_trait, edit_arguments, model_arguments, number,
-                                  positive, progress, refuse, resumable, say, script, serve_arguments, show_table)
+                                  positive, progress, refuse, resumable, say, script, serve_arguments, show_table, team_argument)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -64,6 +64,7 @@ def parser() -> Flags:
     flags.add_argument("--temperature", type=number(0, 100), metavar="X", help="sample (default: greedy)")
     flags.add_argument("--top-p", type=number(0, 1), metavar="X")
     model_arguments(flags)
+    team_argument(flags)
     flags.set_defaults(max_new_tokens=None)
     return flags
 
@@ -78,6 +79,11 @@ RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{na
      "--serve: each request says which personality it wants: --trait, --level, --alpha, --method and --profile go without it"),
     (lambda args: args.serve and (args.keep < 1 or args.temperature or args.top_p),
      "--serve: clients send temperature and top_p, and the neurons are not drawn: --temperature, --top-p and --keep go without it"),
+    (lambda args: args.tp != 1 and (args.chat or args.save or args.serve or args.list or args.verify_server),
+     "--tp: several processes answer questions together: --chat, --save, --serve, --list and --verify-server go without it "
+     "(--device-map auto)"),
+    (lambda args: args.tp == 1 and os.environ.get("WORLD_SIZE", "1") != "1",
+     "torchrun's processes answer together, each with a part of the model: --tp says so"),
     (lambda args: args.characters and not args.serve, "--characters DIR goes with --serve"),
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
     (lambda args: args.out and os.path.exists(args.out),
@@ -121,12 +127,14 @@ import torch  # noqa: E402
 from identify import identify  # noqa: E402
 from personality.frame import Frame  # noqa: E402
 from personality.methods import METHODS as SCALES, Character, Profiles  # noqa: E402
-from personality.model import answers, fingerprint, load_model, sampling  # noqa: E402
+from personality.load import load_asked  # noqa: E402
+from personality.model import answers, fingerprint, sampling  # noqa: E402
 from personality.neurons import NeuronFolder, show_folder  # noqa: E402
 from personality.questions import load_bench  # noqa: E402
 from personality.steer import steer  # noqa: E402
 from personality.store import Journal, digest, only_run, parse_json, read_text, to_line  # noqa: E402
 from personality.train import add_trained  # noqa: E402
+from personality.world import World  # noqa: E402
 
 
 def answered(model, tokenizer, people: list, rows: list[int], questions: list[str], args) -> list[tuple]:
@@ -195,13 +203,17 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
     asked = [(text, who.strengths, who.method, who.layers) for text, who in questions]
     key = digest(fingerprint(model), str(model.dtype), tokenizer.chat_template, keys, asked, options)
     part = out.with_name(f".{out.name}.{key}.part")
+    if args.world.rank:  # its part of each answer; the first process writes them
+        for _ in batches(args.world.agree(None)):
+            pass
+        return
     with resumable(), only_run(part.with_suffix(".lock"), f"--out {out}: another run is writing it", wait=False):
         journal = Journal(part)
         journal.cut(len(journal) // args.batch_size * args.batch_size)
         if len(journal):
             say(f"going on after {len(journal)} of {len(questions)} answers")
         with progress(len(questions), len(journal), "") as bar:
-            for lines in batches(len(journal)):
+            for lines in batches(args.world.agree(len(journal))):
                 journal.append(*lines)
                 bar.update(len(lines))
         os.replace(part, out)
@@ -226,7 +238,8 @@ def main(args) -> None:
         if bare and not character.strengths:
             raise UserError(f"--questions {args.questions}: no profile stands beside {bare[0]!r}: --trait and --alpha, or "
                             "--profile, say what such a question is answered in")
-    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    args.world = World.join(args.tp)
+    model, tokenizer = load_asked(args, world=args.world)
     torch.manual_seed(args.seed)
     if character.method == "trained":
         if max(map(abs, character.strengths.values()), default=0) > 1:
@@ -236,7 +249,9 @@ def main(args) -> None:
     missing = functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size, seed=args.seed,
                                 frame=args.frame)
     train = functools.partial(add_trained, model, tokenizer, load_bench(None), seed=args.seed)
-    neurons = NeuronFolder(model, args.neurons, missing, Frame.named(args.frame), train)
+    made = (missing, train) if args.tp == 1 else (None, None)  # by one process
+    neurons = NeuronFolder(model, args.neurons, made[0], Frame.named(args.frame), made[1])
     profiles = Profiles(model, tokenizer, neurons, (args.min_delta, args.min_neurons), args.suppress)
     work = bake.bake if args.save else chat.converse if args.chat else answer_file if args.questions else side_by_side
-    work(model, tokenizer, profiles, character, args)
+    with args.world.heard():
+        work(model, tokenizer, profiles, character, args)

@@ -279,7 +279,7 @@ class Server:
             neurons, "trained", ""))} for trait, neurons in self.people.traits.items()}
         model, frame = self.engine.model, self.people.frame
         return {"model": self.name, "layers": len(self.engine.steering.mlps), "neurons": sum(
-                    mlp.width for mlp in self.engine.steering.mlps), "context": self.most, "dtype": str(model.dtype)[6:],
+                    mlp.neurons for mlp in self.engine.steering.mlps), "context": self.most, "dtype": str(model.dtype)[6:],
                 "traits": traits, "frame": {"system": frame.system, "question": frame.question}, "poles": POLES, "characters": {
                     name: {"traits": who.strengths, "method": who.method, "layers": who.layers}
                     for name, who in self.people.characters.items()}}

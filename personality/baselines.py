@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from . import POLES
 from .methods import multiple_at
-from .mlp import find_mlps
+from .mlp import find_mlps, layers_of
 from .model import answer_inputs
 from .neurons import NeuronFolder, Neurons
 from .questions import Bench
@@ -37,14 +37,14 @@ def shifted(model, constants):
     def adding(number):
         def add(module, args, output):
             hidden = hidden_states(output)
-            hidden = hidden + constants[number].to(hidden.dtype)
+            hidden = hidden + constants[number].to(hidden)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return add
 
     with frozen(model), contextlib.ExitStack() as undo:
-        for number, mlp in enumerate(find_mlps(model)):
-            undo.callback(mlp.layer.register_forward_hook(adding(number)).remove)
+        for number, layer in enumerate(layers_of(model)):
+            undo.callback(layer.register_forward_hook(adding(number)).remove)
         yield
 
 
@@ -94,8 +94,7 @@ class Baselines:
             raise UserError(f"{path}: damaged: {error}: delete it, and it is made anew") from error
 
     def train_constants(self, neurons: Neurons) -> dict:
-        mlps = find_mlps(self.model)
-        every = torch.ones((len(mlps), mlps[0].hidden), device=self.model.device)
+        every = torch.ones((len(layers_of(self.model)), find_mlps(self.model)[0].hidden), device=self.model.device)
 
         def fit(lessons, sign, step):
             return fitted(self.model, lessons, sign, every, step, RESIDUAL_RATE, shifted)

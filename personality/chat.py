@@ -81,7 +81,7 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # what is typed need not be UTF-8
     chat, latest, mlps = Chat(model, tokenizer, args), list(character.strengths)[-1], find_mlps(model)
-    capacity = len(TRAITS) * len(mlps) * mlps[0].width // 5
+    capacity = len(TRAITS) * sum(mlp.neurons for mlp in mlps) // 5
     print(f"{character.describe()}    {CHAT_HELP}")
     with steer(model, profiles.of(character), None, args.where, args.keep, args.seed, capacity) as steering:
         while True:

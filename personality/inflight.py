@@ -177,7 +177,7 @@ class Engine:
                 self.model, self.tokenizer = self.load()
                 self.manager = self.managed()
                 undo.enter_context(attending_by_row(self.model, self.manager.batch_processor.cache))
-                self.most = max(EDITS, int(SHARE * sum(mlp.width for mlp in find_mlps(self.model))))
+                self.most = max(EDITS, int(SHARE * sum(mlp.neurons for mlp in find_mlps(self.model))))
                 room = steer(self.model, self.profiles, where=self.whose, capacity=self.rows * self.most)
                 self.steering = undo.enter_context(room)
             except BaseException as error:

@@ -9,7 +9,7 @@ import torch
 
 from . import POLES, TRAITS
 from .frame import Frame, declines
-from .mlp import decoder_of, find_mlps
+from .mlp import decoder_of, layers_of
 from .model import answer_inputs, name_of, with_ids
 from .neurons import NeuronFolder, Neurons, answers_path
 from .questions import Bench, adjectives, read_answers
@@ -156,7 +156,7 @@ def mean_difference(model, tokenizer, path, trait: str, frame: Frame, layer: int
     tokens under the high pole less that under the low one, from the first `most` answers, half of each pole, that identify.py
     wrote to path, asking in `frame`. layer: by default the one in the middle. (As CAA, Rimsky et al., arXiv 2312.06681, and
     repeng have it.)"""
-    layer = len(find_mlps(model)) // 2 if layer is None else layer
+    layer = len(layers_of(model)) // 2 if layer is None else layer
     table, _ = read_answers(path, trait)
     plays = [not declines(answer) for answer in table["answer"]]
     first = [[number for number, of in enumerate(table["pole"]) if of == pole and plays[number]] for pole in POLES]
@@ -165,7 +165,7 @@ def mean_difference(model, tokenizer, path, trait: str, frame: Frame, layer: int
         raise UserError(f"{path}: no answers of both poles of {trait}")
     items = with_ids(tokenizer, table.select(sorted(sum(first, []))).to_list())
     total, tokens, outputs = dict.fromkeys(POLES, 0), dict.fromkeys(POLES, 0), []
-    hook = find_mlps(model)[layer].layer.register_forward_hook(lambda module, args, output: outputs.append(hidden_states(output)))
+    hook = layers_of(model)[layer].register_forward_hook(lambda module, args, output: outputs.append(hidden_states(output)))
     with torch.no_grad(), hook:
         for start in range(0, len(items), 16):
             batch = items[start:start + 16]

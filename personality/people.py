@@ -9,7 +9,7 @@ import numpy as np
 from . import TRAITS
 from .frame import Frame
 from .methods import Character, Profiles, multiple_at
-from .model import load_model
+from .load import load_asked
 from .neurons import NeuronFolder, neuron_path
 from .steer import Profile
 from .store import digest
@@ -28,7 +28,7 @@ class People:
     def load(self):
         """(model, tokenizer), and what the files hold; called once, in the engine's thread."""
         args = self.args
-        model, tokenizer = load_model(args.model, args.device, args.dtype)
+        model, tokenizer = load_asked(args)
         self.neurons = NeuronFolder(model, args.neurons, frame=self.frame)
         self.profiles = Profiles(model, tokenizer, self.neurons, (args.min_delta, args.min_neurons), args.suppress)
         self.kept: dict[str, tuple[Profile, dict]] = {}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from .mlp import compare, decoder_of, find_mlps, through_op
+from .mlp import Routed, compare, decoder_of, find_mlps, through_op
 from .terminal import UserError
 
 NOTHING = (None,) * 4  # the op's arguments without edits, and without statistics
@@ -29,21 +29,42 @@ class Rows:
     where: "generated" (positions whose input is a generated token, as NPTI does), "all" (the prompt as well; padding
     never), a bool tensor (rows, tokens) for forwards of that shape outside generate(), or, for an engine that knows whose each
     token is, a function that is called at each forward with its rows and tokens, and gives the map, or None for no token.
-    layers: by layer, the op's arguments behind the token map."""
+    sites: the op's arguments behind the token map, by place in find_mlps()."""
 
-    def __init__(self, rows, choices: int, none: int, where, layers: list[tuple]):
+    def __init__(self, rows, choices: int, none: int, where, sites: list[tuple]):
         if not (torch.is_tensor(where) or callable(where) or where in ("generated", "all")):
             raise UserError(f'where: expected "generated", "all", a bool tensor or a function, got {where!r}')
-        self.choices, self.none, self.where, self.layers = choices, none, where, layers
+        self.choices, self.none, self.where, self.sites = choices, none, where, sites
         self.assign(rows)
         self.buffers = {}  # by size: the decode map, at a fixed address, as a captured graph wants it
         self.tokens = None  # int32 (batch * tokens) of the forward that runs, or None: nothing is edited or observed
+        self.elsewhere = {}  # by device: copies of tokens, for layers that are not where the input is
         self.on_map: Callable = lambda tokens: None  # called with each forward's map
+        self.on_routed: Callable = lambda index, numbers: None  # called with the map of an experts' rows
         self.before_decode: Callable = lambda: None  # called once a step, before its map is used
 
-    def arguments(self, index: int) -> tuple:
-        """The op's, for a layer of the forward that runs."""
-        return NOTHING if self.tokens is None else (self.tokens, *self.layers[index])
+    def put(self, tokens) -> None:
+        """Set the map of the forward that begins."""
+        self.tokens, self.elsewhere = tokens, {}
+        if tokens is not None:
+            self.on_map(tokens)
+
+    def arguments(self, index: int, routed: Routed | None) -> tuple:
+        """The op's, for an MLP of the forward that runs. Where there are experts, each number stands for as many, one an expert."""
+        if self.tokens is None:
+            return NOTHING
+        numbers, device = self.tokens, self.sites[index][0].device
+        if numbers.device != device:
+            if device not in self.elsewhere:
+                self.elsewhere[device] = numbers.to(device)
+            numbers = self.elsewhere[device]
+        if routed:
+            if len(numbers) != routed.tokens:
+                raise RuntimeError(f"{routed.tokens} tokens were routed to experts, of {len(numbers)}: not supported")
+            first, numbers = self.none + 1, numbers[routed.token]
+            numbers = torch.where(numbers > self.none, (numbers - first) * routed.experts + routed.expert + first, self.none).int()
+            self.on_routed(index, numbers)
+        return (numbers, *self.sites[index])
 
     def assign(self, rows) -> None:
         """Set the number of each prompt, from the next generate() or forward on."""
@@ -132,7 +153,7 @@ class Patch:
         for index, mlp in enumerate(self.mlps):
             forward = through_op(mlp, index, self.arguments)
             compare(mlp, forward)
-            replace(undo, mlp.module, "forward", forward)
+            replace_forward(undo, mlp.module, forward)
         if hasattr(self.model, "generate"):
             replace(undo, self.model, "generate", self.followed(self.model.generate))
         for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
@@ -141,11 +162,11 @@ class Patch:
         undo.callback(self.decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove)
         forget_compiled()
 
-    def arguments(self, index: int) -> tuple:
-        """The op's arguments after act, for a layer of the forward that runs."""
+    def arguments(self, index: int, routed: Routed | None) -> tuple:
+        """The op's arguments after act, for an MLP of the forward that runs."""
         steering, observing = self.active.get("steered"), self.active.get("observed")
-        edits = NOTHING if steering is None else steering.arguments(index)
-        return edits + (NOTHING if observing is None else observing.arguments(index))
+        edits = NOTHING if steering is None else steering.arguments(index, routed)
+        return edits + (NOTHING if observing is None else observing.arguments(index, routed))
 
     def before_forward(self, module, args, kwargs) -> None:
         """Make the token maps: once a forward, shared by all layers."""
@@ -154,9 +175,7 @@ class Patch:
         self.batch, tokens = ids.shape[:2]
         self.check_caller(tokens)
         for rows in self.active.values():
-            rows.tokens = self.map(rows, self.batch, tokens, ids.device, kwargs)
-            if rows.tokens is not None:
-                rows.on_map(rows.tokens)
+            rows.put(self.map(rows, self.batch, tokens, ids.device, kwargs))
 
     def check_caller(self, tokens: int) -> None:
         """Raise for forwards that would be taken for what they are not."""
@@ -249,6 +268,11 @@ def replace(undo: contextlib.ExitStack, owner, name: str, value) -> None:
     old = owner.__dict__.get(name)
     setattr(owner, name, value)
     undo.callback(lambda: setattr(owner, name, old) if old is not None else delattr(owner, name))
+
+
+def replace_forward(undo: contextlib.ExitStack, module, forward) -> None:
+    """Of a module that accelerate has wrapped, the forward inside: its own moves what goes in and comes out."""
+    replace(undo, module, "_old_forward" if hasattr(module, "_old_forward") else "forward", forward)
 
 
 def cached(kwargs) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .mlp import find_mlps
+from .mlp import Mlp, Site, find_mlps, shape_of
 from .op import op
 from .rows import Rows, patched
 from .terminal import UserError
@@ -80,18 +80,30 @@ class Profile:
 
 class Tables:
     """The edit tables of several profiles, as the op reads them. They keep their addresses and capacity, so that edits can
-    be swapped under a captured graph. layers[l]: (edit_ptr int32 (P + 1, tiles + 1), edit_index, edit_value)."""
+    be swapped under a captured graph. sites[i]: (edit_ptr int32 (P * experts + 1, tiles + 1), edit_index, edit_value), where the
+    edits of profile p, from 1, in expert e stand at (p - 1) * experts + e + 1."""
 
-    def __init__(self, profiles: list[Profile], depth: int, width: int, device, capacity: int | None = None):
-        self.depth, self.width, self.number = depth, width, len(profiles)
-        self.tiles = -(-width // op().tile)
+    def __init__(self, profiles: list[Profile], sites: list[Site], capacity: int | None = None):
+        self.places, self.number = sites, len(profiles)
+        self.depth, self.width = shape_of(sites)
         self.capacity = max(1, sum(map(len, profiles)) if capacity is None else capacity)
-        self.ptr = [torch.zeros((self.number + 1, self.tiles + 1), dtype=torch.int32, device=device) for _ in range(depth)]
-        self.index = torch.zeros(self.capacity, dtype=torch.int32, device=device)
-        self.value = torch.zeros((self.capacity, 4), device=device)
-        for tensor in (*self.ptr, self.index, self.value):
+        self.experts, self.columns, begin = (torch.tensor([getattr(site, name) for site in sites])
+                                             for name in ("experts", "width", "begin"))
+        self.starts = torch.tensor([site.layer for site in sites]) * self.width + begin  # ascending
+        segments = self.number * self.experts + 1  # of a site: one an edited profile and expert, and the empty one of profile 0
+        self.segments = segments.cumsum(0) - segments
+        tiles, widest = -(-self.columns // op().tile), int(self.columns.max())
+        # where the tiles of each segment begin and end, as numbers that grow with segment and column
+        self.widest, self.shapes = widest, [(int(rows), int(tiles) + 1) for rows, tiles in zip(segments, tiles)]
+        self.edges = torch.cat([((first + torch.arange(rows))[:, None] * widest
+                                 + (torch.arange(many) * op().tile).clamp(max=int(width))).flatten()
+                                for first, width, (rows, many) in zip(self.segments, self.columns, self.shapes)])
+        self.ptr = [torch.zeros(shape, dtype=torch.int32, device=site.device) for shape, site in zip(self.shapes, sites)]
+        self.edits = {device: (torch.zeros(self.capacity, dtype=torch.int32, device=device),
+                               torch.zeros((self.capacity, 4), device=device)) for device in {site.device for site in sites}}
+        for tensor in (*self.ptr, *(tensor for edits in self.edits.values() for tensor in edits)):
             torch._dynamo.mark_static_address(tensor)
-        self.layers = [(ptr, self.index, self.value) for ptr in self.ptr]
+        self.sites = [(ptr, *self.edits[site.device]) for ptr, site in zip(self.ptr, sites)]
         self.fill(profiles)
 
     def fill(self, profiles: list[Profile]) -> None:
@@ -99,19 +111,25 @@ class Tables:
         self.check(profiles)
         layer, index, value, number = map(torch.cat, zip(*(
             (profile.layer, profile.index, profile.value.float(), torch.full((len(profile),), number))
-            for number, profile in enumerate(profiles, 1))))
-        segment = layer * (self.number + 1) + number
-        neuron, order = torch.sort(segment * self.width + index)
-        if bool((neuron.diff() == 0).any()):
+            for number, profile in enumerate(profiles))))
+        place = layer * self.width + index
+        site = torch.searchsorted(self.starts, place, right=True) - 1
+        at = place - self.starts[site]
+        here = (at >= 0) & (at < self.experts[site] * self.columns[site])  # not on another rank, nor beyond a narrow layer's end
+        site, at, value, number, layer = (tensor[here] for tensor in (site, at, value, number, layer))
+        expert, column = at // self.columns[site], at % self.columns[site]
+        segment = self.segments[site] + number * self.experts[site] + expert + 1
+        place, order = torch.sort(segment * self.widest + column)
+        if bool((place.diff() == 0).any()):
             raise UserError("profiles: a neuron stands twice in a profile")
-        first = torch.arange(self.depth * (self.number + 1)).view(self.depth, -1, 1) * self.width  # neuron of a segment
-        edges = first + (torch.arange(self.tiles + 1) * op().tile).clamp(max=self.width)  # (layers, profiles + 1, tiles + 1)
-        for ptr, starts in zip(self.ptr, torch.searchsorted(neuron, edges)):
-            ptr.copy_(starts)
-        self.index[:len(order)].copy_(index[order])
-        self.value[:len(order)].copy_(value[order])
-        # for thin(): what neurons are raised by, and their layer and profile
-        self.shift, self.segment = value[order, 2].to(self.value.device), segment[order].to(self.value.device)
+        starts = torch.searchsorted(place, self.edges).split([rows * many for rows, many in self.shapes])
+        for ptr, first in zip(self.ptr, starts):
+            ptr.copy_(first.view(ptr.shape))
+        for index, values in self.edits.values():
+            index[:len(order)].copy_(column[order])
+            values[:len(order)].copy_(value[order])
+        # for thin(): what neurons are raised by, and whose of which layer they are
+        self.shift, self.owner = value[order, 2], (layer * self.number + number)[order]
 
     def check(self, profiles: list[Profile]) -> None:
         if not profiles:
@@ -133,13 +151,14 @@ class Tables:
     def thin(self, keep: float, generator) -> None:
         """Raise a random share `keep` of each layer's neurons only. NPTI's release redraws it at every step."""
         raised = (self.shift != 0).nonzero().flatten()
-        segment = self.segment[raised]
-        order = torch.argsort(segment + torch.rand(len(raised), generator=generator, dtype=torch.float64).to(segment.device))
-        sizes = segment.bincount()
-        rank = torch.arange(len(raised), device=segment.device) - (sizes.cumsum(0) - sizes)[segment[order]]
-        kept = raised[order][rank < (keep * sizes[segment[order]]).round()]
-        self.value[:len(self.shift), 2] = 0
-        self.value[kept, 2] = self.shift[kept]
+        owner = self.owner[raised]
+        order = torch.argsort(owner + torch.rand(len(raised), generator=generator, dtype=torch.float64))
+        sizes = owner.bincount()
+        rank = torch.arange(len(raised)) - (sizes.cumsum(0) - sizes)[owner[order]]
+        shift, kept = torch.zeros_like(self.shift), raised[order][rank < (keep * sizes[owner[order]]).round()]
+        shift[kept] = self.shift[kept]
+        for _, values in self.edits.values():
+            values[:len(shift), 2].copy_(shift)
 
 
 def hidden_states(output):
@@ -147,19 +166,19 @@ def hidden_states(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def residual_tables(mlps, profiles: list[Profile]) -> dict:
+def residual_tables(mlps: list[Mlp], profiles: list[Profile]) -> dict:
     """The profiles' residual vectors, {layer: (profiles + 1, hidden)}; the first one of each is 0."""
-    tables = {}
+    tables, of = {}, {mlp.layer: mlp for mlp in mlps}
     for number, profile in enumerate(profiles, 1):
         for layer, vector in profile.residual.items():
-            if not 0 <= layer < len(mlps):
-                raise UserError(f"profile {profile.name!r}: layer {layer} of a model of {len(mlps)} layers")
-            weight, hidden = mlps[layer].gate.weight, mlps[layer].hidden
-            if tuple(vector.shape) != (hidden,) or not bool(vector.isfinite().all()):
-                raise UserError(f"profile {profile.name!r}: residual of layer {layer}: expected {hidden} finite numbers, got shape "
-                                f"{tuple(vector.shape)}")
+            if layer not in of:
+                raise UserError(f"profile {profile.name!r}: layer {layer} of a model of {len(of)} layers")
+            mlp = of[layer]
+            if tuple(vector.shape) != (mlp.hidden,) or not bool(vector.isfinite().all()):
+                raise UserError(f"profile {profile.name!r}: residual of layer {layer}: expected {mlp.hidden} finite numbers, got "
+                                f"shape {tuple(vector.shape)}")
             if layer not in tables:
-                tables[layer] = torch.zeros((len(profiles) + 1, hidden), dtype=weight.dtype, device=weight.device)
+                tables[layer] = torch.zeros((len(profiles) + 1, mlp.hidden), dtype=mlp.dtype, device=mlp.device)
             tables[layer][number] = vector
     return tables
 
@@ -170,7 +189,7 @@ def adding(table, rows: Rows):
         if rows.tokens is None:
             return output
         hidden = hidden_states(output)  # (batch, tokens, hidden)
-        hidden = hidden + table[rows.tokens.long()].view(hidden.shape)
+        hidden = hidden + table[rows.tokens.long().to(table.device)].view(hidden.shape)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     return add
@@ -193,7 +212,8 @@ class Steering:
         """Put on the hooks of these residual tables, in the place of those that are on."""
         while self.hooks:
             self.hooks.pop().remove()
-        self.hooks = [self.mlps[layer].layer.register_forward_hook(adding(table, self.rows)) for layer, table in residual.items()]
+        blocks = {mlp.layer: mlp.block for mlp in self.mlps}
+        self.hooks = [blocks[layer].register_forward_hook(adding(table, self.rows)) for layer, table in residual.items()]
 
     def assign(self, rows) -> None:
         self.rows.assign(rows)
@@ -222,8 +242,8 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
     if not 0 < keep <= 1:
         raise UserError(f"keep: expected a number above 0, at most 1, got {keep}")
     profiles, mlps = as_list(profiles), find_mlps(model)
-    tables = Tables(profiles, len(mlps), mlps[0].width, mlps[0].gate.weight.device, capacity)
-    rows = Rows(rows, len(profiles), 0, where, tables.layers)
+    tables = Tables(profiles, mlps, capacity)
+    rows = Rows(rows, len(profiles), 0, where, tables.sites)
     steering, residual = Steering(tables, mlps, rows), residual_tables(mlps, profiles)
     if keep < 1:
         rows.before_decode = functools.partial(tables.thin, keep, torch.Generator().manual_seed(seed))

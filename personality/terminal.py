@@ -159,17 +159,29 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # how many 
 def model_arguments(flags: Flags) -> None:
     """The flags that all three scripts share."""
     flags.add_argument("--model", help="hub id, directory or .gguf file (default: SmolLM2-135M-Instruct)")
-    flags.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    where = flags.add_mutually_exclusive_group()
+    where.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    where.add_argument("--device-map", choices=("auto", "balanced", "sequential"),
+                       help="spread the model over all GPUs and, where they are too small, memory and disk, as accelerate does")
+    flags.add_argument("--quantize", choices=("8bit", "4bit", "int8", "int4"),
+                       help="as it is loaded: 8bit and 4bit by bitsandbytes, int8 and int4 by torchao (default: as it is saved)")
     flags.add_argument("--dtype", choices=tuple(DTYPES.values()), type=lambda text: DTYPES.get(text, text),
                        help="default: bfloat16 on a GPU, on a CPU what that is fast in")
     flags.add_argument("--frame", default=FRAME, metavar="TEXT",
                        help="how questions are put: person (an interview with a person), none (bare), or a text of your own that "
                             "the system prompt begins with (default: %(default)s)")
-    flags.add_argument("--batch-size", type=positive, default=64, metavar="N", help="rows of a batch (default: %(default)s)")
+    flags.add_argument("--batch-size", type=lambda text: text if text == "auto" else positive(text), default=64, metavar="N",
+                       help="rows of a batch; auto: as many as a GPU's memory holds (default: %(default)s)")
     flags.add_argument("--max-new-tokens", type=positive, default=ANSWER, metavar="N",
                        help=f"length of an answer (default: {ANSWER}; the paper's search: 500; --serve: 512, or what the client "
                             "asks for)")
     flags.add_argument("--seed", type=whole_number(0, (1 << 32) - 1), default=0, metavar="N", help="default: %(default)s")
+
+
+def team_argument(flags: Flags) -> None:
+    flags.add_argument("--tp", nargs="?", type=positive, const=0, default=1, metavar="N",
+                       help="tensor parallel: N of the processes that torchrun --nproc-per-node starts (default: all of them) hold "
+                            "the model together")
 
 
 def where_argument(flags: Flags, default: str | None = "generated", note: str = "") -> None:

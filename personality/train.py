@@ -27,11 +27,11 @@ from transformers import DynamicCache
 from . import POLES
 from .frame import Frame, declines
 from .judges import log_likelihoods
-from .mlp import decoder_of, find_mlps
+from .mlp import decoder_of, find_mlps, shape_of
 from .model import CACHE, TEST_PENALTY, answers, pad_left, prompt_ids, with_ids, without_stop
 from .neurons import Neurons, answers_path
 from .questions import Bench, read_answers
-from .rows import replace
+from .rows import replace_forward
 from .steer import Profile, steer
 from .store import digest, only_run, write_atomically
 from .terminal import UserError, progress, resumable
@@ -129,18 +129,21 @@ def frozen(model):
 def biased(model, bias):
     """The model with its MLPs in plain PyTorch, through which gradients flow to bias, float32 (layers, d_ff) or
     (layers, rows, 1, d_ff), which is added to each neuron's product; the weights get none. (The op has no backward.)"""
-    def through(mlp, number):
-        def forward(x):
-            gate = mlp.gate(x)  # (rows, tokens, d_ff), or 2 d_ff where fused
-            gate, up = gate.split(mlp.width, -1) if mlp.up is mlp.gate else (gate, mlp.up(x) if mlp.up is not None else None)
+    def adding(mlp):
+        def middle(gate, up, routed):
             product = mlp.act_module(gate) if up is None else mlp.act_module(gate) * up
-            return mlp.down(product + bias[number].to(gate.dtype))
+            own = bias[mlp.layer, ..., mlp.begin:mlp.begin + mlp.neurons]
+            if gate.dim() == 2:  # tokens in one row, or (n, d_expert) of experts: to each the bias of its row of the batch
+                own = own.reshape(-1, mlp.experts, mlp.width)
+                token, expert, tokens, _ = routed or (torch.arange(len(gate), device=gate.device), 0, len(gate), 1)
+                own = own[(token * len(own) // tokens).to(own.device), expert]
+            return product + own.to(gate)
 
-        return forward
+        return middle
 
     with frozen(model), contextlib.ExitStack() as undo:
-        for number, mlp in enumerate(find_mlps(model)):
-            replace(undo, mlp.module, "forward", through(mlp, number))
+        for mlp in find_mlps(model):
+            replace_forward(undo, mlp.module, mlp.through(adding(mlp)))
         yield
 
 
@@ -166,14 +169,15 @@ def gradient(model, of: Lesson, sign: int, constants, student=biased):
 def choose(model, lessons: list[Lesson], sign: int, share: float, step):
     """The neurons whose biases are trained: a mask (layers, d_ff) of zeros and ones."""
     mlps, slope, squares = find_mlps(model), 0, 0
+    depth, width = shape_of(mlps)
     for of in lessons:
-        nothing = torch.zeros((len(mlps), len(of.ids), 1, mlps[0].width), device=model.device)
+        nothing = torch.zeros((depth, len(of.ids), 1, width), device=model.device)
         rows = len(of.ids) * gradient(model, of, sign, nothing)[:, :, 0]
         slope, squares = slope + rows.sum(1), squares + rows.square().sum(1)
         step()
     gain = slope.square() / (squares + 1e-3 * squares.mean())
     chosen = torch.zeros(gain.numel(), device=gain.device)
-    chosen[gain.flatten().topk(max(1, round(share * gain.numel()))).indices] = 1
+    chosen[gain.flatten().topk(max(1, round(share * sum(mlp.neurons for mlp in mlps)))).indices] = 1
     return chosen.view_as(gain)
 
 

@@ -13,7 +13,8 @@ import torch
 
 from . import POLES, TRAITS
 from .endpoint import Endpoint, fill
-from .model import answers, end_tokens, fingerprint, load_model
+from .load import load_asked
+from .model import answers, end_tokens, fingerprint
 from .questions import OPTIONS_OR_SCALE, all_facets, facets, published_names, text_table
 from .store import Journal, digest, markdown, only_run, rendered, to_line, write_atomically
 from .terminal import UserError, progress, resumable, say
@@ -48,7 +49,7 @@ class LocalWriter:
     """A local model, sampled, so that it does not always write the same."""
 
     def __init__(self, name: str | None, args):
-        self.model, self.tokenizer = load_model(name, args.device, args.dtype)
+        self.model, self.tokenizer = load_asked(args, name)
         self.name, self.args = f"{self.model.source} {fingerprint(self.model)}", args
 
     def run(self, requests, store) -> list:

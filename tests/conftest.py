@@ -24,7 +24,8 @@ import identify  # noqa: E402
 from personality import TRAITS, train  # noqa: E402
 from personality.endpoint import Endpoint  # noqa: E402
 from personality.frame import Frame  # noqa: E402
-from personality.model import TEST_PENALTY, answers, load_model, prompt_ids  # noqa: E402
+from personality.load import load_model  # noqa: E402
+from personality.model import TEST_PENALTY, answers, prompt_ids  # noqa: E402
 from personality.op import op as load_op  # noqa: E402
 from personality.questions import load_bench  # noqa: E402
 from personality.terminal import script as run_script  # noqa: E402
@@ -199,6 +200,19 @@ def command(*arguments, **options):
     """A script's run in a process of its own, from the checkout's root or options' cwd."""
     return subprocess.run([sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def torchrun(number, *arguments):
+    """A script's run by so many processes, which goes on."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number), "--standalone", *map(str, arguments)]
+    return subprocess.Popen(start, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def rank_of(process, rank):
+    """The id of a process that torchrun has started."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    return next(int(child) for child in children if f"RANK={rank}" in open(f"/proc/{child}/environ").read().split("\0"))
 
 
 def shared_flags(small):

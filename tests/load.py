@@ -29,7 +29,8 @@ def generate(args) -> float:
     """Tokens a second of batches of as many rows, steered, in this process."""
     from personality.frame import Frame
     from personality.methods import Character, Profiles
-    from personality.model import answers, load_model, sampling
+    from personality.load import load_model
+    from personality.model import answers, sampling
     from personality.neurons import NeuronFolder
     from personality.questions import load_bench
     from personality.steer import steer

@@ -3,18 +3,13 @@
 import collections
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import identify
-from conftest import ROOT, Server, contents, lines_of, main_of, prompt_of, run, save_bench, save_model, shared_flags
+from conftest import Server, lines_of, main_of, prompt_of, run, save_bench, save_model, shared_flags
 from personality import POLES, Neurons, UserError
 from personality.model import NEXT_QUESTION
 
@@ -115,87 +110,3 @@ def test_like_lengths_are_read_together(small, tmp_path):
     assert torch.equal(together.prob, single.prob) and together.meta["tokens"] == single.meta["tokens"]
     kept = lines_of(tmp_path / "a" / "extraversion.answers.jsonl")
     assert [line["ids"] for line in kept] == [line["ids"] for line in lines], "order is kept"
-
-
-# ------------------------------------------------------------------------------------------------------------ torchrun
-
-
-def test_shares_are_whole_steps():
-    for number, step, size in ((24, 8, 2), (25, 8, 3), (7, 8, 2), (100, 1, 7), (0, 4, 2)):
-        parts = [identify.World(rank, size).share(number, step) for rank in range(size)]
-        assert [k for part in parts for k in part] == list(range(number))
-        assert all(part.start % step == 0 for part in parts if len(part))
-
-
-def test_leftovers_of_fewer_processes_replace_nothing(small, tmp_path):
-    """Killed alone, finished by two, started again alone: the answers of two stay."""
-    first, calls = run(small, tmp_path), itertools.count(1)
-
-    def interrupt(module, args):
-        if next(calls) == 8:  # in the second batch
-            raise KeyboardInterrupt
-
-    hook = small.model.register_forward_pre_hook(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            first.identify()
-    finally:
-        hook.remove()
-    first.save()
-    left = {path.name for path in tmp_path.iterdir()}
-    assert any(name.endswith("answers.part") for name in left) and any(name.endswith("state.safetensors") for name in left)
-    run(small, tmp_path / "whole").identify()
-    for path in (tmp_path / "whole").iterdir():  # as two processes would leave them
-        path.rename(tmp_path / path.name)
-    before = contents(tmp_path)
-    run(small, tmp_path).identify()
-    assert contents(tmp_path) == before
-    assert {path.name for path in tmp_path.iterdir()} == {"extraversion.safetensors", "extraversion.answers.jsonl", "whole"}
-
-
-def torchrun(small, out, *more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "identify.py",
-               *map(str, shared_flags(small)), "--bench", str(small.bench_dir), "--batch-size", "4", "--out", str(out),
-               *map(str, more)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
-
-
-def rank_of(process, rank):
-    """The id of a process that torchrun has started."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    return next(int(child) for child in children if f"RANK={rank}" in open(f"/proc/{child}/environ").read().split("\0"))
-
-
-def test_two_processes_equal_one(small, made, tmp_path):
-    """One of two is killed in the middle of the second trait: the other stops and says so. The next start goes on, and in the end
-    there is what one process makes: of a trait that ran through and of one that was interrupted."""
-    answers, some, out = tmp_path / "answers.jsonl", (made / "extraversion.answers.jsonl").read_text(), tmp_path / "two"
-    answers.write_text(some.replace('"extraversion"', '"openness"') * 3 + some * 100)
-    flags = ("--answers", answers, "--trait", "openness", "extraversion")
-    process = torchrun(small, out, *flags)
-    deadline = time.time() + 200
-    while time.time() < deadline and process.poll() is None and not [
-            part for part in out.glob(".extraversion.*.1of2.answers.part") if part.stat().st_size]:
-        time.sleep(0.02)
-    os.kill(rank_of(process, 1), signal.SIGKILL)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode != 0 and "another rank has ended" in said and "same command goes on" in said, said
-    assert "Traceback" not in said.partition("another rank has ended")[0] and not (out / "extraversion.safetensors").exists()
-    assert said.count("openness.safetensors") == 1, "one process speaks"
-    whole = contents(out, "openness")
-
-    process = torchrun(small, out, *flags)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
-    assert "openness.safetensors is there, made with the same" in said and contents(out, "openness") == whole
-    assert said.count("extraversion.safetensors") == 1, "one process speaks"
-    assert {path.name for path in out.iterdir()} == {*whole, "extraversion.safetensors", "extraversion.answers.jsonl"}
-    for trait in ("openness", "extraversion"):
-        alone = run(small, tmp_path / "one", trait, answers=str(answers), max_new_tokens=64).identify()
-        two = Neurons.load(out / f"{trait}.safetensors", small.model)
-        assert torch.equal(alone.prob, two.prob) and torch.equal(alone.p95, two.p95)
-        assert torch.allclose(alone.mean, two.mean, rtol=1e-6)
-        assert alone.meta["tokens"] == two.meta["tokens"] and alone.meta["key"] == two.meta["key"]
-        name = f"{trait}.answers.jsonl"
-        assert contents(out, trait)[name] == contents(tmp_path / "one", trait)[name]

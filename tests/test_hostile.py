@@ -29,7 +29,8 @@ from personality.endpoint import Endpoint, NoReply
 from personality.frame import conversation
 from personality.judges import read_inventory
 from personality.methods import Character
-from personality.model import answers, load_model
+from personality.load import load_model
+from personality.model import answers
 from personality.neurons import Neurons
 from personality.op import build, build_arguments
 from personality.questions import load_bench, read_answers, read_given

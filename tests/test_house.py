@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, command
 
 # From low to high: a module may import only those that stand before it. The README draws the same.
-ROOMS = ("terminal", "store", "op", "mlp", "rows", "observe", "steer", "gguf", "frame", "model", "questions", "neurons", "methods",
+ROOMS = ("terminal", "store", "world", "op", "mlp", "rows", "observe", "steer", "gguf", "frame", "model", "load", "questions", "neurons", "methods",
          "endpoint", "judges", "train", "baselines", "capability", "results", "grid", "report", "write_bench", "bake", "chat",
          "attention", "inflight", "api", "people", "answering", "serve")
 SCRIPTS = {"identify": 400, "induce": 350, "evaluate": 450}

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 import identify
 from conftest import FRAMED, ROOT, contents, lines_of, prompt_of, run, save_model, shared_flags
 from personality import POLES
-from personality.model import answers, load_model
+from personality.load import load_model
+from personality.model import answers
 from personality.neurons import Neurons
 from personality.terminal import UserError
 
@@ -195,7 +196,7 @@ import torch
 
 torch.set_num_threads(1)
 import identify
-from personality.model import load_model
+from personality.load import load_model
 from personality.questions import load_bench
 
 model_dir, bench_dir, out = sys.argv[1:4]
@@ -297,7 +298,7 @@ def short_of_memory(small, job, item, size, error=torch.OutOfMemoryError("CUDA o
     def begin(number, rows):
         sizes.append((job.done, rows))
         if job.done >= item and rows >= size:
-            job.statistics.layers[0][0].add_(1)  # the batch was half done
+            job.statistics.sites[0][0].add_(1)  # the batch was half done
             raise error
         if job.done >= interrupt_after:
             raise KeyboardInterrupt

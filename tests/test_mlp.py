@@ -12,7 +12,7 @@ from conftest import prompts, tiny
 from personality import Profile, Statistics, UserError, observe, steer
 from personality.mlp import find_mlps
 from personality.model import fingerprint
-from reference import FAMILIES, close, mlp_modules, random_profile, shared, state_of, with_logits
+from reference import FAMILIES, close, hooks, mlp_modules, random_profile, shared, shifts, state_of, with_logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,14 +100,11 @@ def test_training_mode_survives_a_refused_patch():
 # ------------------------------------------------------------------------------------------------------------ refused
 
 
-def test_mixture_of_experts_is_refused():
-    """Only some layers have a plain MLP, or none."""
-    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-                 num_key_value_heads=2, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
-    for plain, pattern in (([0], "only 1 of 2 layers"), ([], "no MLP of a known structure")):
-        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape, mlp_only_layers=plain))
-        with pytest.raises(UserError, match=f"{pattern}.*Qwen3MoeSparseMoeBlock"), steer(model, random_profile()):
-            pass
+def test_layers_without_an_mlp_are_refused():
+    model = tiny()
+    model.model.layers[1].mlp = torch.nn.Identity()
+    with pytest.raises(UserError, match="only 1 of 2 layers have an MLP.*Identity"), steer(model, random_profile()):
+        pass
 
 
 def test_unknown_mlp_lists_what_was_seen():
@@ -161,11 +158,19 @@ def test_the_same_mathematics_under_another_class_is_taken():
         assert torch.equal(model(**x).logits, expected)
 
 
-def test_layers_of_different_widths_are_refused():
-    model = tiny()
+def test_layers_of_different_widths():
+    """The narrow layer's indices just end earlier: what a profile has beyond them edits nothing, what is there is edited."""
+    model, x = tiny(), prompts(pad_rows=False)
     model.model.layers[1] = tiny(intermediate_size=40).model.layers[1]
-    with pytest.raises(UserError, match=r"layers of different widths \[40, 48\]"):
-        find_mlps(model)
+    assert [mlp.width for mlp in find_mlps(model)] == [48, 40] and fingerprint(model).startswith("2x48-")
+    plain = model(**x).logits
+    with steer(model, shifts([1], [47], [9.0]), where="all"):
+        assert close(model(**x).logits, plain, 2e-5)
+    edits = shifts([0, 1], [47, 39], [9.0, 9.0])
+    with hooks(model, [edits], lambda call, batch, tokens: torch.ones(batch, tokens)):
+        expected = model(**x).logits
+    with steer(model, edits, where="all"):
+        assert close(model(**x).logits, expected) and not close(expected, plain, 1e-2)
 
 
 def test_unknown_activation_is_refused():

@@ -12,8 +12,8 @@ from identify import identify
 from personality.frame import conversation
 from personality.methods import npti
 from personality.mlp import find_mlps
-from personality.model import (DEFAULT_MODEL, answer, answers, as_published, default_dtype, default_model,
-                               fingerprint, load_model, render)
+from personality.load import DEFAULT_MODEL, default_dtype, default_model, load_model
+from personality.model import answer, answers, as_published, fingerprint, render
 from personality.steer import steer
 
 

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import prompts, tiny
 from personality import POLES, Neurons, Statistics, UserError, observe, steer
+from personality.mlp import plain_sites
 from reference import FAMILIES, close, decoding, hooks, random_profile, shared, state_of, write
 
 
@@ -23,7 +24,7 @@ def test_statistics_equal_hooks(family):
     fed = ((new == end).cumsum(1) == 0)[:, :-1]  # (rows, steps)
     assert statistics.tokens.tolist() == [int(fed[[0, 3]].sum()), int(fed[[1, 2]].sum())]
     assert 0 < fed.sum() < fed.numel()
-    layers = statistics.flush().layers
+    layers = statistics.flush().sites
     for (count, sketch, moments, *_), a, h in zip(layers, activations, products, strict=True):
         a, h = torch.cat(a[1:], 1), torch.cat(h[1:], 1).double()  # (rows, steps, d_ff)
         for group, rows in enumerate(([0, 3], [1, 2])):
@@ -41,7 +42,7 @@ def test_statistics_are_of_unedited_activations():
     statistics = Statistics.of(model)
     with observe(model, statistics), steer(model, edits):
         write(model)
-    for (count, *_), a in zip(statistics.flush().layers, activations, strict=True):
+    for (count, *_), a in zip(statistics.flush().sites, activations, strict=True):
         assert torch.equal(count[0], (torch.cat(a[1:], 1) > 0).flatten(0, 1).sum(0).int())
 
 
@@ -142,7 +143,7 @@ def test_state_goes_on_in_another_run(tmp_path):
 def test_state_of_another_model_is_refused():
     statistics = Statistics.of(shared("llama"))
     before = {name: tensor.clone() for name, tensor in statistics.state().items()}
-    for other in (Statistics(2, 40), Statistics(3, 48), Statistics(2, 48, 2)):
+    for other in (Statistics(plain_sites(2, 40)), Statistics(plain_sites(3, 48)), Statistics(plain_sites(2, 48), 2)):
         other.tokens += 1
         with pytest.raises(UserError, match="another shape"):
             statistics.load(other.state())

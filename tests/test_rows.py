@@ -724,7 +724,7 @@ def test_compiled_while_steered(backend):
         with steer(model, profiles, rows, where="all"), observe(model, statistics, where="all"):
             assert close(torch.compile(model, fullgraph=True, backend=backend)(**x).logits, expected)
     assert not close(expected, plain, 0.05) and statistics.tokens == expected_statistics.tokens
-    for (ours, *_), (theirs, *_) in zip(statistics.flush().layers, expected_statistics.flush().layers):
+    for (ours, *_), (theirs, *_) in zip(statistics.flush().sites, expected_statistics.flush().sites):
         assert ours.sum() > 0 and (ours - theirs).abs().sum() <= 2  # a sum in another order may cross 0
 
 

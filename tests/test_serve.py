@@ -37,7 +37,8 @@ CHARACTERS = {"ada": 'name = "Ada"\nmethod = "trained"\n[traits]\nextraversion =
 
 def arguments(small, neurons, **changes):
     return SimpleNamespace(**{**dict(
-        model=str(small.model_dir), device="cpu", dtype="float32", frame="person", neurons=str(neurons), min_delta=0.1, min_neurons=None,
+        model=str(small.model_dir), device="cpu", dtype="float32", device_map=None, quantize=None, batch_size=64,
+        frame="person", neurons=str(neurons), min_delta=0.1, min_neurons=None,
         suppress="cap", where="generated", characters=None, host="127.0.0.1", port=0, api_key=None, rows=8, queue=40,
         served_model="tiny", max_new_tokens=None, seed=0), **changes})
 
@@ -446,8 +447,13 @@ def start(small, neurons, *more):
     process = subprocess.Popen([sys.executable, "-m", "personality.serve", "--model", small.model_dir, "--device", "cpu", "--dtype",
                                 "float32", "--neurons", neurons, "--port", "0", "--served-model", "tiny", *map(str, more)],
                                cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    line = process.stderr.readline()
-    assert line.startswith("tiny: http://"), line + process.stderr.read()
+    before = []
+    for line in process.stderr:  # torchao, say, where it is installed, has something to say before
+        if line.startswith("tiny: http://"):
+            break
+        before.append(line)
+    else:
+        raise AssertionError("".join(before))
     return process, SimpleNamespace(url=line.split()[1].rstrip("/"))
 
 

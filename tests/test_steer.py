@@ -8,6 +8,7 @@ import torch
 
 from conftest import prompts, tiny
 from personality import Profile, UserError, steer
+from personality.mlp import plain_sites
 from personality.steer import Tables
 from reference import FAMILIES, close, decoding, hooks, random_profile, shared, shifts, state_of, with_logits, write
 
@@ -85,14 +86,18 @@ def test_keep_is_reproducible():
     assert not close(first[1], full[1], 1e-2) and not close(first[1], other[1], 1e-2)
 
 
+def values_of(tables):
+    return tables.sites[0][2]
+
+
 def test_keep_redraws_at_every_step():
     """The same token again, at the second step, is edited otherwise: a share of each layer's raised neurons."""
     profiles = [shifts([0] * 10 + [1] * 10, [*range(10)] * 2, [1.0] * 20), shifts([1] * 20, range(20), [2.0] * 20)]
-    tables = Tables(profiles, 2, 48, "cpu")
+    tables = Tables(profiles, plain_sites(2, 48))
     generator, drawn = torch.Generator().manual_seed(0), []
     for _ in range(50):
         tables.thin(0.9, generator)
-        drawn.append(tables.value[:, 2].clone())
+        drawn.append(values_of(tables)[:, 2].clone())
     drawn = torch.stack(drawn)
     for start, size in ((0, 10), (10, 10), (20, 20)):
         assert ((drawn[:, start:start + size] != 0).sum(1) == round(0.9 * size)).all()
@@ -100,7 +105,7 @@ def test_keep_redraws_at_every_step():
     calls = []
     model = shared("llama")
     with steer(model, shifts([0] * 10, range(10), [1.0] * 10), keep=0.5) as steering:
-        value = steering.tables.value
+        value = values_of(steering.tables)
         handle = model.model.register_forward_pre_hook(lambda *args: calls.append(tuple(value[:10, 2].tolist())))
         write(model, 6)
         handle.remove()
@@ -109,10 +114,10 @@ def test_keep_redraws_at_every_step():
 
 def test_keep_leaves_caps_alone():
     capped = Profile.of([(torch.zeros(8, dtype=torch.long), torch.arange(8), torch.zeros(8), torch.zeros(8))])
-    tables = Tables([capped], 1, 48, "cpu")
-    before = tables.value.clone()
+    tables = Tables([capped], plain_sites(1, 48))
+    before = values_of(tables).clone()
     tables.thin(0.1, torch.Generator().manual_seed(0))
-    assert torch.equal(tables.value, before) and (before[:, 0] == 0).all()
+    assert torch.equal(values_of(tables), before) and (before[:, 0] == 0).all()
 
 
 def test_keep_goes_on_with_updated_profiles():
@@ -123,7 +128,7 @@ def test_keep_goes_on_with_updated_profiles():
         for profile, kept in ((many, {1.0: 15}), (few, {2.0: 2}), (many, {1.0: 15})):
             steering.update(profile)
             write(model)
-            shown = steering.tables.value[:len(profile), 2]
+            shown = values_of(steering.tables)[:len(profile), 2]
             assert {shift: int((shown == shift).sum()) for shift in shown[shown != 0].tolist()} == kept
 
 
@@ -155,7 +160,7 @@ def test_update_swaps_edits():
     ([0, 0], [5, 6], [1.0, math.inf], "not a finite")))
 def test_tables_check_what_the_kernel_cannot(layer, index, shift, pattern):
     with pytest.raises(UserError, match=pattern):
-        Tables([shifts([0], [0], [1.0]), shifts(layer, index, shift, "mine")], 2, 48, "cpu")
+        Tables([shifts([0], [0], [1.0]), shifts(layer, index, shift, "mine")], plain_sites(2, 48))
 
 
 @pytest.mark.parametrize("wrong", (Profile(torch.tensor([0, 1]), torch.tensor([1]), torch.ones(2, 4)),
@@ -163,12 +168,12 @@ def test_tables_check_what_the_kernel_cannot(layer, index, shift, pattern):
                                    Profile(torch.tensor([0]), torch.tensor([1]), torch.tensor([[math.nan, 1, 0, 0]]))))
 def test_tables_check_shapes_and_caps(wrong):
     with pytest.raises(UserError, match="profile"):
-        Tables([wrong], 2, 48, "cpu")
+        Tables([wrong], plain_sites(2, 48))
 
 
 def test_same_neuron_in_two_profiles_is_fine():
-    tables = Tables([shifts([0], [5], [1.0]), shifts([0], [5], [2.0])], 2, 48, "cpu")
-    assert tables.index.tolist() == [5, 5] and tables.value[:, 2].tolist() == [1.0, 2.0]
+    tables = Tables([shifts([0], [5], [1.0]), shifts([0], [5], [2.0])], plain_sites(2, 48))
+    assert tables.sites[0][1].tolist() == [5, 5] and values_of(tables)[:, 2].tolist() == [1.0, 2.0]
 
 
 # ------------------------------------------------------------------------------------------------------------ profiles

@@ -11,7 +11,8 @@ from conftest import FRAMED, contents, exit_of, lines_of, main_of, run, shared_f
 from personality import POLES, train
 from personality.methods import Character, Profiles, multiple_at, trained
 from personality.mlp import find_mlps
-from personality.model import load_model, prompt_ids
+from personality.load import load_model
+from personality.model import prompt_ids
 from personality.neurons import NeuronFolder, Neurons
 from personality.steer import Profile, steer
 from personality.terminal import UserError

@@ -1,0 +1,77 @@
+"""The forty causal model types that people load most, as tiny random models: which work, and how the others are refused."""
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from conftest import prompts
+from personality import Statistics, UserError, observe, steer
+from personality.mlp import find_mlps, shape_of
+from reference import close, random_profile, with_logits
+
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MOE = dict(moe_intermediate_size=20, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+           topk_group=1, n_shared_experts=1, first_k_dense_replace=1, shared_expert_intermediate_size=24)
+LATENT = dict(num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, head_dim=4, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
+HYBRID = dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
+              linear_key_head_dim=8, linear_value_head_dim=8)
+WORKS = {
+    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "gemma4_text": {}, "phi": {},
+    "phi3": {}, "gpt2": dict(n_inner=48), "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]), "gpt_neox": {},
+    "gptj": dict(rotary_dim=4), "falcon": dict(head_dim=None), "codegen": dict(rotary_dim=4), "starcoder2": {}, "stablelm": {},
+    "olmo2": {}, "olmoe": dict(intermediate_size=20, num_experts=4, num_experts_per_tok=2),
+    "mixtral": dict(intermediate_size=20, num_local_experts=4),
+    "qwen2_moe": MOE, "qwen3_moe": MOE, "qwen3_next": {**MOE, **HYBRID}, "qwen3_5_text": HYBRID, "deepseek_v2": {**MOE, **LATENT},
+    "deepseek_v3": {**MOE, **LATENT}, "glm4": {}, "glm4_moe": MOE, "cohere2": {}, "granite": {}, "smollm3": {}, "exaone4": {},
+}
+REFUSED = {  # and by which words
+    "gemma3n_text": (dict(num_kv_shared_layers=0, layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.95] * 2),
+                     "Gemma3nTextMLP.*is not down"),
+    "gpt_oss": (dict(num_local_experts=4), "GptOssExperts.*not experts of transformers' experts interface"),
+    "llama4_text": (dict(num_local_experts=4, intermediate_size_mlp=48), "Llama4TextExperts.*not experts of transformers' experts"),
+    "bloom": ({}, "no MLP of a known structure.*BloomMLP"),
+    "opt": (dict(ffn_dim=48, word_embed_proj_dim=32), "no MLP of a known structure.*no module named mlp"),
+    "lfm2": (dict(layer_types=["conv", "full_attention"]), "no MLP of a known structure.*Lfm2MLP"),
+    "mamba": ({}, "no MLP of a known structure"),
+}
+
+
+def random_model(kind, options):
+    torch.manual_seed(0)
+    values = {name: value for name, value in {**SHAPE, **options}.items() if value is not None}
+    model = transformers.AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def test_there_are_forty():
+    assert len(WORKS) + len(REFUSED) == 40 and len(WORKS) >= 30
+
+
+@pytest.mark.parametrize("kind", WORKS)
+def test_works(kind):
+    """Rows without edits write what the model itself writes, the others don't, and what is fed is counted."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    model, x = random_model(kind, WORKS[kind]), prompts(pad_rows=False)
+    depth, width = shape_of(find_mlps(model))
+    plain, logits = with_logits(model, **x)
+    statistics = Statistics.of(model)
+    with observe(model, statistics), steer(model, random_profile(0, depth * width // 4, 6.0, width, depth), rows=[0, 1, 0, 1]):
+        ours, our_logits = with_logits(model, **x)
+    assert torch.equal(ours[::2], plain[::2]) and close(our_logits[:, ::2], logits[:, ::2], 1e-3)
+    assert not close(our_logits[1, 1::2], logits[1, 1::2], 1e-2), "the first step that is edited"
+    assert statistics.tokens.item() == 16 and any(count.any() for count, *_ in statistics.flush().sites)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(kind):
+    options, words = REFUSED[kind]
+    model = random_model(kind, options)
+    with pytest.raises(UserError, match=words) as error, steer(model, random_profile()):
+        pass
+    assert "\n" not in str(error.value)

@@ -1,0 +1,156 @@
+"""torchrun: processes that share the questions, that hold one model together, and both; and what becomes of the others if one dies."""
+
+import itertools
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+import identify
+import induce
+from conftest import contents, exit_of, lines_of, main_of, rank_of, run, save_model, shared_flags, tiny, torchrun
+from personality import Neurons
+from personality.load import load_model
+from personality.world import World
+
+
+def test_shares_are_whole_steps():
+    for number, step, size in ((24, 8, 2), (25, 8, 3), (7, 8, 2), (100, 1, 7), (0, 4, 2)):
+        parts = [World(rank, size).share(number, step) for rank in range(size)]
+        assert [k for part in parts for k in part] == list(range(number))
+        assert all(part.start % step == 0 for part in parts if len(part))
+
+
+def test_leftovers_of_fewer_processes_replace_nothing(small, tmp_path):
+    """Killed alone, finished by two, started again alone: the answers of two stay."""
+    first, calls = run(small, tmp_path), itertools.count(1)
+
+    def interrupt(module, args):
+        if next(calls) == 8:  # in the second batch
+            raise KeyboardInterrupt
+
+    hook = small.model.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            first.identify()
+    finally:
+        hook.remove()
+    first.save()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert any(name.endswith("answers.part") for name in left) and any(name.endswith("state.safetensors") for name in left)
+    run(small, tmp_path / "whole").identify()
+    for path in (tmp_path / "whole").iterdir():  # as two processes would leave them
+        path.rename(tmp_path / path.name)
+    before = contents(tmp_path)
+    run(small, tmp_path).identify()
+    assert contents(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"extraversion.safetensors", "extraversion.answers.jsonl", "whole"}
+
+
+def test_two_processes_equal_one(small, made, tmp_path):
+    """One of two is killed in the middle of the second trait: the other stops and says so. The next start goes on, and in the end
+    there is what one process makes: of a trait that ran through and of one that was interrupted."""
+    answers, some, out = tmp_path / "answers.jsonl", (made / "extraversion.answers.jsonl").read_text(), tmp_path / "two"
+    answers.write_text(some.replace('"extraversion"', '"openness"') * 3 + some * 100)
+    flags = ("--bench", small.bench_dir, "--batch-size", 4, "--out", out, "--answers", answers, "--trait", "openness", "extraversion")
+    process = torchrun(2, "identify.py", *shared_flags(small), *flags)
+    deadline = time.time() + 200
+    while time.time() < deadline and process.poll() is None and not [
+            part for part in out.glob(".extraversion.*.1of2.answers.part") if part.stat().st_size]:
+        time.sleep(0.02)
+    os.kill(rank_of(process, 1), signal.SIGKILL)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode != 0 and "another rank has ended" in said and "same command goes on" in said, said
+    assert "Traceback" not in said.partition("another rank has ended")[0] and not (out / "extraversion.safetensors").exists()
+    assert said.count("openness.safetensors") == 1, "one process speaks"
+    whole = contents(out, "openness")
+
+    process = torchrun(2, "identify.py", *shared_flags(small), *flags)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    assert "openness.safetensors is there, made with the same" in said and contents(out, "openness") == whole
+    assert said.count("extraversion.safetensors") == 1, "one process speaks"
+    assert {path.name for path in out.iterdir()} == {*whole, "extraversion.safetensors", "extraversion.answers.jsonl"}
+    for trait in ("openness", "extraversion"):
+        alone = run(small, tmp_path / "one", trait, answers=str(answers), max_new_tokens=64).identify()
+        two = Neurons.load(out / f"{trait}.safetensors", small.model)
+        assert torch.equal(alone.prob, two.prob) and torch.equal(alone.p95, two.p95)
+        assert torch.allclose(alone.mean, two.mean, rtol=1e-6)
+        assert alone.meta["tokens"] == two.meta["tokens"] and alone.meta["key"] == two.meta["key"]
+        name = f"{trait}.answers.jsonl"
+        assert contents(out, trait)[name] == contents(tmp_path / "one", trait)[name]
+
+
+# ------------------------------------------------------------------------------------------------------ tensor parallel
+
+
+def shared_model(folder, family):
+    """With a width that 3 does not divide, and heads that 2 and 3 do."""
+    save_model(folder)
+    tiny(family, num_attention_heads=6, num_key_value_heads=6, hidden_size=48, intermediate_size=50).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family, processes, flags", (("llama", 3, ["--tp"]), ("phi3", 4, ["--tp", "2"])))
+def test_a_shared_model_gives_the_same_file(small, tmp_path, family, processes, flags):
+    """Three processes hold it together, one with a shorter part; or two teams of two share the questions, and each of a team computes
+    all of gate and up (Phi-3's plan gathers them), which must not be counted twice."""
+    folder = str(shared_model(tmp_path / "model", family))
+    more = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--bench", small.bench_dir, "--batch-size", 4, "--limit", 6,
+            "--max-new-tokens", 6, "--trait", "openness", "--out", tmp_path / "together"]
+    process = torchrun(processes, "identify.py", *more, *flags)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and said.count("openness.safetensors") == 1, said
+    alone = run(small, tmp_path / "alone", "openness", model=load_model(folder, "cpu", "float32"), limit=6).identify()
+    together = Neurons.load(tmp_path / "together" / "openness.safetensors")
+    assert alone.key == together.key and alone.meta["tokens"] == together.meta["tokens"] and alone.shape == (2, 50)
+    for name in ("prob", "p50", "p95", "p99"):
+        assert torch.equal(alone.tensors[name], together.tensors[name])
+    assert torch.allclose(alone.mean, together.mean, atol=1e-5) and torch.allclose(alone.variance, together.variance, atol=1e-4)
+    name = "openness.answers.jsonl"
+    assert contents(tmp_path / "together", "openness")[name] == contents(tmp_path / "alone", "openness")[name]
+    assert len(list((tmp_path / "together").iterdir())) == 2
+
+
+def test_a_shared_model_answers_the_same(small, tmp_path, monkeypatch):
+    """Edits are cut by each process's part."""
+    folder = shared_model(tmp_path / "model", "llama")
+    run(small, tmp_path / "neurons", "openness", model=load_model(str(folder), "cpu", "float32")).identify()
+    (tmp_path / "asked").write_text("w10 w11 ?\nw20 ?\n" + '{"question": "w31 ?", "profile": {"openness": -3}}\n' * 2)
+    more = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--neurons", tmp_path / "neurons", "--trait", "openness", "--alpha",
+            4, "--questions", tmp_path / "asked", "--max-new-tokens", 12, "--batch-size", 3]
+    process = torchrun(3, "induce.py", *more, "--out", tmp_path / "together", "--tp")
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    main_of(induce, monkeypatch, *more, "--out", tmp_path / "alone")
+    assert (tmp_path / "alone").read_text() == (tmp_path / "together").read_text()
+    assert len({line["answer"] for line in lines_of(tmp_path / "alone")}) > 1
+
+
+@pytest.mark.parametrize("flags, pattern", (
+    (["--tp"], "--tp: expected to be started by torchrun"), (["--tp", "2"], "--tp 2: .*got 1"),
+    (["--tp", "2", "--train"], "--train: .*one process")))
+def test_tp_needs_torchrun(small, monkeypatch, capsys, tmp_path, flags, pattern):
+    code, said = exit_of(identify, monkeypatch, capsys, *shared_flags(small), "--out", tmp_path, *flags)
+    assert code == 2 and re.search(pattern, said), said
+
+
+def test_what_a_team_can_not_do(small, monkeypatch, capsys):
+    for flag in (["--chat"], ["--save", "d"]):
+        code, said = exit_of(induce, monkeypatch, capsys, *shared_flags(small), "--trait", "openness", "--alpha", 1, "--tp", 2, *flag)
+        assert code == 2 and "--tp" in said
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, said = exit_of(induce, monkeypatch, capsys, *shared_flags(small), "--trait", "openness", "--alpha", 1)
+    assert code == 2 and "--tp says so" in said
+    code, said = exit_of(identify, monkeypatch, capsys, "--device-map", "auto", "--model", small.model_dir)
+    assert code == 2 and "--device-map auto" in said and "one process" in said
+
+
+def test_teams():
+    teams = [World(rank, 6, 2) for rank in range(6)]
+    assert [(world.number, world.place) for world in teams] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    parts = [world.share(24, 4) for world in teams]
+    assert parts[::2] == parts[1::2] == [range(0, 8), range(8, 16), range(16, 24)]

@@ -46,9 +46,13 @@ setup(
     install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "datasets", "filelock",
                       "huggingface_hub", "jinja2", "matplotlib", "ninja", "numpy", "packaging", "pandas", "rich", "scipy>=1.15",
                       "setuptools", "tqdm", "tomli; python_version < '3.11'"],
-    extras_require={"judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"],
-                    "bench": ["openai", "datasketch", "py3langid"], "finetune": ["peft"], "serve": ["fastapi", "uvicorn", "pydantic>=2"],
-                    "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft", "fastapi", "uvicorn",
-                             "playwright"]},
+    extras_require={
+        "judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"], "finetune": ["peft"],
+        "bench": ["openai", "datasketch", "py3langid"], "serve": ["fastapi", "uvicorn", "pydantic>=2"],
+        "quantize": ["bitsandbytes", "torchao"],
+        # CUDA's compiler, for a torch that is built with CUDA 13
+        "cuda": [f"nvidia-{part}>=13,<14" for part in ("cuda-nvcc", "nvvm", "cuda-runtime", "cuda-crt", "cuda-cccl")],
+        "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft", "fastapi", "uvicorn",
+                 "playwright"]},
     **extension(),
 )

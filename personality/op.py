@@ -43,16 +43,24 @@ def build_arguments(cuda: bool) -> tuple[list[str], list[str], list[str]]:
     return files, [*flags, f"-DNEURONS_CUDA=v{archs}"], ["-O3"]
 
 
-def has_nvcc() -> bool:
-    return bool(os.environ.get("CUDA_HOME") or shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists())
+def cuda_home() -> str | None:
+    """Where CUDA's compiler is: $CUDA_HOME, that of the nvcc in PATH, where it is installed by default, or NVIDIA's packages on
+    PyPI, of torch's major version."""
+    if os.environ.get("CUDA_HOME"):
+        return os.environ["CUDA_HOME"]
+    if shutil.which("nvcc"):
+        return str(Path(shutil.which("nvcc")).resolve().parent.parent)
+    spec, major = importlib.util.find_spec("nvidia"), (torch.version.cuda or "").partition(".")[0]
+    packaged = [Path(place) / f"cu{major}" for place in (spec.submodule_search_locations if spec else ()) if major]
+    return next((str(place) for place in (Path("/usr/local/cuda"), *packaged) if (place / "bin/nvcc").exists()), None)
 
 
 def check_cuda(device) -> None:
     """Raise where the op has no CUDA kernels, and none can be compiled."""
     built = importlib.util.find_spec("_neurons") is not None
-    if not (op().cuda if built else has_nvcc()):
-        raise UserError(f"--device {device}: the op was built without CUDA, since nvcc was not found: install the CUDA toolkit and "
-                        "set CUDA_HOME, or pass --device cpu")
+    if not (op().cuda if built else cuda_home()):
+        raise UserError(f"--device {device}: the op needs CUDA's compiler, and nvcc was not found: pip install -e '.[cuda]', or "
+                        "pass --device cpu")
 
 
 @functools.cache
@@ -72,7 +80,7 @@ def op():
 
 def compiled():
     # without nvcc check_cuda() says what is missing, if a GPU is to be used
-    sources, flags, nvcc_flags = build_arguments(torch.cuda.is_available() and has_nvcc())
+    sources, flags, nvcc_flags = build_arguments(torch.cuda.is_available() and bool(cuda_home()))
     directory = cache_folder(f"build/{digest(source_digest(), torch.__version__, sys.version_info[:2], flags, nvcc_flags)}")
     library, done = directory / "_neurons.so", directory / "done"
     with only_run(directory / "lock.own"):  # two runs at once: the second waits, then finds the build
@@ -93,9 +101,17 @@ def compiled():
 def build(sources: list[str], flags: list[str], nvcc_flags: list[str], directory: Path) -> None:
     from torch.utils import cpp_extension
 
+    links = []
+    if nvcc_flags:
+        home = cuda_home()
+        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = home  # where torch has looked already, perhaps in vain
+        runtime = next(iter(sorted(Path(home).glob("lib/libcudart.so.*"))), None)
+        if runtime and not (directory / "libcudart.so").exists():  # PyPI's package has it under its full name only
+            (directory / "libcudart.so").symlink_to(runtime)
+        links = [f"-L{directory}"]
     try:
-        cpp_extension.load("_neurons", sources, extra_cflags=flags, extra_cuda_cflags=nvcc_flags, build_directory=str(directory),
-                           is_python_module=False, with_cuda=bool(nvcc_flags))
+        cpp_extension.load("_neurons", sources, extra_cflags=flags, extra_cuda_cflags=nvcc_flags, extra_ldflags=links,
+                           build_directory=str(directory), is_python_module=False, with_cuda=bool(nvcc_flags))
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         text = str(error)
         remedy = "; ".join([line.strip() for line in text.splitlines() if "error: " in line][:3]) or text[-500:]

@@ -1,9 +1,11 @@
 """neurons::glu_ against plain PyTorch: values, edits, statistics, layouts, checks, compilation."""
 
+import importlib.util
 import math
 import re
-import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from conftest import ROOT
+from personality import UserError
+from personality.mlp import plain_sites
 from personality.observe import Statistics
-from personality.op import op
+from personality.load import on_device
+from personality.op import cuda_home, op
 
 ACTS = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -210,9 +215,9 @@ def test_percentiles_within_two_percent(values, device):
     x = torch.randn(4000, 8, generator=generator)
     x = {"normal": x, "heavy": (x * 2).exp() * 0.05, "constant": torch.full_like(x, 0.317),
          "outside": torch.where(x > 0, 1e-5, 200.0)}[values].to(device)
-    statistics = Statistics(1, 8, 1, device)
+    statistics = Statistics(plain_sites(1, 8, device))
     statistics.count_tokens(torch.zeros(4000, dtype=torch.int32, device=device))
-    glu_(x.clone(), None, 3, None, None, None, None, torch.zeros(4000, dtype=torch.int32, device=device), *statistics.layers[0])
+    glu_(x.clone(), None, 3, None, None, None, None, torch.zeros(4000, dtype=torch.int32, device=device), *statistics.sites[0])
     for q in (0.05, 0.5, 0.95, 0.99):
         exact = x.sort(0).values[math.ceil(q * 4000) - 1].clamp(min=0).cpu()
         ours = statistics.percentile(q)[0, 0]
@@ -401,16 +406,16 @@ def test_compiles_without_copies(device):
     assert not re.search(r"copy_\(|\.clone\(", "".join(code))
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.skipif(not cuda_home(), reason="no nvcc")
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
 def test_cuda_source_compiles_without_spills(arch, tmp_path):
-    run = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-c", str(ROOT / "csrc/neurons_cuda.cu"),
+    run = subprocess.run([f"{cuda_home()}/bin/nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-c", str(ROOT / "csrc/neurons_cuda.cu"),
                           "-o", str(tmp_path / "neurons.o")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "spill stores" in run.stderr and not re.search(r"[1-9]\d* bytes spill", run.stderr)
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.skipif(not cuda_home(), reason="no nvcc")
 def test_cuda_glue_compiles(tmp_path):
     """What a GPU build compiles of neurons.cpp, against whatever torch is here."""
     import sysconfig
@@ -421,6 +426,32 @@ def test_cuda_glue_compiles(tmp_path):
     run = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-DNEURONS_CUDA=v9.0", "-DTORCH_EXTENSION_NAME=_neurons",
                           *include, str(ROOT / "csrc/neurons.cpp")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_the_compiler_of_the_packages_is_found(monkeypatch, tmp_path):
+    """NVIDIA's packages of torch's major version; $CUDA_HOME and PATH go before them. A GPU without any compiler: one line."""
+    for version in ("cu12", "cu13"):
+        nvcc = tmp_path / "site/nvidia" / version / "bin/nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: not str(path).startswith("/usr/local/cuda") and exists(path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert cuda_home() == str(tmp_path / "site/nvidia/cu13")
+    monkeypatch.setattr(torch.version, "cuda", "14.0")
+    assert cuda_home() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if importlib.util.find_spec("_neurons") is None:  # else it is that build which has kernels or not
+        with pytest.raises(UserError, match=r"nvcc was not found: pip install -e '.\[cuda\]'"):
+            on_device("cuda")
+    monkeypatch.setenv("PATH", str(tmp_path / "site/nvidia/cu12/bin"))
+    assert cuda_home() == str(tmp_path / "site/nvidia/cu12")
+    monkeypatch.setenv("CUDA_HOME", "/somewhere")
+    assert cuda_home() == "/somewhere"
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

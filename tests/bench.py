@@ -29,8 +29,8 @@ import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import CompileConfig, StoppingCriteria  # noqa: E402
 
-from personality.mlp import find_mlps  # noqa: E402
-from personality.model import default_dtype, load_model  # noqa: E402
+from personality.mlp import find_mlps, plain_sites, shape_of  # noqa: E402
+from personality.load import default_dtype, load_model  # noqa: E402
 from personality.observe import Statistics, observe  # noqa: E402
 from personality.op import op  # noqa: E402
 from personality.steer import Profile, Tables, steer  # noqa: E402
@@ -87,15 +87,15 @@ def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
     for edited in (60, 1800):
         for profiles in PROFILES if edited == 60 else (1,):
             made = [random_profile(edited, 1, width, seed) for seed in range(profiles)]
-            tables[edited, profiles] = Tables(made, 1, width, device)
-    statistics, statistics_of_both = Statistics(1, width, 1, device), Statistics(1, width, 1, device)
+            tables[edited, profiles] = Tables(made, plain_sites(1, width, device))
+    statistics, statistics_of_both = (Statistics(plain_sites(1, width, device)) for _ in range(2))
     group = torch.zeros(tokens, dtype=torch.int32, device=device)
 
     def edits(number, profiles=1):
         rows = (torch.arange(tokens, device=device) % profiles + 1).to(torch.int32)
-        return (rows, *tables[number, profiles].layers[0])
+        return (rows, *tables[number, profiles].sites[0])
 
-    observed, observed_too = (group, *statistics.layers[0]), (group, *statistics_of_both.layers[0])
+    observed, observed_too = (group, *statistics.sites[0]), (group, *statistics_of_both.sites[0])
     one = random_profile(60, 1, width, 0)
     index = one.index.to(device)
     count = torch.zeros(width, dtype=torch.int64, device=device)
@@ -332,7 +332,7 @@ def way(name: str, model, rows: int):
     if not number:
         return contextlib.nullcontext()
     mlps = find_mlps(model)
-    made = [random_profile(60, len(mlps), mlps[0].width, seed) for seed in range(number)]
+    made = [random_profile(60, *shape_of(mlps), seed) for seed in range(number)]
     return steer(model, made, [i % number + 1 for i in range(rows)])
 
 
@@ -346,7 +346,7 @@ def generate_options(compiled: bool) -> dict:
 
 def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int, new_tokens: int, compiled: bool) -> None:
     """What a process of in_turns does on a CPU: one generation after the other."""
-    model, _ = load_model(source, "cpu", dtype)
+    model = KINDS[source](dtype) if source in KINDS else load_model(source, "cpu", dtype)[0]
     ids = random_ids(rows, 24, "cpu")
     with way(name, model, rows):
         turn = Turn(pipe)
@@ -363,6 +363,42 @@ def token_seconds(names: dict, rows: int, pairs: int, new_tokens: int, compiled:
     warm = (3 if compiled else 1) * new_tokens
     seconds = in_turns(works, warm + pairs * new_tokens)
     return {name: [(a + b) / 2 for a, b in zip(steps[warm::2], steps[warm + 1::2])] for name, steps in seconds.items()}
+
+
+def random_mixture(dtype: str | None):
+    """Of OLMoE's shape, eight of 64 experts a token, but a quarter as wide and deep."""
+    import transformers
+
+    config = transformers.OlmoeConfig(vocab_size=50304, hidden_size=512, intermediate_size=256, num_hidden_layers=8,
+                                      num_attention_heads=8, num_key_value_heads=8, num_experts=64, num_experts_per_tok=8,
+                                      eos_token_id=2, pad_token_id=2)
+    torch.manual_seed(0)
+    return transformers.OlmoeForCausalLM(config).to(getattr(torch, dtype or default_dtype("cpu"))).eval()
+
+
+def quantized(kind: str):
+    return lambda dtype: load_model(None, "cpu", dtype, quantize=kind)[0]
+
+
+def on_disk(dtype: str | None):
+    """The default model with the last two of its layers on disk."""
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    layers = {f"model.layers.{number}": "disk" if number > 27 else "cpu" for number in range(30)}
+    return load_model(None, None, dtype, device_map=places | layers)[0]
+
+
+# of models that are not just loaded: how they are made, from a dtype or None
+KINDS = {"64 experts": random_mixture, "int8 by torchao": quantized("int8"), "8bit by bitsandbytes": quantized("8bit"),
+         "two layers on disk": on_disk}
+
+
+def large(device: str, pairs: int) -> list[dict]:
+    """Each kind of model, generating on a CPU, plain and otherwise."""
+    names, results = ("plain", "steered", "observed"), []
+    for kind in KINDS:
+        times = token_seconds(dict.fromkeys(names, kind), 32, pairs, 24)
+        results += [ratio(f"{kind}, {default_dtype('cpu')}, 32 rows", name, "plain", times, 32, "tokens") for name in names[1:]]
+    return results
 
 
 def random_llama():
@@ -435,7 +471,7 @@ def batches(device: str, pairs: int) -> list[dict]:
     model, _ = load_model(device=device)
     mlps = find_mlps(model)
     people, each, new_tokens, size = 16, 4, 24, 64
-    made = [random_profile(60, len(mlps), mlps[0].width, seed) for seed in range(1000)]
+    made = [random_profile(60, *shape_of(mlps), seed) for seed in range(1000)]
     ids = random_ids(1000, 24, model.device)
 
     def steered(part, profiles, rows, new_tokens=new_tokens):
@@ -475,7 +511,7 @@ def arguments():
     flags.add_argument("--json", metavar="FILE")
     flags.add_argument("--quick", action="store_true", help="two shapes, and fewer pairs of generations")
     what = flags.add_mutually_exclusive_group()
-    what.add_argument("--only", choices=("kernel", "generation", "reading", "batches"))
+    what.add_argument("--only", choices=("kernel", "generation", "reading", "batches", "large"))
     what.add_argument("--baked", metavar="DIR",
                       help="only the speed of a checkpoint that induce.py --save made of the default model")
     flags.add_argument("--seconds", type=number(0, 3600), default=2.0, help="for each shape (default: %(default)s)")
@@ -508,6 +544,8 @@ def main(args) -> None:
         if args.only in (None, name):
             print(f"\n{name}")
             result[name] = measure(args.device, args.pairs)
+    if args.only == "large":
+        result["large"] = large(args.device, args.pairs)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

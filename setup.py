@@ -42,6 +42,7 @@ setup(
     packages=["personality", "personality.csrc", "personality.texts"],  # the op's sources too: an installed package compiles them
     package_dir={"personality.csrc": "csrc"},
     package_data={"personality.csrc": ["*.h", "*.cpp", "*.cu"], "personality.texts": ["*"]},
+    entry_points={"vllm.general_plugins": ["personality = personality.vllm:register"]},
     py_modules=[],  # not the scripts: a module named evaluate would be in the way of Hugging Face's
     install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "datasets", "filelock",
                       "huggingface_hub", "jinja2", "matplotlib", "ninja", "numpy", "packaging", "pandas", "rich", "scipy>=1.15",

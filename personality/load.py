@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 
 from .gguf import dequantised
+from .mlp import layers_of
 from .model import end_tokens, out_of_memory, prepared
 from .op import check_cuda
 from .store import cache_folder
@@ -148,6 +151,26 @@ def batch_that_fits(model, new: int, rows: int = 64, most: int = 512) -> int:
             return rows
     raise UserError(f"--batch-size auto: not even one answer of {new} tokens fits: a lower --max-new-tokens, --quantize 4bit or "
                     "--device-map auto may help")
+
+
+def mapped_model(name: str, revision: str | None = None, cache: str | None = None):
+    """A model whose weights are mapped from its files and hardly read: for fingerprint(), where something else runs it, merged or
+    cut. name: a directory or a hub id; cache: where the hub's files are kept, if not in the usual place."""
+    weights, folder = {}, Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=["*.json", "*.safetensors"]))
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    model.load_state_dict(weights, strict=False, assign=True)
+    missing = [f"layer {number}, {key}" for number, block in enumerate(layers_of(model)) for key, weight in block.named_parameters()
+               if weight.is_meta]
+    if missing:
+        raise UserError(f"{name}: no weights of {missing[0]} in {folder}/*.safetensors, so nothing tells whether neuron files are "
+                        "of this model")
+    model.source = name
+    return model
 
 
 def check_loaded(model, info: dict) -> None:

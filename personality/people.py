@@ -27,8 +27,11 @@ class People:
 
     def load(self):
         """(model, tokenizer), and what the files hold; called once, in the engine's thread."""
+        return self.take(*load_asked(self.args))
+
+    def take(self, model, tokenizer):
+        """Read what the files hold for this model."""
         args = self.args
-        model, tokenizer = load_asked(args)
         self.neurons = NeuronFolder(model, args.neurons, frame=self.frame)
         self.profiles = Profiles(model, tokenizer, self.neurons, (args.min_delta, args.min_neurons), args.suppress)
         self.kept: dict[str, tuple[Profile, dict]] = {}

@@ -11,8 +11,8 @@ which induce.py turns into a personality. The method is NPTI (ICLR 2025, arXiv 2
 import os
 
 from personality import POLES, TRAITS
-from personality.terminal import (Flags, UserError, bench_argument, check_trait, model_arguments, positive, progress, refuse,
-                                  resumable, say, script, team_argument, where_argument)
+from personality.terminal import (TEAM_RULES, Flags, UserError, bench_argument, check_trait, model_arguments, positive, progress,
+                                  refuse, resumable, say, script, team_argument, where_argument)
 
 LIMIT, SIZE = 128, 360  # search questions: asked, and built
 
@@ -47,7 +47,7 @@ def parser() -> Flags:
 
 RULES = [(lambda args, name=name: args.build_bench and getattr(args, name),
           f"--build-bench DIR writes a bench of all traits, --size N questions each: --{name} goes with identification")
-         for name in ("trait", "bench", "limit", "answers", "engine", "train")] + [
+         for name in ("trait", "bench", "limit", "answers", "engine", "train")] + TEAM_RULES + [
     (lambda args: args.build_bench and os.environ.get("WORLD_SIZE", "1") != "1",
      "--build-bench: one process is enough (--in-flight N), torchrun would pay for each request several times"),
     (lambda args: args.size and not args.build_bench,
@@ -55,8 +55,6 @@ RULES = [(lambda args, name=name: args.build_bench and getattr(args, name),
     (lambda args: args.max_new_tokens == 1 and args.where == "generated" and not args.answers and not args.build_bench,
      "--max-new-tokens 1: no generated token is ever an input then, so there is nothing to count: 2 at least"),
     (lambda args: args.answers and args.engine, "--answers FILE has the answers already: --engine goes without it"),
-    (lambda args: args.device_map and os.environ.get("WORLD_SIZE", "1") != "1",
-     "--device-map {device_map} spreads one model over all GPUs: one process; --tp shares a model among torchrun's"),
     (lambda args: args.train and args.tp != 1,
      "--train: edits are trained by one process: --tp goes without it (--device-map auto)"),
     (lambda args: args.answers and args.limit,
@@ -82,11 +80,11 @@ from safetensors.torch import save  # noqa: E402
 
 from personality.endpoint import Endpoint, Engine  # noqa: E402
 from personality.frame import Frame, declines  # noqa: E402
-from personality.mlp import decoder_of  # noqa: E402
+from personality.mlp import decoder_of, find_mlps  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import SEARCH_PENALTY, answer_inputs, answers, dtype_of, fingerprint, out_of_memory, with_ids  # noqa: E402
 from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show_neurons  # noqa: E402
-from personality.observe import Statistics, observe  # noqa: E402
+from personality.observe import FEWEST, Statistics, observe  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
 from personality.train import add_trained  # noqa: E402
 from personality.store import Journal, digest, json_lines, only_run, to_line, write_atomically  # noqa: E402
@@ -124,6 +122,7 @@ class Run:
     what came before it is done again as it was."""
 
     AGAIN = 2  # times that a question is asked anew where its answer declines to be anyone
+    LARGE = 4 << 30  # bytes of statistics that there are not two of
     PAUSE = 20.0  # seconds between two savings, 0: none
     READ_AT_ONCE = 8  # batches of answers that are there: within them, answers of like length are read together
 
@@ -182,6 +181,8 @@ class Run:
         tokens, tensors = self.statistics.tokens.tolist(), self.world.put_together(self.statistics.summary(self.world.place))
         if self.world.rank:
             return
+        if not bool(tensors["prob"].any()):
+            raise UserError(f"{self.trait}: no expert saw {FEWEST} tokens under either pole: a higher --limit or --max-new-tokens")
         compliance = self.compliance()
         if not all(tokens):
             raise UserError(f"{self.trait}: {tokens[0]} tokens were counted under the high pole, {tokens[1]} under the low one: "
@@ -221,9 +222,10 @@ class Run:
 
     def go_on(self) -> None:
         """Do what is left of the answers, batch by batch."""
-        self.statistics, self.part = Statistics.of(self.model, len(POLES)), Journal(self.file_of(self.world.rank, "answers.part"))
-        # of one batch, which counts if nobody in it declines
-        self.latest = None if self.args.answers or self.engine else Statistics.of(self.model, len(POLES))
+        self.statistics, self.part = self.nothing_yet(), Journal(self.file_of(self.world.rank, "answers.part"))
+        # of one batch, which counts if nobody in it declines; where it would be too large, answers are read once they are written
+        apart = self.args.answers or self.engine or self.statistics.bytes > self.LARGE
+        self.latest = None if apart else self.nothing_yet()
         if self.resume():
             self.world.say(f"going on with {self.trait} after {self.done} of {len(self.share)} answers")
         teams = self.world.size // self.world.tp
@@ -245,6 +247,16 @@ class Run:
                 bar.update(self.done - bar.n)
         if self.world.size > 1:
             self.save()  # before it waits for the others
+
+    def nothing_yet(self) -> Statistics:
+        try:
+            return Statistics.of(self.model, len(POLES))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            neurons = sum(mlp.neurons for mlp in find_mlps(self.model))
+            raise UserError(f"out of memory: the statistics of {neurons:,} neurons take some {2.6e-6 * neurons:.0f} GB beside the "
+                            "model: --quantize or --device-map auto may make room") from error
 
     def batch(self) -> None:
         size = [size for first, size in self.schedule if first <= self.done][-1]

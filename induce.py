@@ -17,8 +17,9 @@ does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A f
 import os
 
 from personality import TRAITS
-from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, Flags, UserError, check_trait, edit_arguments, model_arguments, number,
-                                  positive, progress, refuse, resumable, say, script, serve_arguments, show_table, team_argument)
+from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, TEAM_RULES, Flags, UserError, check_trait, edit_arguments,
+                                  model_arguments, number, positive, progress, refuse, resumable, say, script, serve_arguments,
+                                  show_table, team_argument)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -71,7 +72,7 @@ def parser() -> Flags:
 
 UNSAVABLE = "a checkpoint can't tell prompt from answer, can't draw neurons, and can't cap an activation"
 RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{name.replace('_', '-')} goes with --save DIR")
-         for name in ("rank", "verify", "verify_server")] + [
+         for name in ("rank", "verify", "verify_server")] + TEAM_RULES + [
     (lambda args: args.save and args.where == "generated", f"--save can't be had with --where generated: {UNSAVABLE}"),
     (lambda args: args.save and args.keep < 1, f"--save can't be had with --keep: {UNSAVABLE}"),
     (lambda args: args.save and args.suppress == "cap", f"--save can't be had with --suppress cap: {UNSAVABLE}"),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, torch as safetensors_torch
 from . import TRAITS
 from .endpoint import Endpoint, NoReply
 from .methods import Character, Profiles
-from .mlp import find_mlps, is_numbers
+from .mlp import find_mlps
 from .frame import Frame, conversation
 from .model import answers, as_published, dtype_of, fingerprint, out_of_memory, prompt_ids
 from .questions import built_in_bench
@@ -61,11 +61,11 @@ class Baking:
             raise UserError(f"--save: a cap of {finite[0]:g} can't be folded into weights: --suppress zero or none")
         if mlp.up is None or mlp.up is mlp.gate or config.model_type not in BAKEABLE:
             raise UserError(f"--save: {config.model_type} can't be baked: expected one of {', '.join(BAKEABLE)}")
-        if type(mlp.gate) is not torch.nn.Linear or not is_numbers(mlp.gate.weight):
-            raise UserError(f"--save: quantised layers ({type(mlp.gate).__name__}) can't be baked: load the model as it was before")
-        window = getattr(config, "sliding_window", None)
-        if window and (config.model_type == "mistral" or getattr(config, "use_sliding_window", False)):
-            raise UserError(f"--save: {config.model_type} with a sliding window of {window}: a Llama checkpoint has none")
+        plain = type(mlp.gate) is torch.nn.Linear and type(mlp.gate.weight.data) is torch.Tensor
+        if not plain or any(weight.is_meta for weight in self.model.parameters()):
+            raise UserError("--save: layers that are quantised, or on disk, can't be baked: load the model as it was, on the CPU")
+        if getattr(config, "sliding_window", None) and (config.model_type == "mistral" or getattr(config, "use_sliding_window", 0)):
+            raise UserError(f"--save: {config.model_type} with a sliding window of {config.sliding_window}: a Llama has none")
 
     def layer(self, number: int) -> dict:
         """The tensors of a layer's MLP, by their names in it."""

@@ -207,6 +207,9 @@ class Engine:
         if not hasattr(self.model, "init_continuous_batching") or "page_size" not in fields:
             raise UserError(f"{type(self.model).__name__}: transformers {transformers.__version__} has no continuous batching that "
                             "the server knows: 5.23 has")
+        if getattr(self.model.config.get_text_config(), "kv_lora_rank", None):
+            raise UserError(f"{type(self.model).__name__}: transformers' continuous batching has no cache for latent attention: "
+                            "this model can't be served")
         ends = end_tokens(self.model)
         options = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=ends or -1,
                                    pad_token_id=self.tokenizer.pad_token_id)

@@ -1,5 +1,6 @@
 """Loading a model: from the hub, a directory or a GGUF file; on one device or spread over several; quantised."""
 
+import contextlib
 import importlib.util
 import re
 from pathlib import Path
@@ -10,11 +11,11 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
 from .gguf import dequantised
-from .mlp import layers_of
+from .mlp import Experts, find_mlps, layers_of
 from .model import end_tokens, out_of_memory, prepared
 from .op import check_cuda
 from .store import cache_folder
-from .terminal import ANSWER, UserError
+from .terminal import ANSWER, UserError, say
 from .world import World
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -47,7 +48,7 @@ def default_dtype(device) -> str:
     return "bfloat16" if torch.device(device).type == "cuda" or fast() else "float32"
 
 
-QUANTIZED = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "int8": "torchao", "int4": "torchao"}  # and the package that does it
+QUANTIZED = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "int8": "torchao"}  # and the package that does it
 
 
 def quantization(kind: str):
@@ -56,9 +57,9 @@ def quantization(kind: str):
         raise UserError(f"--quantize {kind} needs {QUANTIZED[kind]}: pip install -e '.[quantize]'")
     if QUANTIZED[kind] == "bitsandbytes":
         return transformers.BitsAndBytesConfig(**{f"load_in_{kind}": True}, bnb_4bit_compute_dtype=torch.bfloat16)
-    from torchao import quantization as of
+    from torchao.quantization import Int8WeightOnlyConfig
 
-    return transformers.TorchAoConfig(of.Int8WeightOnlyConfig() if kind == "int8" else of.Int4WeightOnlyConfig(group_size=32))
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def tensor_parallel(world: World):
@@ -103,11 +104,15 @@ def load_model(name: str | None = None, device: str | None = None, dtype: str | 
         if out_of_memory(error):
             raise UserError(f"{flag} {name}: not enough memory on {device}: --dtype bfloat16, --quantize 4bit, --device-map auto "
                             "or a smaller model may help") from None
-        words = (str(error).strip() or type(error).__name__).partition("\n")[0].strip()[:300]
+        words = (str(error).strip() or type(error).__name__).partition("\n")[0][:300]
+        words = f"--quantize {quantize}: {words}" if quantize else words
         if isinstance(error, ImportError):  # a package that its quantisation needs, say
             raise UserError(f"{flag} {name}: {words}") from error
         raise UserError(f"{flag} {name}: neither a readable directory, a .gguf file nor a hub id in reach: {words}") from error
     model.source = source
+    with contextlib.suppress(UserError):  # a judge may have any structure
+        if quantize and any(isinstance(mlp, Experts) for mlp in find_mlps(model)):
+            say(f"--quantize {quantize}: the routed experts stay as they are saved: only linear layers are quantised")
     return model, tokenizer
 
 
@@ -115,9 +120,9 @@ def load_asked(args, name: str | None = None, flag: str = "--model", world: Worl
     """load_model() as the flags of terminal.model_arguments() say; name: another model than --model, on the same devices. Puts the
     number that it finds in the place of --batch-size auto."""
     model, tokenizer = load_model(name or args.model, args.device, args.dtype, flag, args.device_map, args.quantize, world)
-    if args.batch_size == "auto":
-        if world.tp > 1:  # a try that fails in one process would leave the others waiting for it
-            raise UserError("--batch-size auto: is tried by one process: a number is expected with --tp")
+    if args.batch_size == "auto" and flag == "--model":
+        if world.size > 1:  # they might find different numbers, and what shares the questions hangs on it
+            raise UserError("--batch-size auto: is tried by one process: torchrun's expect a number")
         args.batch_size = batch_that_fits(model, args.max_new_tokens or ANSWER)
         world.say(f"--batch-size auto: {args.batch_size}")
     return model, tokenizer

@@ -137,7 +137,7 @@ def dpn_le(parts: list[tuple], weighted: bool = False, min_effect: float = 0.1, 
             raise UserError("--method dpn-le needs neuron files of identify.py: the released ones hold no means")
         difference = (neurons.mean[0] - neurons.mean[1]).double()
         effect = (difference / ((neurons.variance[0] + neurons.variance[1]).double() / 2).sqrt().clamp(min=1e-12)).abs()
-        high = torch.quantile(difference.abs(), 0.995, dim=1, keepdim=True)
+        high = torch.nanquantile(difference.abs().masked_fill(~neurons.known, math.nan), 0.995, dim=1, keepdim=True)
         chosen = (difference.abs() > high) & (effect >= min_effect)
         chosen[:round(len(chosen) * 3 / 8)] = False
         if not bool(chosen.any()):
@@ -172,7 +172,7 @@ def mean_difference(model, tokenizer, path, trait: str, frame: Frame, layer: int
             inputs, counted = answer_inputs(model, tokenizer, batch, frame)
             decoder_of(model)(**inputs, use_cache=False)
             for item, hidden, mask in zip(batch, outputs.pop(), counted):  # (tokens, hidden), (tokens)
-                total[item["pole"]] = total[item["pole"]] + hidden[mask].double().sum(0).cpu()
+                total[item["pole"]] = total[item["pole"]] + hidden[mask.to(hidden.device)].double().sum(0).cpu()
                 tokens[item["pole"]] += int(mask.sum())
     return {layer: (total["high"] / tokens["high"] - total["low"] / tokens["low"]).float()}
 

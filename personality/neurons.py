@@ -75,6 +75,11 @@ class Neurons:
         """(layers, d_ff)."""
         return tuple(self.prob.shape[1:])
 
+    @property
+    def known(self):
+        """bool (layers, d_ff): which neurons have statistics: all but those of experts that saw few tokens and of narrow layers."""
+        return (self.variance > 0).any(0) if "seen" in self.tensors else torch.ones(self.shape, dtype=torch.bool)
+
     def digest(self) -> str:
         """Of everything in the file but the digest itself."""
         content = hashlib.sha256(json.dumps({**self.meta, "digest": None}, sort_keys=True).encode())
@@ -160,8 +165,7 @@ class Neurons:
         model's own number)."""
         k = POLES.index(pole)
         delta = (self.prob[k] - self.prob[1 - k]).flatten()
-        there = int((self.seen > 0).any(0).sum()) if "seen" in self.tensors else len(delta)
-        least = round(there * NPTI_SHARE) if min_neurons is None else min_neurons
+        least = round(int(self.known.sum()) * NPTI_SHARE) if min_neurons is None else min_neurons
         number = min(max(int((delta >= min_delta).sum()), least), int((delta > 0).sum()))
         at = torch.argsort(delta, descending=True, stable=True)[:number]
         return at // self.shape[1], at % self.shape[1], delta[at], self.p95[k].flatten()[at]
@@ -291,6 +295,11 @@ def show_neurons(neurons: Neurons) -> None:
     """Print what was found: tokens, neurons a pole, the strongest, and where in the model they are."""
     meta, rows = neurons.meta, []
     say_compliance(meta)
+    if "seen" in neurons.tensors:
+        there, known = int((neurons.seen > 0).any(0).sum()), int(neurons.known.sum())
+        if known < there:
+            say(f"{neurons.trait}: {there - known:,} of {there:,} neurons are of experts that saw too few tokens to tell: a higher "
+                "--limit or --max-new-tokens has more of them")
     for k, pole in enumerate(POLES):
         layer, index, delta, p95 = neurons.select(pole)
         clear = len(neurons.select(pole, min_neurons=0)[0])

@@ -152,7 +152,7 @@ class Patch:
         replace(undo, self.model, "_neurons_patch", self)
         for index, mlp in enumerate(self.mlps):
             forward = through_op(mlp, index, self.arguments)
-            compare(mlp, forward)
+            compare(mlp, functools.partial(run_as, mlp.module, forward))
             replace_forward(undo, mlp.module, forward)
         if hasattr(self.model, "generate"):
             replace(undo, self.model, "generate", self.followed(self.model.generate))
@@ -273,6 +273,13 @@ def replace(undo: contextlib.ExitStack, owner, name: str, value) -> None:
 def replace_forward(undo: contextlib.ExitStack, module, forward) -> None:
     """Of a module that accelerate has wrapped, the forward inside: its own moves what goes in and comes out."""
     replace(undo, module, "_old_forward" if hasattr(module, "_old_forward") else "forward", forward)
+
+
+def run_as(module, forward, *arguments):
+    """What a module gives with another forward; around that is accelerate's, where it has wrapped the module."""
+    with contextlib.ExitStack() as undo:
+        replace_forward(undo, module, forward)
+        return module.forward(*arguments)
 
 
 def cached(kwargs) -> int:

@@ -163,19 +163,26 @@ def model_arguments(flags: Flags) -> None:
     where.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     where.add_argument("--device-map", choices=("auto", "balanced", "sequential"),
                        help="spread the model over all GPUs and, where they are too small, memory and disk, as accelerate does")
-    flags.add_argument("--quantize", choices=("8bit", "4bit", "int8", "int4"),
-                       help="as it is loaded: 8bit and 4bit by bitsandbytes, int8 and int4 by torchao (default: as it is saved)")
+    flags.add_argument("--quantize", choices=("8bit", "4bit", "int8"),
+                       help="as it is loaded: 8bit and 4bit by bitsandbytes, int8 by torchao (default: as it is saved)")
     flags.add_argument("--dtype", choices=tuple(DTYPES.values()), type=lambda text: DTYPES.get(text, text),
                        help="default: bfloat16 on a GPU, on a CPU what that is fast in")
     flags.add_argument("--frame", default=FRAME, metavar="TEXT",
                        help="how questions are put: person (an interview with a person), none (bare), or a text of your own that "
                             "the system prompt begins with (default: %(default)s)")
     flags.add_argument("--batch-size", type=lambda text: text if text == "auto" else positive(text), default=64, metavar="N",
-                       help="rows of a batch; auto: as many as a GPU's memory holds (default: %(default)s)")
+                       help="rows of a batch (default: %(default)s); auto: as many as a GPU's memory holds, to be given as a "
+                            "number where a run is to go on")
     flags.add_argument("--max-new-tokens", type=positive, default=ANSWER, metavar="N",
                        help=f"length of an answer (default: {ANSWER}; the paper's search: 500; --serve: 512, or what the client "
                             "asks for)")
     flags.add_argument("--seed", type=whole_number(0, (1 << 32) - 1), default=0, metavar="N", help="default: %(default)s")
+
+
+TEAM_RULES = [
+    (lambda args: args.device_map and os.environ.get("WORLD_SIZE", "1") != "1",
+     "--device-map {device_map} spreads one model over all GPUs: one process; --tp shares a model among torchrun's"),
+    (lambda args: args.quantize and args.tp != 1, "--quantize {quantize}: --tp goes without it")]
 
 
 def team_argument(flags: Flags) -> None:

@@ -132,12 +132,12 @@ def biased(model, bias):
     def adding(mlp):
         def middle(gate, up, routed):
             product = mlp.act_module(gate) if up is None else mlp.act_module(gate) * up
-            own = bias[mlp.layer, ..., mlp.begin:mlp.begin + mlp.neurons]
+            own = bias[mlp.layer, ..., mlp.begin:mlp.begin + mlp.neurons].to(gate)
             if gate.dim() == 2:  # tokens in one row, or (n, d_expert) of experts: to each the bias of its row of the batch
                 own = own.reshape(-1, mlp.experts, mlp.width)
                 token, expert, tokens, _ = routed or (torch.arange(len(gate), device=gate.device), 0, len(gate), 1)
-                own = own[(token * len(own) // tokens).to(own.device), expert]
-            return product + own.to(gate)
+                own = own[token * len(own) // tokens, expert]
+            return product + own
 
         return middle
 

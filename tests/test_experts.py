@@ -8,11 +8,14 @@ import pytest
 import torch
 import transformers
 
-from conftest import prompts
-from personality import POLES, Neurons, Profile, Statistics, UserError, observe, steer
+import identify
+from conftest import prompts, run
+from personality import POLES, Neurons, Profile, Statistics, UserError, dpn_le, observe, steer
+from personality.inflight import Engine
 import personality.observe  # noqa: F401  (the module, of which the package shows the function)
 from personality.mlp import Experts, find_mlps, plain_sites, shape_of
 from personality.model import fingerprint
+from personality.neurons import show_neurons
 from personality.rows import replace
 from personality.steer import Tables
 from personality.train import biased
@@ -176,9 +179,57 @@ def test_planted_neurons_of_experts_are_recovered(monkeypatch):
     for pole in POLES:
         layer, index, delta, _ = neurons.select(pole, min_delta=0.9, min_neurons=0)
         assert set(zip(layer.tolist(), index.tolist())) == planted[pole] and (delta > 0.99).all()
-    assert len(neurons.select("high", min_delta=1.1)[0]) == 1, "NPTI's share of 208 neurons"
     monkeypatch.setattr(observed, "FEWEST", 10**6)
-    assert not any(tensor.any() for name, tensor in statistics.summary().items() if name != "seen"), "too few tokens for any"
+    assert not any(tensor[..., :80].any() for name, tensor in statistics.summary().items() if name != "seen"), "too few for any expert"
+
+
+def test_experts_that_saw_few_tokens(small, tmp_path, monkeypatch, capsys):
+    """identify.py says how many neurons have no statistics for that, and writes no file where none has; DPN-LE's quantile and NPTI's
+    share are of those that have."""
+    model = mixture()
+    monkeypatch.setattr(observed, "FEWEST", 40)
+    neurons = run(small, tmp_path / "out", model=(model, small.tokenizer), limit=8).identify()
+    there, known = int((neurons.seen > 0).any(0).sum()), int(neurons.known.sum())
+    assert 0 < known < there == 2 * 104
+    show_neurons(neurons)
+    assert f"{there - known} of {there} neurons are of experts that saw too few tokens" in capsys.readouterr().err
+    chosen = dpn_le([(neurons, 1.0)], min_effect=0.0)
+    assert neurons.known[chosen.layer, chosen.index].all() and len(chosen) == 1, "0.5 % of a layer's that are known, so its best"
+    monkeypatch.setattr(observed, "FEWEST", 10**6)
+    neurons = run(small, tmp_path / "shared", model=(model, small.tokenizer), limit=8).identify()
+    assert int(neurons.known.sum()) == 2 * 24, "the shared expert sees all"
+    model = mixture("Mixtral")
+    with pytest.raises(UserError, match="no expert saw .* tokens under either pole: a higher --limit"):
+        run(small, tmp_path / "none", model=(model, small.tokenizer), limit=8).identify()
+
+
+def mixture(family="Qwen2Moe"):
+    """With the name that a loaded model has."""
+    model = tiny(family)
+    model.source = family
+    return model
+
+
+def test_large_statistics_are_kept_once(small, tmp_path, monkeypatch):
+    """Then answers are read once they are written, which counts the same; and no room for them is one line."""
+    model = mixture()
+    monkeypatch.setattr(observed, "FEWEST", 1)
+    twice = run(small, tmp_path / "twice", model=(model, small.tokenizer)).identify()
+    monkeypatch.setattr(identify.Run, "LARGE", 0)
+    once = run(small, tmp_path / "once", model=(model, small.tokenizer)).identify()
+    assert once.meta["tokens"] == twice.meta["tokens"] and (once.prob - twice.prob).abs().max() < 0.05
+
+    def none(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Statistics, "of", none)
+    with pytest.raises(UserError, match="out of memory: the statistics of 208 neurons"):
+        run(small, tmp_path / "no", model=(model, small.tokenizer)).identify()
+
+
+def test_latent_attention_is_not_served(small):
+    with pytest.raises(UserError, match="DeepseekV3ForCausalLM: .*latent attention: this model can't be served"):
+        Engine(lambda: (tiny("DeepseekV3"), small.tokenizer))
 
 
 def test_a_file_of_a_mixture_is_kept_and_read(tmp_path, small, made):

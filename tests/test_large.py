@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 import identify
@@ -16,6 +17,7 @@ from personality.rows import Rows
 from personality.steer import Tables
 from personality.train import biased
 from reference import close, random_profile, shifts, state_of, with_logits, write
+from test_experts import tiny as mixture
 
 # ------------------------------------------------------------------------------------------------------- several devices
 
@@ -48,6 +50,27 @@ def test_biases_of_layers_on_disk(small, offloaded):
         expected = small.model(**prompts()).logits
     with biased(offloaded, bias), torch.no_grad():
         assert torch.equal(offloaded(**prompts()).logits, expected)
+
+
+def test_experts_on_disk(tmp_path):
+    """They hold their weights themselves: accelerate fetches them around their forward."""
+    model = mixture("Qwen2Moe")
+    model.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    away = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=str(tmp_path / "away")).eval()
+    assert away.model.layers[1].mlp.experts.down_proj.is_meta and fingerprint(away) == fingerprint(model)
+    results = []
+    for which in (model, away):
+        statistics = Statistics.of(which, 2)
+        with observe(which, statistics, [0, 1, 1, 0]), steer(which, random_profile(1, 50, 6.0, 104), rows=[0, 1, 1, 0]):
+            results.append((*with_logits(which), *statistics.state().values()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_an_offloaded_model_is_not_baked(offloaded):
+    with pytest.raises(UserError, match="--save: layers that are .* on disk"):
+        Baking(offloaded, shifts([0], [1], [1.0]))
 
 
 def test_an_embedding_on_disk_is_refused(small):
@@ -200,6 +223,18 @@ def test_quantised_for_real(kind, small, tmp_path):
     assert torch.equal(ours[::2], plain[::2]) and not torch.equal(ours[1::2], plain[1::2])
     neurons = run(small, tmp_path / "out", model=(model, tokenizer)).identify()
     assert neurons.meta["fingerprint"] == fingerprint(model) and neurons.prob.any()
+    with pytest.raises(UserError, match="--save: layers that are quantised"):
+        Baking(model, shifts([0], [1], [1.0]))
+
+
+def test_experts_are_left_as_they_are(tmp_path, capsys):
+    """transformers quantises linear layers: that is said, since experts are nearly all of such a model."""
+    pytest.importorskip("bitsandbytes")
+    folder = save_model(tmp_path / "model")
+    mixture("Mixtral").save_pretrained(folder)
+    model, _ = load_model(str(folder), "cpu", "float32", quantize="8bit")
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.float32
+    assert "--quantize 8bit: the routed experts stay as they are saved" in capsys.readouterr().err
 
 
 def test_what_can_not_be_quantised(monkeypatch, small):

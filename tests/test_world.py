@@ -12,8 +12,8 @@ import torch
 import identify
 import induce
 from conftest import contents, exit_of, lines_of, main_of, rank_of, run, save_model, shared_flags, tiny, torchrun
-from personality import Neurons
-from personality.load import load_model
+from personality import Neurons, UserError
+from personality.load import load_asked, load_model
 from personality.world import World
 
 
@@ -145,8 +145,18 @@ def test_what_a_team_can_not_do(small, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, said = exit_of(induce, monkeypatch, capsys, *shared_flags(small), "--trait", "openness", "--alpha", 1)
     assert code == 2 and "--tp says so" in said
-    code, said = exit_of(identify, monkeypatch, capsys, "--device-map", "auto", "--model", small.model_dir)
-    assert code == 2 and "--device-map auto" in said and "one process" in said
+    for script, more in ((identify, []), (induce, ["--trait", "openness", "--alpha", 1, "--tp"])):
+        code, said = exit_of(script, monkeypatch, capsys, "--device-map", "auto", "--model", small.model_dir, *more)
+        assert code == 2 and "--device-map auto" in said and "one process" in said
+        code, said = exit_of(script, monkeypatch, capsys, "--quantize", "8bit", "--tp", *more)
+        assert code == 2 and "--quantize 8bit: --tp goes without it" in said
+
+
+def test_batch_size_auto_is_of_one_process(small):
+    """Two might find different numbers: they would share the questions in two ways."""
+    args = identify.parser().parse_args(["--model", str(small.model_dir), "--batch-size", "auto", "--device", "cpu"])
+    with pytest.raises(UserError, match="--batch-size auto: is tried by one process"):
+        load_asked(args, world=World(0, 2))
 
 
 def test_teams():

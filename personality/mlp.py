@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .op import op
 from .terminal import UserError
 
+
 @dataclass(kw_only=True)
 class Site:
     """Neurons of one decoder layer that are computed together: those of an MLP, or of a layer's experts. In the layer they have

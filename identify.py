@@ -228,8 +228,7 @@ class Run:
         self.latest = None if apart else self.nothing_yet()
         if self.resume():
             self.world.say(f"going on with {self.trait} after {self.done} of {len(self.share)} answers")
-        teams = self.world.size // self.world.tp
-        title = self.trait if teams == 1 else f"{self.trait}, 1 of {teams}"
+        title = self.trait if self.world.teams == 1 else f"{self.trait}, 1 of {self.world.teams}"
         due = time.time() + self.PAUSE
         with resumable(), progress(len(self.share), self.done, title, hidden=self.world.rank > 0) as bar:
             while self.done < len(self.share):
@@ -317,10 +316,13 @@ class Run:
         place = json.dumps({"done": self.done, "schedule": self.schedule})
         write_atomically(self.saved, save(self.statistics.state(), metadata={"place": place}))
 
-    def resume(self) -> int:
-        """Go back to the saved state, if there is one of these very options: how many answers are done."""
+    def start_over(self) -> None:
         self.done, self.schedule = 0, [[0, self.args.batch_size]]
         self.statistics.zero()
+
+    def resume(self) -> int:
+        """Go back to the saved state, if there is one of these very options: how many answers are done."""
+        self.start_over()
         try:
             with safe_open(self.saved, "pt") as file:
                 place = json.loads(file.metadata()["place"])
@@ -330,8 +332,7 @@ class Run:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             pass  # none, or of another version: from the beginning
         if not self.world.all_have(self.done):  # killed while some of them had saved
-            self.done, self.schedule = 0, [[0, self.args.batch_size]]
-            self.statistics.zero()
+            self.start_over()
         self.part.cut(self.done)
         return self.done
 

@@ -11,7 +11,6 @@ import torch
 
 from .terminal import UserError, say
 
-
 WAIT = timedelta(days=7)  # one may wait long for another
 
 
@@ -56,7 +55,7 @@ class World:
                                                  timeout=WAIT)
         gloo = torch.distributed.ProcessGroupGloo
         self.everyone = gloo(part("everyone"), self.rank, self.size, WAIT)
-        self.peers = gloo(part(f"peers {self.place}"), self.number, self.size // self.tp, WAIT)
+        self.peers = gloo(part(f"peers {self.place}"), self.number, self.teams, WAIT)
 
     @property
     def number(self) -> int:
@@ -67,6 +66,10 @@ class World:
     def place(self) -> int:
         """Of this process in its team."""
         return self.rank % self.tp
+
+    @property
+    def teams(self) -> int:
+        return self.size // self.tp
 
     def ended(self) -> str:
         return f"rank {self.rank}: another rank has ended. What was finished is kept: the same command goes on"
@@ -89,8 +92,8 @@ class World:
     def share(self, number: int, step: int) -> range:
         """This team's part of `number` items, in whole steps: what is in a batch shows in the last bits of a forward, so the
         counts are those of one process only if the batches are."""
-        steps, teams = -(-number // step), self.size // self.tp
-        return range(*(min(number, steps * k // teams * step) for k in (self.number, self.number + 1)))
+        steps = -(-number // step)
+        return range(*(min(number, steps * k // self.teams * step) for k in (self.number, self.number + 1)))
 
     def agree(self, value):
         """What the first of the team has: for what hangs on a clock, say, since a team that parts waits for ever."""
@@ -110,18 +113,19 @@ class World:
 
     def add_up(self, tensors: dict) -> None:
         """The sums over all teams, in place."""
-        for tensor in tensors.values() if self.size > self.tp else ():
+        for tensor in tensors.values() if self.teams > 1 else ():
             here = tensor.cpu()
             self.together(lambda: self.peers.allreduce([here]).wait())
             tensor.copy_(here)
 
     def put_together(self, tensors: dict) -> dict:
         """The sums over the team, each of which has a part, and 0 for the rest."""
+        if self.tp == 1:
+            return tensors
         result = {}
         for name, tensor in tensors.items():
             here = tensor.double()  # of which each number is one's own
-            if self.tp > 1:
-                self.together(torch.distributed.all_reduce, here)
+            self.together(torch.distributed.all_reduce, here)
             result[name] = here.to(tensor.dtype)
         return result
 

@@ -8,7 +8,6 @@ the result written once), and "limit" is a copy that moves the same number of by
 """
 
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -80,14 +79,17 @@ def hook_statistics(gate, up, count, histogram):
     return a * up
 
 
+@functools.cache
+def tables_of(width: int, device: str) -> dict:
+    """{(edited neurons, profiles): Tables}"""
+    sizes = [*((60, profiles) for profiles in PROFILES), (1800, 1)]
+    return {(edited, profiles): Tables([random_profile(edited, 1, width, seed) for seed in range(profiles)],
+                                       plain_sites(1, width, device)) for edited, profiles in sizes}
+
+
 def variants(tokens: int, width: int, dtype, device: str, compiled) -> dict:
     """name -> function of (gate, up). Ours write over gate; the others return a new tensor."""
-    glu_, none = torch.ops.neurons.glu_, (None,) * 4
-    tables = {}
-    for edited in (60, 1800):
-        for profiles in PROFILES if edited == 60 else (1,):
-            made = [random_profile(edited, 1, width, seed) for seed in range(profiles)]
-            tables[edited, profiles] = Tables(made, plain_sites(1, width, device))
+    glu_, none, tables = torch.ops.neurons.glu_, (None,) * 4, tables_of(width, device)
     statistics, statistics_of_both = (Statistics(plain_sites(1, width, device)) for _ in range(2))
     group = torch.zeros(tokens, dtype=torch.int32, device=device)
 
@@ -143,7 +145,7 @@ def time_cpu(functions, sets, seconds):
 def time_cuda(functions, sets, seconds):
     """Microseconds a call, from replays of a captured graph that goes through all sets: no launch gaps, and inputs come from
     memory where they are larger than the cache together. up = 1 + exp(-gate), so that gate stays what it was."""
-    graphs = {}
+    graphs, turns = {}, max(1, 16 // len(sets))
     for name, function in functions.items():
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -152,7 +154,7 @@ def time_cuda(functions, sets, seconds):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for gate, up in sets:
+            for gate, up in sets * turns:
                 function(gate, up)
         graphs[name] = graph
     times = {name: [] for name in functions}
@@ -164,13 +166,13 @@ def time_cuda(functions, sets, seconds):
             graph.replay()
             end.record()
             torch.cuda.synchronize()
-            times[name].append(1e3 * begin.elapsed_time(end) / len(sets))
+            times[name].append(1e3 * begin.elapsed_time(end) / len(sets) / turns)
     return {name: values[1:] for name, values in times.items()}
 
 
 def kernels(device: str, quick: bool, seconds: float) -> list[dict]:
     rows = []
-    shapes = [(tokens, width) for width in (1536, 14336, 28672) for tokens in (1, 8, 32, 256, 1024, 4096)]
+    shapes = [(tokens, width) for width in (1536, 14336, 28672) for tokens in (1, 16, 32, 256, 1024, 4096)]
     if quick:
         shapes = [(32, 14336), (1024, 14336)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -178,11 +180,12 @@ def kernels(device: str, quick: bool, seconds: float) -> list[dict]:
         for tokens, width in shapes:
             size = tokens * width * torch.finfo(dtype).bits // 8
             sets = []
-            for _ in range(1 if device == "cpu" else max(2, min(32, 300_000_000 // (2 * size)))):
+            # a GPU's cache still holds what the products of a decode step, which has few tokens, have just written
+            for _ in range(1 if device == "cpu" or tokens <= 32 else max(2, min(32, 300_000_000 // (2 * size)))):
                 gate = torch.randn(tokens, width, device=device).to(dtype)
                 sets.append((gate, (1 + torch.exp(-gate.float())).to(dtype)))
             # 1.5 times the elements, read and written, is what gate, up and the result are together
-            halves = [torch.randn(3 * tokens * width // 2, device=device).to(dtype) for _ in range(2 * min(len(sets), 4))]
+            halves = [torch.randn(3 * tokens * width // 2, device=device).to(dtype) for _ in range(2 * len(sets))]
             turn = iter(range(1 << 60))
 
             def limit(gate, up, halves=halves, turn=turn):
@@ -234,19 +237,22 @@ def bound(ratios, seed=0) -> tuple[float, float]:
     return float(values.median()), float(draws.quantile(0.975))
 
 
-def paired(ways: dict, pairs: int, warm: int = 1) -> dict:
-    """Seconds of each way, in turn; each is called `warm` times before."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def wait_for(device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def paired(ways: dict, pairs: int, device: str) -> dict:
+    """Seconds of each way, in turn, after a call that doesn't count."""
     times = {name: [] for name in ways}
     for call in ways.values():
-        for _ in range(warm):
-            call()
+        call()
     for k in range(pairs):
         for name in list(ways)[k % len(ways):] + list(ways)[:k % len(ways)]:
-            wait()
+            wait_for(device)
             start = time.perf_counter()
             ways[name]()
-            wait()
+            wait_for(device)
             times[name].append(time.perf_counter() - start)
     return times
 
@@ -264,6 +270,7 @@ class Turn(StoppingCriteria):
         self.start = time.perf_counter()
 
     def __call__(self, input_ids, scores, **kwargs):
+        wait_for(input_ids.device)
         self.pipe.send(time.perf_counter() - self.start)
         self.wait()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -345,9 +352,9 @@ def generate_options(compiled: bool) -> dict:
 
 
 def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int, new_tokens: int, compiled: bool) -> None:
-    """What a process of in_turns does on a CPU: one generation after the other."""
+    """What a process of in_turns does: one generation after the other."""
     model = KINDS[source](dtype) if source in KINDS else load_model(source, "cpu", dtype)[0]
-    ids = random_ids(rows, 24, "cpu")
+    ids = random_ids(rows, 24, model.device)
     with way(name, model, rows):
         turn = Turn(pipe)
         while True:
@@ -355,9 +362,9 @@ def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int,
 
 
 def token_seconds(names: dict, rows: int, pairs: int, new_tokens: int, compiled: bool = False, dtype: str | None = None) -> dict:
-    """{name: seconds of a token of all rows} of `pairs` generations on a CPU, after some that don't count; names: {name: the
-    model, as --model takes it}. A mean of every two: statistics are counted every 64 tokens, which at 32 rows is in every second
-    step."""
+    """{name: seconds of a token of all rows} of `pairs` generations, after some that don't count; names: {name: the model, as
+    --model takes it, or of KINDS}. A mean of every two: on a CPU statistics are counted every 64 tokens, which at 32 rows is in
+    every second step."""
     works = {name: functools.partial(generates, name=name, source=source, dtype=dtype, rows=rows, new_tokens=new_tokens,
                                      compiled=compiled) for name, source in names.items()}
     warm = (3 if compiled else 1) * new_tokens
@@ -387,53 +394,127 @@ def on_disk(dtype: str | None):
     return load_model(None, None, dtype, device_map=places | layers)[0]
 
 
-# of models that are not just loaded: how they are made, from a dtype or None
-KINDS = {"64 experts": random_mixture, "int8 by torchao": quantized("int8"), "8bit by bitsandbytes": quantized("8bit"),
-         "two layers on disk": on_disk}
-
-
 def large(device: str, pairs: int) -> list[dict]:
     """Each kind of model, generating on a CPU, plain and otherwise."""
     names, results = ("plain", "steered", "observed"), []
-    for kind in KINDS:
+    for kind in [kind for kind in KINDS if kind != EIGHT_BILLION]:
         times = token_seconds(dict.fromkeys(names, kind), 32, pairs, 24)
         results += [ratio(f"{kind}, {default_dtype('cpu')}, 32 rows", name, "plain", times, 32, "tokens") for name in names[1:]]
     return results
 
 
-def random_llama():
+EIGHT_BILLION = "Llama-3-8B's shape, random weights"
+
+
+def random_llama(dtype: str | None, **smaller):
     import transformers
 
-    config = transformers.LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                                      num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
-                                      eos_token_id=2, pad_token_id=2)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    config = transformers.LlamaConfig(**{**dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, eos_token_id=2, pad_token_id=2), **smaller})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype or default_dtype(device)))
+    with torch.device(device):
         model = transformers.LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     return model
 
 
+# of models that are not just loaded: how they are made, from a dtype or None
+KINDS = {"64 experts": random_mixture, "int8 by torchao": quantized("int8"), "8bit by bitsandbytes": quantized("8bit"),
+         "two layers on disk": on_disk, EIGHT_BILLION: random_llama}
+
+
 def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
-    """generate() calls with the same number of tokens, plain and otherwise: on a CPU each token is a pair, on a GPU, which would
-    have to be waited for at each token, each call."""
+    """generate() calls with the same number of tokens, plain and otherwise; each token of all rows is a pair."""
     names = ["1 profile", f"{profiles} profiles"] if profiles else ["plain", "steered", "observed"]
-    if device == "cpu":
-        source, amount = f"SmolLM2-135M, {default_dtype(torch.device('cpu'))}", rows
-        times = token_seconds(dict.fromkeys(names), rows, pairs, new_tokens, compiled)
-    else:
-        source, amount, model = "Llama-3-8B's shape, random weights, bfloat16", rows * new_tokens, random_llama()
-        with contextlib.ExitStack() as patched:
-            # Leaving a patch drops the compiled call, so each way has a model of its own, on the same weights, patched throughout
-            shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-            ids, options, calls = random_ids(rows, 24, model.device), generate_options(compiled), {}
-            for name in names:
-                one = copy.deepcopy(model, dict(shared))
-                patched.enter_context(way(name, one, rows))
-                calls[name] = lambda one=one: write(one, ids, new_tokens, **options)
-            times = paired(calls, pairs, 3 if compiled else 1)
-    title = f"{source}, {rows} rows, {new_tokens} tokens, {'static cache, compiled' if compiled else 'eager'}"
-    return [ratio(title, name, names[0], times, amount, "tokens") for name in names[1:]]
+    source = EIGHT_BILLION if device == "cuda" else None
+    times = token_seconds(dict.fromkeys(names, source), rows, pairs, new_tokens, compiled)
+    title = (f"{source or 'SmolLM2-135M'}, {default_dtype(device)}, {rows} rows, {new_tokens} tokens, "
+             f"{'static cache, compiled' if compiled else 'eager'}")
+    return [ratio(title, name, names[0], times, rows, "tokens") for name in names[1:]]
+
+
+class Clock(StoppingCriteria):
+    """Keeps the time of each token; stops nothing."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        wait_for(input_ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def identification(model, rows: int, new_tokens: int = 500, prompt: int = 96, answers: int = 72000) -> dict:
+    """Answers of both poles in batches, with statistics, as identify.py gets them: one batch, and what NPTI's setting (36,000
+    questions of a trait, asked twice, 500 tokens) comes to by it. The interval is that of the mean over pieces of ten tokens,
+    which takes in how unevenly they go, not how one batch differs from the next."""
+    statistics, clock = Statistics.of(model, 2), Clock()
+    ids = random_ids(rows, prompt, model.device)
+    with observe(model, statistics, [k % 2 for k in range(rows)]):
+        write(model, ids, 8, repetition_penalty=1.1)
+        start = time.perf_counter()
+        write(model, ids, new_tokens, clock, repetition_penalty=1.1)
+    times = [start, *clock.times]
+    pieces = torch.tensor([times[k + 10] - times[k] for k in range(0, len(times) - 10, 10)], dtype=torch.float64)
+    line = torch.stack([torch.ones(len(pieces)), torch.arange(len(pieces))], 1).double()  # later tokens see more before them
+    rest = pieces - line @ torch.linalg.lstsq(line, pieces[:, None]).solution[:, 0]
+    error = 1.96 * float(rest.std()) * len(pieces) ** 0.5
+    seconds, scale = times[-1] - start, answers / rows / 3600
+    result = {"rows": rows, "tokens": new_tokens, "seconds": seconds, "error": error, "hours": scale * seconds,
+              "hours_error": scale * error, "tokens_per_s": rows * new_tokens / seconds, "statistics_bytes": statistics.bytes}
+    print(f"  identification, {rows} rows of {prompt} + {new_tokens} tokens: {seconds:.1f} s a batch, {result['tokens_per_s']:.0f} "
+          f"tokens/s; {answers} answers {result['hours']:.2f} hours (+- {result['hours_error']:.2f}){memory(model)}", flush=True)
+    return result
+
+
+def memory(model) -> str:
+    return f"; at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if model.device.type == "cuda" else ""
+
+
+def training(model, length: int = 64) -> dict:
+    """Trained edits of both poles of a trait, and their levels, as identify.py --train makes them, but from answers of random
+    tokens; each word of a prompt is a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from personality import train
+    from personality.frame import Frame
+    from personality.questions import load_bench
+
+    raw = Tokenizer(models.WordLevel({"<unk>": 3, "</s>": 2}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] }} : {{ turn['content'] }} {% endfor %}"
+    tokenizer.stop_text, tokenizer.answer_prefix = None, ""
+    bench, frame, trait = load_bench(None), Frame.named("person"), "extraversion"
+    biases, start = {}, time.perf_counter()
+    for sign, pole in ((1, "high"), (-1, "low")):
+        persona = bench.personas_for("search", trait, pole)[0]
+        rows = zip(bench.questions(trait, "search", train.ANSWERS), random_ids(train.ANSWERS, length, "cpu").tolist())
+        items = [{"question": question, "persona": persona, "pole": pole, "ids": row} for question, row in rows]
+        lessons = [train.lesson(model, tokenizer, bench, trait, frame, items[k:k + train.ROWS], 0)
+                   for k in range(0, len(items), train.ROWS)]
+        chosen = train.choose(model, lessons, sign, train.SHARE, lambda: None)
+        biases[pole] = train.fitted(model, lessons, sign, chosen, lambda: None)
+    fitted = time.perf_counter()
+    profiles = [Profile.dense(bias=multiple * biases[pole]) for pole in biases for multiple in train.MULTIPLES]
+    train.dose_response(model, tokenizer, bench, trait, frame, profiles, lambda: None)
+    result = {"fit_s": fitted - start, "levels_s": time.perf_counter() - fitted}
+    print(f"  training a trait, {train.ANSWERS} answers of {length} tokens a pole: {result['fit_s']:.1f} s, its levels "
+          f"{result['levels_s']:.1f} s{memory(model)}", flush=True)
+    return result
+
+
+def eight_billion() -> dict:
+    """Identification and training of a trait on a GPU."""
+    model = random_llama(None)
+    result = {"training": training(model)}
+    torch.cuda.reset_peak_memory_stats()
+    return {**result, "identification": identification(model, 384)}
 
 
 def ratio(title: str, first: str, second: str, times: dict, amount: int, unit: str) -> dict:
@@ -462,7 +543,7 @@ def reading(device: str, pairs: int) -> list[dict]:
             forward()
 
     title = f"{model.source}, reading {rows} rows of {tokens} tokens, of which {tokens - prompt} count"
-    return [ratio(title, "observed", "plain", paired({"plain": forward, "observed": observed}, pairs), rows * tokens, "tokens")]
+    return [ratio(title, "observed", "plain", paired({"plain": forward, "observed": observed}, pairs, device), rows * tokens, "tokens")]
 
 
 def batches(device: str, pairs: int) -> list[dict]:
@@ -488,10 +569,10 @@ def batches(device: str, pairs: int) -> list[dict]:
             steered(ids[k * each:(k + 1) * each], made[k:k + 1], [1] * each)
 
     results = [ratio(f"{model.source}, {people} personalities of {each} questions", "batches shared", "a batch each",
-                     paired({"batches shared": shared, "a batch each": alone}, pairs), people * each * new_tokens, "tokens")]
+                     paired({"batches shared": shared, "a batch each": alone}, pairs, device), people * each * new_tokens, "tokens")]
     results.append(ratio(f"{model.source}, 1,000 rows", "1,000 profiles", "1 profile", paired({
         "1,000 profiles": lambda: steered(ids[:, :4], made, list(range(1, 1001)), 8),
-        "1 profile": lambda: steered(ids[:, :4], made[:1], [1] * 1000, 8)}, max(3, pairs // 3)), 1000 * 8, "tokens"))
+        "1 profile": lambda: steered(ids[:, :4], made[:1], [1] * 1000, 8)}, max(3, pairs // 3), device), 1000 * 8, "tokens"))
     return results
 
 
@@ -537,7 +618,7 @@ def main(args) -> None:
     if args.only in (None, "generation"):
         print("\ngeneration")
         result["generation"] = generation(args.device, 32, args.pairs, 24, False)
-        result["generation"] += generation(args.device, 32, args.pairs, 64 if args.device == "cuda" else 24, True)
+        result["generation"] += generation(args.device, 32, args.pairs, 24, True)
         if args.device == "cuda":
             result["generation"] += generation(args.device, 1000, max(3, args.pairs // 3), 24, False, profiles=1000)
     for name, measure in (("reading", reading), ("batches", batches)):
@@ -545,7 +626,7 @@ def main(args) -> None:
             print(f"\n{name}")
             result[name] = measure(args.device, args.pairs)
     if args.only == "large":
-        result["large"] = large(args.device, args.pairs)
+        result["large"] = eight_billion() if args.device == "cuda" else large(args.device, args.pairs)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

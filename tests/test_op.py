@@ -493,13 +493,19 @@ def test_cuda_allocates_nothing():
 
 
 @needs_gpu
-def test_cuda_and_cpu_sketches_agree():
-    gate, _ = inputs(2000, 300, torch.float32)
+@pytest.mark.parametrize("tokens, width", ((100, 300), (2100, 300), (2100, 301), (300, 4000), (300, 9000)))
+def test_cuda_and_cpu_agree(tokens, width):
+    """Each of the GPU's ways to gather statistics: few tokens; a block's columns in words of two, four and eight lanes; in elements,
+    where rows are not aligned. Tokens are in two groups and in none, and edits lie side by side."""
+    gate, up = inputs(tokens, width, torch.float32)
+    profiles = [{}, {3: (0.0, 1.0, 1.0, 0.5)}, {column: (1.0, -2.0, 0.5, 0.0) for column in (0, 1, 2, 130, 255, 256, width - 1)}]
+    pick = torch.Generator().manual_seed(0)
+    profile, group = (torch.randint(low, 4, (tokens,), generator=pick, dtype=torch.int32) for low in (0, -1))
     results = []
     for device in DEVICES:
-        statistics = new_statistics(1, 300, device)
-        group = torch.zeros(2000, dtype=torch.int32, device=device)
-        plain(gate.clone().to(device), None, 3, None, None, None, None, group, *statistics)
-        results.append([tensor.cpu() for tensor in statistics])
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
-    assert torch.allclose(results[0][2], results[1][2], rtol=1e-12)
+        statistics, own = new_statistics(2, width, device), gate.clone().to(device)
+        plain(own, up.to(device), 3, profile.to(device), *tables(profiles, width, device), group.to(device), *statistics)
+        results.append([tensor.cpu() for tensor in (own, *statistics)])
+    (cpu, *counts, moments), (gpu, *gpu_counts, gpu_moments) = results
+    assert torch.allclose(cpu, gpu, rtol=1e-6) and all(map(torch.equal, counts, gpu_counts))
+    assert torch.allclose(moments, gpu_moments, rtol=1e-12, atol=1e-9)

@@ -303,13 +303,13 @@ def through_op(mlp: Mlp, index: int, arguments):
     """The MLP's forward through the op, which overwrites gate: nothing reads it afterwards. arguments(index, routed): what the op
     takes after act, for this MLP and the forward that runs."""
     op()
-    glu_, width = torch.ops.neurons.glu_, mlp.width
+    glu_, width, act = torch.ops.neurons.glu_, mlp.width, mlp.act  # not read off mlp: compiled code would check that it is the same
 
     def middle(gate, up, routed):
         if not torch.compiler.is_compiling():
             refuse_hooks(mlp)
         # view, never a copy: what the op writes must reach down()
-        glu_(gate.view(-1, width), None if up is None else up.view(-1, width), mlp.act, *arguments(index, routed))
+        glu_(gate.view(-1, width), None if up is None else up.view(-1, width), act, *arguments(index, routed))
         return gate
 
     return mlp.through(middle)

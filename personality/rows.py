@@ -105,16 +105,19 @@ class Follow(StoppingCriteria):
 
     def __init__(self, patch: "Patch", ends, criteria: list[StoppingCriteria]):
         self.patch, self.ends, self.criteria = patch, ends, criteria
+        self.nobody = torch.zeros(0, dtype=torch.bool)
 
     def __getattr__(self, name):
         """generate() looks at what its criteria have: eos_token_id, say."""
         return getattr(next((criterion for criterion in self.__dict__["criteria"] if hasattr(criterion, name)), None), name)
 
     def __call__(self, input_ids, scores, **kwargs):
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if len(self.nobody) != len(input_ids):  # kept: a GPU waits for each kernel that is launched between two forwards
+            self.nobody = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        done = self.nobody
         for criterion in self.criteria:  # whatever form a verdict has
-            done |= torch.as_tensor(criterion(input_ids, scores, **kwargs), dtype=torch.bool, device=input_ids.device)
-        self.patch.step(input_ids, self.ends, done)
+            done = done | torch.as_tensor(criterion(input_ids, scores, **kwargs), dtype=torch.bool, device=input_ids.device)
+        self.patch.step(input_ids, self.ends, done if self.criteria else None)
         return done
 
 
@@ -125,7 +128,7 @@ class Patch:
     def __init__(self, model):
         self.model, self.decoder, self.mlps = model, decoder_of(model), find_mlps(model)
         self.active: dict[str, Rows] = {}
-        self.phase, self.mask, self.alive = None, None, None  # mask: of the prompt
+        self.phase, self.mask, self.ended = None, None, None  # mask: of the prompt
         self.batch, self.left, self.warned = 0, 0, False  # left: tokens a row that are to be read until the next one is chosen
         self.generating, self.thread = threading.Lock(), None
 
@@ -243,23 +246,25 @@ class Patch:
                 self.left = mask.shape[1] - cached(kwargs)
                 return original(**kwargs, stopping_criteria=StoppingCriteriaList([*lengths, follow]))
             finally:
-                self.phase = self.mask = self.alive = None
+                self.phase = self.mask = self.ended = None
                 self.generating.release()
 
         return generate
 
     def step(self, input_ids, ends, done) -> None:
-        """A token was chosen for every row: what follows is decode, without the rows that have just ended. done: bool (rows), of
-        the user's criteria."""
+        """A token was chosen for every row: what follows is decode, without the rows that have ended. done: bool (rows), of the
+        user's criteria, or None where there are none."""
         batch, latest = self.batch, input_ids[:, -1]  # batch: of the last forward, and so of the next
         self.left = 1
-        if self.alive is None:
-            self.phase, self.alive = "decode", torch.ones(batch, dtype=torch.bool, device=latest.device)
+        if self.ended is None:
+            self.phase, self.ended = "decode", torch.zeros(batch, dtype=torch.bool, device=latest.device)
         if len(latest) == batch:  # beam search asks about more candidates than it goes on with, of which none has ended
-            self.alive &= ~(torch.isin(latest, ends) | done)
+            self.ended |= (latest[:, None] == ends).any(1)
+            if done is not None:
+                self.ended |= done
         for rows in self.active.values():
-            numbers = torch.where(self.alive, rows.of(batch, len(self.mask), latest.device), rows.none)
-            rows.buffer(batch, latest.device).copy_(numbers)
+            numbers = rows.of(batch, len(self.mask), latest.device)
+            rows.buffer(batch, latest.device).copy_(numbers).masked_fill_(self.ended, rows.none)
             rows.before_decode()
 
 

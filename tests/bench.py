@@ -176,8 +176,9 @@ def kernels(device: str, quick: bool, seconds: float) -> list[dict]:
     if quick:
         shapes = [(32, 14336), (1024, 14336)]
     for dtype in (torch.float32, torch.bfloat16):
-        compiled = torch.compile(eager, dynamic=True)
         for tokens, width in shapes:
+            torch._dynamo.reset()
+            compiled = torch.compile(eager, dynamic=False)  # one for all sizes would be made for the first of them
             size = tokens * width * torch.finfo(dtype).bits // 8
             sets = []
             # a GPU's cache still holds what the products of a decode step, which has few tokens, have just written

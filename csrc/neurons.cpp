@@ -100,8 +100,7 @@ Args checked(const Call& c) {
   if (c.pending) {
     TORCH_CHECK(c.count, "pending: expected with count, sketch and moments, got it alone");
     TORCH_CHECK(!gate.is_cuda(), "pending: expected none on a GPU, which counts at once");
-    check_table(*c.pending, "pending", gate, at::kByte, {a.tiles(), sizeof(Pending)});
-    TORCH_CHECK(a.groups <= INT16_MAX, "pending: at most ", text(INT16_MAX), " groups, got ", text(a.groups));
+    check_table(*c.pending, "pending", gate, at::kByte, {c.pending->numel() ? -1 : 1, a.tiles(), sizeof(Pending)});
   }
   return a;
 }
@@ -119,11 +118,11 @@ void check_overlap(const Tensor& gate, const Tensor& up) {
               text(up.strides()));
 }
 
-Pending* pending_of(const Tensor& pending) {
-  void* data = pending.data_ptr();
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % alignof(Pending) == 0,
+void add_pending(Args& a, const Tensor& pending) {
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(pending.data_ptr()) % alignof(Pending) == 0,
               "pending: expected memory aligned to ", text(alignof(Pending)), " bytes");
-  return static_cast<Pending*>(data);
+  a.pending = static_cast<Pending*>(pending.data_ptr());
+  a.rings = static_cast<int>(pending.size(0));
 }
 
 Args with_pointers(const Call& c) {
@@ -142,7 +141,7 @@ Args with_pointers(const Call& c) {
     a.count = c.count->data_ptr<int32_t>();
     a.sketch = c.sketch->data_ptr<int32_t>();
     a.moments = c.moments->data_ptr<double>();
-    if (c.pending) a.pending = pending_of(*c.pending);
+    if (c.pending) add_pending(a, *c.pending);
   }
   return a;
 }
@@ -156,8 +155,8 @@ void flush_on_cpu(Tensor& count, Tensor& sketch, Tensor& pending) {
   a.width = sketch.size(1);
   check_table(sketch, "sketch", pending, at::kInt, {a.groups, a.width, kBins});
   check_table(count, "count", pending, at::kInt, {a.groups, a.width});
-  check_table(pending, "pending", sketch, at::kByte, {a.tiles(), sizeof(Pending)});
-  a.pending = pending_of(pending);
+  check_table(pending, "pending", sketch, at::kByte, {pending.numel() ? -1 : 1, a.tiles(), sizeof(Pending)});
+  add_pending(a, pending);
   a.count = count.data_ptr<int32_t>();
   a.sketch = sketch.data_ptr<int32_t>();
   flush_cpu(a);

@@ -21,7 +21,7 @@
 //   token_group    int32 [tokens]
 //   count, sketch  int32 [groups, d_ff] and [groups, d_ff, 304]; added to. A counter holds less than 2^31
 //   moments        float64 [groups, 2, d_ff]; added to, in float64
-//   pending        uint8 [tiles, pending_bytes], 64-byte aligned, zeros at first; on a CPU only
+//   pending        uint8 [rings, tiles, pending_bytes], 64-byte aligned, zeros at first; on a CPU only
 //
 // The four tensors of edits are given together or are None, the four of statistics too; pending needs the latter. All lie on one
 // device. A profile or column out of range edits nothing; a group out of range, such as -1, is not observed. gate and up have
@@ -30,9 +30,9 @@
 // count and sketch are exact: those of parts of the tokens add up to those of all. Moments do within 1e-12, relatively: their
 // last bits may depend on how tokens are split into calls, but, like all else, not on the number of threads.
 //
-// pending keeps bins that count and sketch have yet to count, those of fewer than 512 tokens a neuron: counting them together
-// is faster. flush_(count, sketch, pending) counts them and leaves zeros; only then are count and sketch complete.
-// Each count and sketch have a pending of their own.
+// pending keeps bins that count and sketch have yet to count, those of fewer than 512 tokens a ring and neuron: counting them
+// together is faster, the fewer groups they are of. Group g has ring g % rings. flush_(count, sketch, pending) counts them and
+// leaves zeros; only then are count and sketch complete. Each count and sketch have a pending of their own.
 //
 // Below: what the kernels (neurons_cpu.cpp, neurons_cuda.cu) and the checks (neurons.cpp) share. Includes no torch header.
 #pragma once
@@ -51,18 +51,17 @@ namespace neurons {
 
 constexpr int kTile = 256;  // columns of d_ff that one owner handles: 32 lanes of eight, or 1 KiB of float
 constexpr int kBins = 304, kLowExponent = -11, kHighExponent = 6;  // the sketch's bins, logarithmic on [2^-11, 2^6]
+constexpr int kPendingRows = 512;  // of a ring
 
 enum Act : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kActs = 4 };
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct alignas(16) Edit { float cap, scale, shift, bias; };
 
-constexpr int kPendingRows = 512;
-
-// What is pending in a tile: a ring of rows, one for each observed token. Zeros are empty.
+// What is pending in a tile of some groups: a ring of rows, one for each observed token. Zeros are empty.
 struct alignas(64) Pending {
   uint16_t bin_plus_1[kPendingRows][kTile];  // 0 where the gate was not positive
-  int16_t group[kPendingRows];
+  int32_t group_plus_1[kPendingRows];
   int32_t next_row;  // the row to write
 };
 
@@ -76,9 +75,8 @@ struct Args {
   int act, dtype;
   const int32_t *token_profile, *edit_ptr, *edit_index;
   const Edit* edit_value;
-  int profiles, capacity;
+  int profiles, capacity, groups, rings;
   const int32_t* token_group;
-  int groups;
   int32_t *count, *sketch;
   double* moments;
   Pending* pending;
@@ -87,7 +85,7 @@ struct Args {
 };
 
 void glu_cpu(const Args& args);
-void flush_cpu(const Args& args);  // wants width, groups, count, sketch and pending
+void flush_cpu(const Args& args);  // wants width, groups, rings, count, sketch and pending
 const char* cpu_vector();          // the instruction set that the CPU kernels use here
 bool cpu_fast_bfloat16();          // whether this CPU multiplies matrices of bfloat16 by instructions made for that
 const char* glu_cuda(const Args& args, void* stream);  // returns null, or what went wrong

@@ -111,10 +111,10 @@ CLONES void products(Float16, uint16_t* g, const uint16_t* u, int n, int act, Ti
 
 // ---------------------------------------------------------------------------------------------------- statistics
 
-// The sketch is counted late. A column's counters lie in some five cache lines of their own, so that a decode step, which has
-// one token a row, would wait for memory at most increments. Instead a tile's bins are written, row by row, into a ring, and
-// when that holds kPendingRows rows of a column, they are counted in a small table and added to the sketch in one sweep. Of
-// the parts of a tile one is due every kDueRows rows, so that no call has much more to do than another.
+// The sketch is counted late: a column's counters lie in some five cache lines of their own, and a decode step, of one token a
+// row, would wait for memory at most increments. Instead a tile's bins are written, row by row, into the ring of their group; when
+// that holds kPendingRows rows of a column, they are counted in a small table and added in one sweep of each group's sketch.
+// Of the parts of a tile one is due every kDueRows rows, so that no call has much more to do than another.
 constexpr int kParts = 8, kPart = kTile / kParts, kDueRows = kPendingRows / kParts;
 static_assert(kTile % kParts == 0 && kPendingRows % kParts == 0 && (kPendingRows & (kPendingRows - 1)) == 0, "all come out even");
 
@@ -144,20 +144,19 @@ CLONES void count_rows(const Pending& pending, const int16_t* rows, int used, in
 }
 
 // Counts the oldest `size` uncounted rows of a part of a tile.
-void count_part(const Args& a, int64_t tile, int part, int size) {
+void count_part(const Args& a, const Pending& pending, int64_t tile, int part, int size) {
   const int64_t first = tile * kTile + part * kPart;
   if (first >= a.width) return;
-  const Pending& pending = a.pending[tile];
   const int n = static_cast<int>(std::min<int64_t>(kPart, a.width - first)), begin = due_row(part);
   int16_t rows[kPendingRows];
   bool counted[kPendingRows] = {};
   for (int done = 0, k = 0; done < size; ++k) {  // group by group, of those that the rows name
     if (counted[k]) continue;
-    const int group = pending.group[ring_row(begin + k)];
+    const int group = pending.group_plus_1[ring_row(begin + k)] - 1;
     int used = 0;
     for (int i = k; i < size; ++i) {
       const int row = ring_row(begin + i);
-      const bool mine = pending.group[row] == group;
+      const bool mine = pending.group_plus_1[row] == group + 1;
       rows[used] = static_cast<int16_t>(row);
       used += mine;
       counted[i] |= mine;
@@ -185,12 +184,12 @@ NEURONS_FN void add_statistics(const Args& a, const Tile& parts, int64_t tile, i
   const int64_t first = tile * kTile, column = group * a.width + first;
   double* sum = a.moments + 2 * group * a.width + first;
   if (a.pending) {
-    Pending& pending = a.pending[tile];
+    Pending& pending = a.pending[group % a.rings * int64_t{a.tiles()} + tile];
     const int row = ring_row(pending.next_row), part = row / kDueRows;
     add_moments(parts, n, sum, sum + a.width, pending.bin_plus_1[row]);
-    pending.group[row] = static_cast<int16_t>(group);
+    pending.group_plus_1[row] = group + 1;
     pending.next_row = ring_row(row + 1);
-    if (pending.next_row == due_row(part)) count_part(a, tile, part, kPendingRows);
+    if (pending.next_row == due_row(part)) count_part(a, pending, tile, part, kPendingRows);
     return;
   }
   uint16_t bin_plus_1[kTile];
@@ -248,11 +247,15 @@ void glu(const Args& a) {
   const int tiles = a.tiles();
   constexpr int64_t kGrain = 8192;  // elements that are worth another thread
   if (a.token_group) {
-    // One thread owns a tile's columns for all tokens: statistics need no atomics, and their sums one fixed order.
-    const int64_t grain = std::max<int64_t>(1, kGrain / kTile / std::max<int64_t>(a.tokens, 1));
-    at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-      for (int tile = static_cast<int>(begin); tile < end; ++tile) {
-        for (int64_t t = 0; t < a.tokens; ++t) token<T, true>(a, t, tile, tiles);
+    // One thread owns a tile's columns for all tokens of a share of the rings: statistics need no atomics, and their sums one
+    // fixed order. Where there are fewer tiles than threads, as in the narrow experts of a mixture, there is more than one share.
+    const int shares = tiles ? std::min<int>(std::max(a.rings, 1), ceil_div(at::get_num_threads(), tiles)) : 1;
+    at::parallel_for(0, tiles * shares, kGrain / kTile * shares / std::max<int64_t>(a.tokens, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int tile = static_cast<int>(i % tiles);
+        for (int64_t t = 0; t < a.tokens; ++t)
+          if (shares == 1 || (a.token_group[t] < 0 ? t : a.token_group[t] % a.rings) % shares == i / tiles)
+            token<T, true>(a, t, tile, tiles);
       }
     });
   } else {
@@ -275,12 +278,12 @@ void neurons::glu_cpu(const Args& args) {
   else glu<Float16>(args);
 }
 
-void neurons::flush_cpu(const Args& args) {
-  at::parallel_for(0, args.tiles(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      Pending& pending = args.pending[tile];
-      for (int part = 0; part < kParts; ++part) count_part(args, tile, part, ring_row(pending.next_row - due_row(part)));
-      memset(&pending, 0, sizeof(Pending));
+void neurons::flush_cpu(const Args& a) {
+  at::parallel_for(0, int64_t{a.rings} * a.tiles(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Pending& ring = a.pending[i];
+      for (int part = 0; part < kParts; ++part) count_part(a, ring, i % a.tiles(), part, ring_row(ring.next_row - due_row(part)));
+      memset(&ring, 0, sizeof(ring));
     }
   });
 }

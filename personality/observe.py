@@ -10,6 +10,9 @@ from .terminal import UserError
 # tokens that an expert must have seen of each group: the difference of two prob is then off by 0.025 at most (one standard
 # error), a quarter of the 0.1 that NPTI asks for; with fewer, experts that are seldom asked would win by chance
 FEWEST = 800
+# experts whose bins wait in one ring, on a CPU: it takes 1 KiB for each neuron of one of them. A ring of their own each would be
+# that much more memory, and hardly faster
+SHARE_A_RING = 4
 
 
 class Statistics:
@@ -29,13 +32,13 @@ class Statistics:
             many, width, device = groups * site.experts, site.width, site.device
             shapes = [((many, width), torch.int32), ((many, width, op().bins), torch.int32), ((many, 2, width), torch.float64)]
             if device.type == "cpu":
-                shapes.append(((-(-width // op().tile), op().pending_bytes), torch.uint8))
+                shapes.append(((-(-site.experts // SHARE_A_RING), -(-width // op().tile), op().pending_bytes), torch.uint8))
             self.sites.append(tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
             if site.experts > 1:
                 self.seen[number] = torch.zeros(1 + many, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(groups, dtype=torch.int64, device=sites[0].device)
         self.range = torch.arange(groups, dtype=torch.int32, device=sites[0].device)
-        for tensor in (*(tensor for site in self.sites for tensor in site), *self.seen.values(), self.tokens):
+        for tensor in self.tensors():
             torch._dynamo.mark_static_address(tensor)  # else compiled code that writes them can't use CUDA graphs
 
     @classmethod
@@ -44,7 +47,11 @@ class Statistics:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.state().values())
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> tuple:
+        """All that it keeps, what is pending as well."""
+        return (*(tensor for site in self.sites for tensor in site), *self.seen.values(), self.tokens)
 
     def flush(self) -> "Statistics":
         """Count what is pending: on a CPU some 500 tokens are counted at once, which is faster."""

@@ -16,6 +16,7 @@ import personality.observe  # noqa: F401  (the module, of which the package show
 from personality.mlp import Experts, find_mlps, plain_sites, shape_of
 from personality.model import fingerprint
 from personality.neurons import show_neurons
+from personality.op import op
 from personality.rows import replace
 from personality.steer import Tables
 from personality.train import biased
@@ -138,6 +139,24 @@ def test_statistics_are_of_the_tokens_that_an_expert_saw(family, monkeypatch):
             assert close(mine["prob"], prob.masked_fill(few, 0), 1e-5) and close(mine["mean"], mean.masked_fill(few, 0).float(), 1e-4)
             some += int((~few).sum())
     assert some > 40 and bool((found["seen"] == 0).any() or family != "DeepseekV3"), "a narrow layer's end is empty"
+
+
+@pytest.mark.parametrize("share", (1, 3))
+def test_statistics_do_not_hang_on_which_experts_share_a_ring(share, monkeypatch):
+    """Of two groups, in both of which an expert has several hundred tokens; and what is pending counts as memory."""
+    model, found = tiny(), []
+    ids = torch.randint(3, 97, (16, 100), generator=torch.Generator().manual_seed(0))
+    for experts in (4, share):
+        monkeypatch.setattr(observed, "SHARE_A_RING", experts)
+        statistics = Statistics.of(model, 2)
+        with torch.no_grad(), observe(model, statistics, [0, 1] * 8, "all"):
+            for part in ids.split(40, 1):
+                model(input_ids=part, use_cache=False)
+        found.append(statistics)
+    one, several = found
+    assert [len(site[3]) for site in one.sites] == [1, 1] and [len(site[3]) for site in several.sites] == [-(-4 // share)] * 2
+    assert several.bytes - one.bytes == 2 * (-(-4 // share) - 1) * op().pending_bytes
+    assert one.tokens.tolist() == [800, 800] and all(torch.equal(a, b) for a, b in zip(one.state().values(), several.state().values()))
 
 
 def test_planted_neurons_of_experts_are_recovered(monkeypatch):

@@ -167,8 +167,8 @@ def new_statistics(groups, width, device="cpu"):
             torch.zeros(groups, 2, width, dtype=torch.float64, device=device))
 
 
-def new_pending(width):
-    return torch.zeros(-(-width // op().tile), op().pending_bytes, dtype=torch.uint8)
+def new_pending(width, rings=1):
+    return torch.zeros(rings, -(-width // op().tile), op().pending_bytes, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -249,14 +249,16 @@ def test_shards_add_up(device):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_pending_counts_late_and_the_same(data):
-    """Calls of a few rows and of many, with counts wanted in between: with pending as without."""
-    width, groups = data.draw(st.sampled_from((1, 33, 256, 300))), data.draw(st.integers(1, 3))
-    at_once, late, pending = new_statistics(groups, width), new_statistics(groups, width), new_pending(width)
+    """Calls of a few rows and of many, with counts wanted in between: with pending as without, in however many rings."""
+    width, groups = data.draw(st.sampled_from((1, 33, 256, 300))), data.draw(st.integers(1, 7))
+    at_once, late = new_statistics(groups, width), new_statistics(groups, width)
+    pending = new_pending(width, data.draw(st.integers(1, groups + 1)))
     for seed, tokens in enumerate(data.draw(st.lists(st.sampled_from((0, 1, 5, 31, 64, 511, 700)), min_size=1, max_size=8))):
         gate, up = inputs(tokens, width, data.draw(st.sampled_from(DTYPES)), "cpu", seed)
         group = torch.randint(-1, groups + 1, (tokens,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
         expected = plain(gate.clone(), up, 0, None, None, None, None, group, *at_once)
         assert torch.equal(plain(gate, up, 0, None, None, None, None, group, *late, pending), expected)
+        assert torch.equal(at_once[2], late[2]), "moments are added up at once"
         if data.draw(st.booleans()):
             torch.ops.neurons.flush_(*late[:2], pending)
             assert all(torch.equal(a, b) for a, b in zip(at_once, late)) and not pending.any()
@@ -273,18 +275,33 @@ def test_pending_counts_what_is_due_by_itself():
     assert (statistics[0] >= 3200 - 512).all() and torch.equal(statistics[0], statistics[1].sum(-1)[0][None].int())
 
 
-def test_thread_count_does_not_change_statistics():
-    results = []
-    for threads in (1, 2):
-        before = torch.get_num_threads()
+def test_each_ring_counts_what_is_due_to_its_groups():
+    """Group g waits in ring g % rings: there the groups of others make nothing due, and leave it nothing to count."""
+    statistics, pending = new_statistics(4, 40), new_pending(40, 2)
+    for group in (0, 1, 2, 2):  # of each 300 rows; ring 0 gets 900, ring 1 300
+        plain(torch.ones(300, 40), None, 0, None, None, None, None, torch.full((300,), group, dtype=torch.int32), *statistics, pending)
+    counts = statistics[0].sum(1) // 40
+    assert counts[0] == 300 and 900 - 512 - 300 <= counts[2] < 600 and counts[1] < 300 and counts[3] == 0
+    assert pending.flatten(1).any(1).all()
+    torch.ops.neurons.flush_(*statistics[:2], pending)
+    assert (statistics[0].T == torch.tensor([300, 300, 600, 0])).all() and torch.equal(statistics[0], statistics[1].sum(-1).int())
+
+
+@pytest.mark.parametrize("width, groups, rings", ((1134, 1, 1), (40, 8, 4), (300, 6, 3), (300, 5, 16)))
+def test_thread_count_does_not_change_statistics(width, groups, rings):
+    """Where tiles are few, threads share the rings; rows that are not observed go to any of them."""
+    results, before = [], torch.get_num_threads()
+    group = torch.randint(-1, groups + 1, (700,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        gate, up = inputs(50, 1134, torch.float32)
-        statistics, pending = new_statistics(1, 1134), new_pending(1134)
-        plain(gate, up, 0, None, None, None, None, torch.zeros(50, dtype=torch.int32), *statistics, pending)
+        gate, up = inputs(700, width, torch.float32)
+        statistics, pending = new_statistics(groups, width), new_pending(width, rings)
+        plain(gate, up, 0, None, None, None, None, group, *statistics, pending)
         torch.ops.neurons.flush_(*statistics[:2], pending)
         torch.set_num_threads(before)
         results.append((gate, *statistics))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+    assert (results[0][1].sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -338,13 +355,15 @@ def test_errors_name_both_sides():
     fails("moments: expected dtype Double", gate, up, 0, observed(profile, count, sketch, moments.float()))
     pending = new_pending(8)
     fails("pending: expected with count, sketch and moments", gate, up, 0, (*none, pending))
-    fails(r"pending: expected shape \[1, \d+\]", gate, up, 0,
-          (*observed(profile, count, sketch, moments), pending[:, 1:].contiguous()))
+    for wrong, shape in ((pending[..., 1:].contiguous(), "-1"), (pending[0], "-1"), (pending[:0], "1")):
+        fails(rf"pending: expected shape \[{shape}, 1, \d+\] \(-1: any\), got " + re.escape(str(list(wrong.shape))), gate, up, 0,
+              (*observed(profile, count, sketch, moments), wrong))
     with pytest.raises(RuntimeError, match=r"count: expected shape \[2, 8\]"):
         torch.ops.neurons.flush_(count[:1], sketch, pending)
-    with pytest.raises(RuntimeError, match=r"pending: expected shape \[1, \d+\]"):
-        torch.ops.neurons.flush_(count, sketch, new_pending(300))
-    bytes = torch.zeros(pending.numel() + 1, dtype=torch.uint8)[1:].view(1, -1)
+    for wrong in (new_pending(300), pending[:0]):
+        with pytest.raises(RuntimeError, match=r"pending: expected shape \[-?1, 1, \d+\]"):
+            torch.ops.neurons.flush_(count, sketch, wrong)
+    bytes = torch.zeros(pending.numel() + 1, dtype=torch.uint8)[1:].view(1, 1, -1)
     with pytest.raises(RuntimeError, match="pending: expected memory aligned"):
         torch.ops.neurons.flush_(count, sketch, bytes)
 
@@ -359,7 +378,7 @@ def test_opcheck(device):
     edits = tables([{3: (0.0, 1.0, 0.5, 0.1)}], 40, device)
     ones, statistics = torch.ones(5, dtype=torch.int32, device=device), new_statistics(1, 40, device)
     group = torch.zeros(5, dtype=torch.int32, device=device)
-    late = [(group, *statistics, new_pending(40))] if device == "cpu" else []
+    late = [(group, *statistics, new_pending(40, rings)) for rings in (1, 3)] if device == "cpu" else []
     for up in (True, False):
         for edited in ((ones, *edits), (None,) * 4):
             for observed in ((group, *statistics), (None,) * 4, *late):

@@ -253,8 +253,9 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            neurons = sum(mlp.neurons for mlp in find_mlps(self.model))
-            raise UserError(f"out of memory: the statistics of {neurons:,} neurons take some {2.6e-6 * neurons:.0f} GB beside the "
+            neurons, each = sum(mlp.neurons for mlp in find_mlps(self.model)), 2.5e-6  # GB
+            each += 1e-6 * (self.model.device.type == "cpu")  # what is pending
+            raise UserError(f"out of memory: the statistics of {neurons:,} neurons take some {each * neurons:.0f} GB beside the "
                             "model: --quantize or --device-map auto may make room") from error
 
     def batch(self) -> None:

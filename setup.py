@@ -50,7 +50,7 @@ setup(
     extras_require={
         "judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"], "finetune": ["peft"],
         "bench": ["openai", "datasketch", "py3langid"], "serve": ["fastapi", "uvicorn", "pydantic>=2"],
-        "quantize": ["bitsandbytes", "torchao"],
+        "quantize": ["bitsandbytes", "torchao", "compressed-tensors"],
         # CUDA's compiler, for a torch that is built with CUDA 13
         "cuda": [f"nvidia-{part}>=13,<14" for part in ("cuda-nvcc", "nvvm", "cuda-runtime", "cuda-crt", "cuda-cccl")],
         "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft", "fastapi", "uvicorn",

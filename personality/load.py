@@ -72,6 +72,11 @@ def tensor_parallel(world: World):
         raise UserError(f"--tp: transformers {transformers.__version__} has no such sharing: 5.23 is tested") from error
 
 
+def quantized_by(model) -> str | None:
+    config = getattr(model.config, "quantization_config", None) or {}
+    return config.get("quant_method") if isinstance(config, dict) else config.quant_method
+
+
 def load_model(name: str | None = None, device: str | None = None, dtype: str | None = None, flag: str = "--model",
                device_map: str | dict | None = None, quantize: str | None = None, world: World = World()):
     """(model, tokenizer) of a hub id, a local directory, a .gguf path, or (SmolLM2-135M-Instruct, as None) the default model;
@@ -98,6 +103,9 @@ def load_model(name: str | None = None, device: str | None = None, dtype: str | 
         model, info = transformers.AutoModelForCausalLM.from_pretrained(place, **options, output_loading_info=True)
         check_loaded(model, info)
         tokenizer, model = prepared(tokenizer), model.eval()
+        if quantized_by(model) == "compressed-tensors":  # unpacks itself in its first forward: until then its layers can't be run
+            with torch.no_grad():
+                model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
     except UserError as error:
         raise UserError(f"{flag} {name}: {error}") from error
     except Exception as error:  # of a damaged file, in many ways

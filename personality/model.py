@@ -44,14 +44,15 @@ def tensors_of(block, buffers: bool):
 
 
 def sampled(tensor) -> bytes:
-    """The signs of 256 of a tensor's numbers; the bytes of 256 of its codes where those are not numbers."""
+    """The signs of 256 of a tensor's numbers, and their form if they are packed; the bytes of 256 of its codes if they are none."""
     if hasattr(tensor, "full_tensor"):  # of a model that several processes share
         tensor = tensor.full_tensor()
+    form = b""
     if hasattr(tensor, "dequantize") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        tensor = tensor.dequantize()
+        form, tensor = type(tensor).__name__.encode(), tensor.dequantize()  # FP8 keeps all signs
     tensor = tensor.flatten()
     some = tensor[:: max(1, tensor.numel() // 256)][:256].cpu()
-    return ((some > 0) if is_numbers(tensor) else some.view(torch.uint8)).numpy().tobytes()
+    return form + ((some > 0) if is_numbers(tensor) else some.view(torch.uint8)).numpy().tobytes()
 
 
 def name_of(model) -> str:

@@ -216,15 +216,54 @@ def test_quantised_for_real(kind, small, tmp_path):
     model, tokenizer = load_model(str(folder), "cpu", "bfloat16", quantize=kind)
     assert type(find_mlps(model)[0].gate) is not torch.nn.Linear or type(model.model.layers[0].mlp.gate_proj.weight.data) is not torch.Tensor
     assert fingerprint(model) != fingerprint(small.model)
-    with observe(model, Statistics.of(model)):
-        plain = write(model)
-        with steer(model, random_profile(width=128), rows=[0, 1, 0, 1]):
-            ours = write(model)
-    assert torch.equal(ours[::2], plain[::2]) and not torch.equal(ours[1::2], plain[1::2])
-    neurons = run(small, tmp_path / "out", model=(model, tokenizer)).identify()
-    assert neurons.meta["fingerprint"] == fingerprint(model) and neurons.prob.any()
+    steered_and_identified(model, tokenizer, small, tmp_path, 128)
     with pytest.raises(UserError, match="--save: layers that are quantised"):
         Baking(model, shifts([0], [1], [1.0]))
+
+
+def steered_and_identified(model, tokenizer, small, folder, width):
+    with observe(model, Statistics.of(model)):
+        plain = write(model)
+        with steer(model, random_profile(width=width), rows=[0, 1, 0, 1]):
+            ours = write(model)
+    assert torch.equal(ours[::2], plain[::2]) and not torch.equal(ours[1::2], plain[1::2])
+    neurons = run(small, folder / "out", model=(model, tokenizer)).identify()
+    assert neurons.meta["fingerprint"] == fingerprint(model) and neurons.prob.any()
+
+
+def test_fp8_for_real(small, tmp_path):
+    """torchao's weights, which keep every sign of the model that they are of."""
+    torchao = pytest.importorskip("torchao.quantization")
+    folder, config = save_model(tmp_path / "model"), transformers.TorchAoConfig(torchao.Float8WeightOnlyConfig())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
+    model.source = "fp8"
+    assert fingerprint(model) != fingerprint(small.model)
+    steered_and_identified(model, small.tokenizer, small, tmp_path, 48)
+
+
+@pytest.mark.parametrize("form, bits, number, largest", (("int-quantized", 8, "int", 127), ("float-quantized", 8, "float", 448),
+                                                         ("pack-quantized", 4, "int", 7)))
+def test_compressed_checkpoint_for_real(form, bits, number, largest, small, tmp_path):
+    """In compressed-tensors' forms of int8, FP8 and packed int4: the library unpacks such a model in its first forward, with weights
+    of another kind from then on. It is steered before any, and it is the same model before and after."""
+    quantization, compressors = (pytest.importorskip(f"compressed_tensors.{part}") for part in ("quantization", "compressors"))
+    folder = save_model(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    weights = quantization.QuantizationArgs(num_bits=bits, type=number, strategy="channel", symmetric=True)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    config = quantization.QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"], format=form)
+    quantization.apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data = (module.weight.abs().amax(1, keepdim=True) / largest).to(module.weight_scale)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model, quantization_format=form)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    model, tokenizer = load_model(str(folder), "cpu", "float32")
+    first = fingerprint(model)
+    steered_and_identified(model, tokenizer, small, tmp_path, 48)
+    assert first == fingerprint(model) != fingerprint(small.model)
 
 
 def test_experts_are_left_as_they_are(tmp_path, capsys):

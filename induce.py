@@ -8,7 +8,7 @@
     python induce.py --serve --characters DIR
     python induce.py --list
 
-Sets some of the model's neurons while it writes: no prompt, no changed weights, and no time (the edit rides in the op that
+Sets some of the model's neurons while it writes: no prompt, no changed weights, and hardly any time (the edit rides in the op that
 computes the MLP). --level adds constants to half a per cent of them, which were trained so that the model writes as under a
 persona (personality/train.py); --alpha raises the neurons that fire for the pole and suppresses those of the other one, as NPTI
 does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A file that is missing is made first.

@@ -99,7 +99,7 @@ Args checked(const Call& c) {
   }
   if (c.pending) {
     TORCH_CHECK(c.count, "pending: expected with count, sketch and moments, got it alone");
-    TORCH_CHECK(!gate.is_cuda(), "pending: expected none on a GPU, which counts at once");
+    TORCH_CHECK(!gate.is_cuda(), "pending: expected none on a GPU, which counts at once");  // and one ring at least elsewhere:
     check_table(*c.pending, "pending", gate, at::kByte, {c.pending->numel() ? -1 : 1, a.tiles(), sizeof(Pending)});
   }
   return a;

@@ -19,12 +19,13 @@ __device__ __forceinline__ void from_float(float x, __half& to) { to = __float2h
 
 // V neighbouring elements as one machine word, moved by one instruction: 16 bytes, or one element where rows are not
 // aligned. They stay a word until they are used: taking a word apart waits for the load that brings it.
-template <int Bytes> struct WordOf { using Type = uint4; };
+template <int Bytes> struct WordOf;
+template <> struct WordOf<16> { using Type = uint4; };
 template <> struct WordOf<4> { using Type = unsigned; };
 template <> struct WordOf<2> { using Type = unsigned short; };
 
 // A team of lanes shares a token's Team * N neighbouring columns: a lane has N / V words of V columns, Team * V columns apart,
-// the first at lane * V. gate and up, or here, is where that lies; left: how many columns there are from there on.
+// the first at lane * V. gate, up and here point to that one; left: how many columns there are from it on.
 template <int Team, class T, int V, int N>
 struct Words {
   using Word = typename WordOf<sizeof(T) * V>::Type;
@@ -75,7 +76,7 @@ template <int V, int N>
 __device__ __forceinline__ Span lane_edits(const Args& args, int profile, int tile, int column) {
   const Span all = edits_of(args, profile, tile, 1, args.tiles());
   if (N != V) return all;
-  const int any = all.begin + threadIdx.x % 32;  // not the lane's own, as a rule: read to have it in the cache in time
+  const int any = all.begin + threadIdx.x % 32;  // whoever's it is: so that edit() finds the tile's edits in the cache
   if (any < all.end) asm volatile("{ .reg .f32 x; ld.global.nc.f32 x, [%0]; }" ::"l"(args.edit_value + any));
   int begin = all.begin, end = all.end;
   while (begin < end) {
@@ -107,10 +108,10 @@ __device__ __forceinline__ void edit(const Args& args, Span edits, int column, c
 
 // No statistics. A warp has 32 words of each of `several` tokens, and loads the next token's while it works on one: that hides
 // the chain of loads behind an edit. Bytes moved: tokens * width * (gate read, up read, gate written) * sizeof(T), and the edits.
-constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kPlainThreads = 128;
 
 template <class T, int V, bool Edited>
-__global__ void __launch_bounds__(kThreads, V == 1 ? 6 : Edited ? 8 : 10)
+__global__ void __launch_bounds__(kPlainThreads, V == 1 ? 6 : Edited ? 8 : 10)
 glu_kernel(const Args args, const int several) {
   constexpr int N = V == 1 ? 8 : V;
   const int first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 32 * N, column = first + threadIdx.x % 32 * V;
@@ -133,7 +134,8 @@ glu_kernel(const Args args, const int several) {
     words.get(up, g, u);
     T* const here = row;
     if (++t < end) {
-      words.load(row += args.gate_stride, up ? up += args.up_stride : up, left);
+      row += args.gate_stride;
+      words.load(row, up ? up += args.up_stride : up, left);
       if (Edited) next = __ldg(args.token_profile + t);
     }
     activate<sizeof(T) == 2>(args.act, g, a);
@@ -145,11 +147,6 @@ glu_kernel(const Args args, const int several) {
   }
 }
 
-// With statistics. A block owns Team words of columns for one group's tokens (group 0's also takes the unobserved ones), so that
-// sums have one fixed order and nothing needs a float atomic. Its teams take a token each, and have the next ones' loads under
-// way. With Shared, which pays from some hundred tokens on, the block's sketch is in shared memory and added once at the end,
-// and so is whose the tokens are; else each positive activation is an integer atomic in global memory. Bytes moved: as above,
-// and the touched parts of the sketch.
 constexpr int kStage = 2048;   // tokens whose groups and profiles are read together
 constexpr int kNowhere = 32;   // counters, one a lane, for activations that are not positive: cheaper than a branch
 template <int Team> constexpr int kThreadsOf = Team == 2 ? 512 : 256;  // where there are few blocks, they are larger
@@ -209,6 +206,11 @@ __device__ __forceinline__ void add_to_statistics(const Args& args, int first, i
   }
 }
 
+// With statistics. A block owns Team words of columns for one group's tokens (group 0's also takes the unobserved ones), so that
+// sums have one fixed order and nothing needs a float atomic. Its teams take a token each, and have the next ones' loads under
+// way. With Shared, which pays from some hundred tokens on, the block's sketch is in shared memory and added once at the end,
+// and so is whose the tokens are; else each positive activation is an integer atomic in global memory. Bytes moved: as above,
+// and the touched parts of the sketch.
 template <class T, int V, int Team, bool Shared, bool Edited>
 __global__ void __launch_bounds__(kThreadsOf<Team>, V == 1 ? 1 : 512 / kThreadsOf<Team>)
 glu_statistics_kernel(const Args args) {
@@ -233,7 +235,6 @@ glu_statistics_kernel(const Args args) {
   int2* const maps = reinterpret_cast<int2*>(bins + kColumns * kBins + kNowhere);
   const unsigned lane_bins = Shared ? static_cast<unsigned>(__cvta_generic_to_shared(bins + lane * V * kBins)) : 0;
   const unsigned nowhere = Shared ? static_cast<unsigned>(__cvta_generic_to_shared(bins + kColumns * kBins + threadIdx.x % 32)) : 0;
-
   for (int64_t from = 0; from < args.tokens; from += kStage) {
     const int tokens = static_cast<int>(min(args.tokens - from, static_cast<int64_t>(kStage)));
     if (Shared) {
@@ -291,11 +292,10 @@ glu_statistics_kernel(const Args args) {
 
 template <class T, int V, bool Edited>
 cudaError_t launch(const Args& args, cudaStream_t stream) {
-  constexpr int N = V == 1 ? 8 : V;
+  constexpr int64_t N = V == 1 ? 8 : V, kWarps = kPlainThreads / 32;
   const int64_t parts = ceil_div(args.width, 32 * N), warps = parts < kWarps ? parts : kWarps, across = ceil_div(parts, warps);
-  constexpr int64_t kMost = 65535, kRows = Edited ? 2 : 1;  // of a grid's second dimension
-  int64_t several = args.tokens * across / 512;
-  several = several < 1 ? 1 : several > kRows ? kRows : several;
+  constexpr int64_t kMost = 65535;  // of a grid's second dimension
+  int64_t several = Edited && args.tokens * across >= 1024 ? 2 : 1;  // once that leaves enough blocks to fill the card
   if (several * kMost < args.tokens) several = ceil_div(args.tokens, kMost);
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(ceil_div(args.tokens, several)));
   glu_kernel<T, V, Edited><<<grid, static_cast<unsigned>(warps) * 32, 0, stream>>>(args, static_cast<int>(several));

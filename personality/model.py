@@ -22,8 +22,8 @@ SEARCH_PENALTY, TEST_PENALTY = 1.1, 1.15  # of repetition: the paper's, when it 
 def fingerprint(model) -> str:
     """Tells models apart, whatever dtype they are loaded in: the MLPs' shape, and the names and the signs of 256 numbers of each
     parameter of the decoder's layers, of which fine-tuning turns some and baking adds some. (Not of the embeddings, which one file
-    of a model holds once and another twice.) Of quantised weights it is the packed bits as they are, so quantising makes another
-    model."""
+    of a model holds once and another twice.) Of quantised weights it is that they are, and the signs of what they stand for, or
+    the packed bits where the library has no word for that: so quantising makes another model."""
     (depth, width), content = shape_of(find_mlps(model)), hashlib.sha256()
     packed = getattr(model.config, "quantization_config", None) is not None  # some of these keep weights as buffers
     for block in layers_of(model):
@@ -49,7 +49,7 @@ def sampled(tensor) -> bytes:
         tensor = tensor.full_tensor()
     form = b""
     if hasattr(tensor, "dequantize") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        form, tensor = type(tensor).__name__.encode(), tensor.dequantize()  # FP8 keeps all signs
+        form, tensor = b"packed", tensor.dequantize()  # FP8 keeps all signs
     tensor = tensor.flatten()
     some = tensor[:: max(1, tensor.numel() // 256)][:256].cpu()
     return form + ((some > 0) if is_numbers(tensor) else some.view(torch.uint8)).numpy().tobytes()

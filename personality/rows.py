@@ -115,7 +115,7 @@ class Follow(StoppingCriteria):
         if len(self.nobody) != len(input_ids):  # kept: a GPU waits for each kernel that is launched between two forwards
             self.nobody = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         done = self.nobody
-        for criterion in self.criteria:  # whatever form a verdict has
+        for criterion in self.criteria:  # whatever form a verdict has; not |=, which would write to what is kept
             done = done | torch.as_tensor(criterion(input_ids, scores, **kwargs), dtype=torch.bool, device=input_ids.device)
         self.patch.step(input_ids, self.ends, done if self.criteria else None)
         return done

@@ -145,7 +145,7 @@ def time_cpu(functions, sets, seconds):
 def time_cuda(functions, sets, seconds):
     """Microseconds a call, from replays of a captured graph that goes through all sets: no launch gaps, and inputs come from
     memory where they are larger than the cache together. up = 1 + exp(-gate), so that gate stays what it was."""
-    graphs, turns = {}, max(1, 16 // len(sets))
+    graphs, turns = {}, max(1, 16 // len(sets))  # calls enough that a replay's own start doesn't count
     for name, function in functions.items():
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -407,12 +407,12 @@ def large(device: str, pairs: int) -> list[dict]:
 EIGHT_BILLION = "Llama-3-8B's shape, random weights"
 
 
-def random_llama(dtype: str | None, **smaller):
+def random_llama(dtype: str | None):
     import transformers
 
-    config = transformers.LlamaConfig(**{**dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, eos_token_id=2, pad_token_id=2), **smaller})
+    config = transformers.LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                                      num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+                                      eos_token_id=2, pad_token_id=2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype or default_dtype(device)))
@@ -597,7 +597,7 @@ def arguments():
     what.add_argument("--baked", metavar="DIR",
                       help="only the speed of a checkpoint that induce.py --save made of the default model")
     flags.add_argument("--seconds", type=number(0, 3600), default=2.0, help="for each shape (default: %(default)s)")
-    flags.add_argument("--pairs", type=positive, help="of generations, of which a CPU pairs each token (default: 21, quick: 7)")
+    flags.add_argument("--pairs", type=positive, help="of generations, each token of which is a pair (default: 21, quick: 7)")
     args = flags.parse_args()
     refuse(args, ((lambda args: args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this torch sees no GPU"),
                   (lambda args: args.baked and not (Path(args.baked) / "config.json").is_file(), "--baked {baked}: no checkpoint is there"),

@@ -103,7 +103,7 @@ def load_model(name: str | None = None, device: str | None = None, dtype: str | 
         model, info = transformers.AutoModelForCausalLM.from_pretrained(place, **options, output_loading_info=True)
         check_loaded(model, info)
         tokenizer, model = prepared(tokenizer), model.eval()
-        if quantized_by(model) == "compressed-tensors":  # most unpack themselves in their first forward, and can't be run by layers before
+        if quantized_by(model) == "compressed-tensors":  # most unpack themselves in their first forward, not before
             with torch.no_grad():
                 model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
     except UserError as error:

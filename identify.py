@@ -71,7 +71,7 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "identify")  # imports this file, which needs torch from here on, and runs main()
 
-import contextlib, hashlib, itertools, json, random, re, time  # noqa: E401, E402
+import contextlib, hashlib, itertools, json, math, random, re, time  # noqa: E401, E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -84,7 +84,7 @@ from personality.mlp import decoder_of, find_mlps  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import SEARCH_PENALTY, answer_inputs, answers, dtype_of, fingerprint, out_of_memory, with_ids  # noqa: E402
 from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show_neurons  # noqa: E402
-from personality.observe import FEWEST, Statistics, observe  # noqa: E402
+from personality.observe import FEWEST, Statistics, observe, shapes_at  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
 from personality.train import add_trained  # noqa: E402
 from personality.store import Journal, digest, json_lines, only_run, to_line, write_atomically  # noqa: E402
@@ -253,10 +253,10 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            neurons, each = sum(mlp.neurons for mlp in find_mlps(self.model)), 2.5e-6  # GB
-            if self.model.device.type == "cpu":  # what is pending; four experts share that
-                each += 1e-6 if all(mlp.experts == 1 for mlp in find_mlps(self.model)) else 0.25e-6
-            raise UserError(f"out of memory: the statistics of {neurons:,} neurons take some {each * neurons:.0f} GB beside the "
+            mlps = find_mlps(self.model)
+            size = sum(math.prod(shape) * dtype.itemsize for mlp in mlps for shape, dtype in shapes_at(mlp, len(POLES)))
+            neurons = sum(mlp.neurons for mlp in mlps)
+            raise UserError(f"out of memory: the statistics of {neurons:,} neurons take some {size / 1e9:.0f} GB beside the "
                             "model: --quantize or --device-map auto may make room") from error
 
     def batch(self) -> None:

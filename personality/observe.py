@@ -15,6 +15,15 @@ FEWEST = 800
 SHARE_A_RING = 4
 
 
+def shapes_at(site: Site, groups: int) -> list[tuple]:
+    """(shape, dtype) of what is kept of a site: count, sketch, moments and, on a CPU, pending."""
+    many, width = groups * site.experts, site.width
+    shapes = [((many, width), torch.int32), ((many, width, op().bins), torch.int32), ((many, 2, width), torch.float64)]
+    if site.device.type == "cpu":
+        shapes.append(((-(-site.experts // SHARE_A_RING), -(-width // op().tile), op().pending_bytes), torch.uint8))
+    return shapes
+
+
 class Statistics:
     """What fired how often and how strongly, for G groups of tokens (identify.py: group 0 is the high pole, 1 the low one).
 
@@ -29,13 +38,10 @@ class Statistics:
         self.places, self.groups = sites, groups
         self.sites, self.seen = [], {}
         for number, site in enumerate(sites):
-            many, width, device = groups * site.experts, site.width, site.device
-            shapes = [((many, width), torch.int32), ((many, width, op().bins), torch.int32), ((many, 2, width), torch.float64)]
-            if device.type == "cpu":
-                shapes.append(((-(-site.experts // SHARE_A_RING), -(-width // op().tile), op().pending_bytes), torch.uint8))
-            self.sites.append(tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
+            shapes = shapes_at(site, groups)
+            self.sites.append(tuple(torch.zeros(shape, dtype=dtype, device=site.device) for shape, dtype in shapes))
             if site.experts > 1:
-                self.seen[number] = torch.zeros(1 + many, dtype=torch.int64, device=device)
+                self.seen[number] = torch.zeros(1 + groups * site.experts, dtype=torch.int64, device=site.device)
         self.tokens = torch.zeros(groups, dtype=torch.int64, device=sites[0].device)
         self.range = torch.arange(groups, dtype=torch.int32, device=sites[0].device)
         for tensor in self.tensors():

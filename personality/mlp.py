@@ -275,8 +275,7 @@ def device_of(module) -> torch.device:
 
 def dtype_of_activations(gate, block) -> torch.dtype:
     """What a gate takes: its weight's dtype, unless that is a code for other numbers."""
-    weights = (getattr(gate, "weight", None), *block.parameters())
-    return next((weight.dtype for weight in weights if is_numbers(weight)), torch.float32)
+    return next((part.dtype for part in (getattr(gate, "weight", None), *block.parameters()) if is_numbers(part)), torch.float32)
 
 
 def is_numbers(weight) -> bool:
@@ -299,9 +298,12 @@ def which_act(function) -> int | None:
 # ---------------------------------------------------------------------------------------------------------- through the op
 
 
-def through_op(mlp: Mlp, index: int, arguments):
-    """The MLP's forward through the op, which overwrites gate: nothing reads it afterwards. arguments(index, routed): what the op
-    takes after act, for this MLP and the forward that runs."""
+ARGUMENTS = {}  # by a patch's number. A global: of an object that is reached in several ways, compiled code checks each
+
+
+def through_op(mlp: Mlp, index: int, patch: int):
+    """The MLP's forward through the op, which overwrites gate: nothing reads it afterwards. ARGUMENTS[patch](index, routed) are the
+    op's after act, for this MLP and the forward that runs."""
     op()
     glu_, width, act = torch.ops.neurons.glu_, mlp.width, mlp.act  # not read off mlp: compiled code would check that it is the same
 
@@ -309,7 +311,7 @@ def through_op(mlp: Mlp, index: int, arguments):
         if not torch.compiler.is_compiling():
             refuse_hooks(mlp)
         # view, never a copy: what the op writes must reach down()
-        glu_(gate.view(-1, width), None if up is None else up.view(-1, width), act, *arguments(index, routed))
+        glu_(gate.view(-1, width), None if up is None else up.view(-1, width), act, *ARGUMENTS[patch](index, routed))
         return gate
 
     return mlp.through(middle)
@@ -340,9 +342,7 @@ def compare(mlp: Mlp, forward) -> None:
     finally:
         for module, training in modes:
             module.training = training
-    apart = 1.0
-    if own.shape == ours.shape:
-        apart = float((own - ours).float().abs().max() / own.float().abs().max().clamp_min(1e-9))
+    apart = float((own - ours).float().abs().max() / own.float().abs().max().clamp_min(1e-9)) if own.shape == ours.shape else 1.0
     # broken weights, which give no finite number either way, are for identify's own check to report
     if not apart < (1e-3 if own.dtype == torch.float32 else 5e-2) and bool(own.isfinite().all()):
         raise UserError(f"{what} is not down(act(gate) * up): its own result and ours differ by {apart:.0%} on a random vector, so "

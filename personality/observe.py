@@ -156,6 +156,6 @@ def observe(model, statistics: Statistics, groups=None, where="generated"):
 
     groups: the group of each prompt (-1: not observed); None: group 0, or prompt i in group i where there are several. where:
     which tokens, see Rows. The statistics are of the unedited activations, also while steering. """
-    rows = Rows(groups, statistics.groups, -1, where, statistics.sites)
+    rows = Rows(groups, statistics.groups, -1, where, statistics.sites, {})
     rows.on_map, rows.on_routed = statistics.count_tokens, statistics.count_routed
     return patched(model, "observed", rows)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from .mlp import Routed, compare, decoder_of, find_mlps, through_op
+from .mlp import ARGUMENTS, Routed, compare, decoder_of, find_mlps, through_op
 from .terminal import UserError
 
 NOTHING = (None,) * 4  # the op's arguments without edits, and without statistics
@@ -29,12 +29,12 @@ class Rows:
     where: "generated" (positions whose input is a generated token, as NPTI does), "all" (the prompt as well; padding
     never), a bool tensor (rows, tokens) for forwards of that shape outside generate(), or, for an engine that knows whose each
     token is, a function that is called at each forward with its rows and tokens, and gives the map, or None for no token.
-    sites: the op's arguments behind the token map, by place in find_mlps()."""
+    sites: the op's arguments behind the token map, by place in find_mlps(); shared: those behind these, by device."""
 
-    def __init__(self, rows, choices: int, none: int, where, sites: list[tuple]):
+    def __init__(self, rows, choices: int, none: int, where, sites: list[tuple], shared: dict):
         if not (torch.is_tensor(where) or callable(where) or where in ("generated", "all")):
             raise UserError(f'where: expected "generated", "all", a bool tensor or a function, got {where!r}')
-        self.choices, self.none, self.where, self.sites = choices, none, where, sites
+        self.choices, self.none, self.where, self.sites, self.shared = choices, none, where, sites, shared
         self.assign(rows)
         self.buffers = {}  # by size: the decode map, at a fixed address, as a captured graph wants it
         self.tokens = None  # int32 (batch * tokens) of the forward that runs, or None: nothing is edited or observed
@@ -64,7 +64,7 @@ class Rows:
             first, numbers = self.none + 1, numbers[routed.token]
             numbers = torch.where(numbers > self.none, (numbers - first) * routed.experts + routed.expert + first, self.none).int()
             self.on_routed(index, numbers)
-        return (numbers, *self.sites[index])
+        return (numbers, *self.sites[index], *self.shared.get(device, ()))
 
     def assign(self, rows) -> None:
         """Set the number of each prompt, from the next generate() or forward on."""
@@ -153,8 +153,11 @@ class Patch:
         forget_compiled = functools.partial(self.model.__dict__.pop, "_compiled_call", None)
         undo.callback(forget_compiled)  # generate()'s, which would go on with the forwards of before
         replace(undo, self.model, "_neurons_patch", self)
+        number = min(set(range(len(ARGUMENTS) + 1)) - set(ARGUMENTS))  # 0 again for the next patch: compiled code knows it
+        ARGUMENTS[number] = self.arguments
+        undo.callback(ARGUMENTS.pop, number)
         for index, mlp in enumerate(self.mlps):
-            forward = through_op(mlp, index, self.arguments)
+            forward = through_op(mlp, index, number)
             compare(mlp, functools.partial(run_as, mlp.module, forward))
             replace_forward(undo, mlp.module, forward)
         if hasattr(self.model, "generate"):
@@ -259,9 +262,8 @@ class Patch:
         if self.ended is None:
             self.phase, self.ended = "decode", torch.zeros(batch, dtype=torch.bool, device=latest.device)
         if len(latest) == batch:  # beam search asks about more candidates than it goes on with, of which none has ended
-            self.ended |= (latest[:, None] == ends).any(1)
-            if done is not None:
-                self.ended |= done
+            ended = torch.isin(latest, ends)
+            self.ended |= ended if done is None else ended | done
         for rows in self.active.values():
             numbers = rows.of(batch, len(self.mask), latest.device)
             rows.buffer(batch, latest.device).copy_(numbers).masked_fill_(self.ended, rows.none)

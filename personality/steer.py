@@ -243,7 +243,7 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
         raise UserError(f"keep: expected a number above 0, at most 1, got {keep}")
     profiles, mlps = as_list(profiles), find_mlps(model)
     tables = Tables(profiles, mlps, capacity)
-    rows = Rows(rows, len(profiles), 0, where, tables.sites)
+    rows = Rows(rows, len(profiles), 0, where, [(ptr,) for ptr in tables.ptr], tables.edits)
     steering, residual = Steering(tables, mlps, rows), residual_tables(mlps, profiles)
     if keep < 1:
         rows.before_decode = functools.partial(tables.thin, keep, torch.Generator().manual_seed(seed))

@@ -794,3 +794,31 @@ def test_static_cache_compiled_before_steer():
         ours = static(model)
         assert torch.equal(ours, write(model)) and not torch.equal(ours, plain)
     assert torch.equal(static(model), plain)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_checks_nothing_more_in_python_for_each_layer(monkeypatch):
+    """The checks before each call of compiled code that are expressions of Python are the slow ones, and a GPU waits for them."""
+    from torch._dynamo.guards import GuardBuilder
+
+    checks, add = [], GuardBuilder.add_python_lambda_leaf_guard_to_root
+    monkeypatch.setattr(GuardBuilder, "add_python_lambda_leaf_guard_to_root",
+                        lambda self, code, *args, **kwargs: checks.extend(code) or add(self, code, *args, **kwargs))
+
+    def more_for_two_layers(*entered):
+        found = []
+        for layers in (2, 4):
+            model = tiny(num_hidden_layers=layers)
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                for enter in entered:
+                    stack.enter_context(enter(model))
+                torch._dynamo.reset()
+                checks.clear()
+                torch.compile(model, backend="eager")(**prompts())
+                found.append(len(checks))
+        return found[1] - found[0]
+
+    plain = more_for_two_layers()
+    assert plain > 0, "nothing was counted, so this test proves nothing"
+    assert more_for_two_layers(lambda model: steer(model, [random_profile(1)] * 4, where="all"),
+                               lambda model: observe(model, Statistics.of(model), where="all")) <= plain

@@ -217,20 +217,21 @@ class Engine:
             page_size=PAGE, num_blocks=cache_blocks(self.model, self.rows), max_batch_tokens=max(TOGETHER, self.rows),
             max_requests_per_batch=self.rows, use_cuda_graph=False, use_async_batching=False, auto_switch_to_flash=False,
             allow_block_sharing=False)  # an answer's keys are those of one personality
-        try:
+        sampler = Sampler(self.requests)
+        try:  # transformers' own code, and its inner names
             manager = self.model.init_continuous_batching(generation_config=options, continuous_batching_config=config)
-            manager.logit_processor = Sampler(self.requests)
+            manager.logit_processor = sampler
             manager.batch_processor = processor = manager._create_batch_processor()
-            inputs = processor.inputs_and_outputs
-            processor.prepare_next_batch = self.between_steps(processor.prepare_next_batch, processor.scheduler)
-            manager.output_router.output_queue = SimpleNamespace(put=lambda output: None)  # of those that nobody awaits any more
-            inputs.prepare_batch_tensors = self.before_step(inputs.prepare_batch_tensors)
+            inputs, scheduler, router = processor.inputs_and_outputs, processor.scheduler, manager.output_router
+            begin, prepare = processor.prepare_next_batch, inputs.prepare_batch_tensors
             self.longest = (manager.continuous_batching_config.num_blocks - 1) * PAGE  # tokens of a request that the cache can hold
-            return manager
-        # all of these are raised by inner names that another version lacks, or by a configuration that its cache can't read
+        # of a version that lacks such a name, or of a configuration that its cache can't read
         except (AttributeError, TypeError, ValueError, NotImplementedError, KeyError) as error:
             raise UserError(f"continuous batching of transformers {transformers.__version__} can't serve "
                             f"{type(self.model).__name__}: {error}") from error
+        processor.prepare_next_batch, inputs.prepare_batch_tensors = self.between_steps(begin, scheduler), self.before_step(prepare)
+        router.output_queue = SimpleNamespace(put=lambda output: None)  # of those that nobody awaits any more
+        return manager
 
     def between_steps(self, prepare_next_batch, scheduler):
         """Do the work of between() first, then go on."""

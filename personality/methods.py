@@ -97,12 +97,13 @@ DEAREST = 1.3  # times the unedited perplexity: what level 1 may cost
 
 
 def multiple_at(dose, level: float) -> float:
-    """By how much a pole's trained biases are multiplied at a level, 0 to 1 or beyond. dose (doses, 3): a multiple, how far the
-    answers then move to the pole, by what factor their perplexity grows (see train.dose_response()). Level 1 is the largest
-    multiple that is no dearer than DEAREST; between the doses, what is measured is taken as linear. A level below 1 is the smallest
-    multiple that moves the answers by that share of what level 1 does; beyond 1, multiples go on in proportion."""
-    dose = np.concatenate([[[0.0, 0.0, 1.0]], dose.double().numpy()])
-    multiple, moved, dearer = dose[:, 0], np.maximum.accumulate(dose[:, 1]), np.maximum.accumulate(np.log(dose[:, 2]))
+    """By how much a pole's trained biases are multiplied at a level, 0 to 1 or beyond. dose (doses, 4): a multiple, how far the
+    answers then move to the pole, by what factor their perplexity grows, and by what at most (see train.dose_response(); files of
+    before lack that). Level 1 is the largest multiple that is at most as dear as DEAREST; between the doses, what is measured is
+    taken as linear. A level below 1 is the smallest multiple that moves the answers by that share of what level 1 does; beyond 1,
+    multiples go on in proportion."""
+    dose = np.concatenate([[[0.0, 0.0, *np.ones(dose.shape[1] - 2)]], dose.double().numpy()])
+    multiple, moved, dearer = dose[:, 0], np.maximum.accumulate(dose[:, 1]), np.maximum.accumulate(np.log(dose[:, -1]))
     most = float(np.interp(math.log(DEAREST), dearer, multiple)) if dearer[-1] > math.log(DEAREST) else multiple[-1]
     full = float(np.interp(most, multiple, moved))
     if level >= 1 or full <= 0:

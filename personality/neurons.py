@@ -35,7 +35,7 @@ class Neurons:
     """A neuron file. Tensors are (2, layers, d_ff), pole high first: prob, p50, p95, p99 (of the activation), mean, variance (of
     the product). Of a model whose layers have experts, or are of different widths, also seen: int32, the tokens that a neuron was
     counted on (see observe.Statistics). Where there are trained edits (train.py), also: high_place, low_place int32 (n, 2), layer
-    and index of their neurons; high_bias, low_bias float32 (n); dose float32 (2, doses, 3), see train.dose_response()."""
+    and index of their neurons; high_bias, low_bias float32 (n); dose float32 (2, doses, 4), see train.dose_response()."""
 
     tensors: dict
     meta: dict
@@ -150,7 +150,8 @@ class Neurons:
             self.tensors[name].dtype == dtype and bool(self.tensors[name].isfinite().all()) for name, dtype in TRAINED.items())
         if fine:
             doses, most = shapes["dose"], torch.tensor(self.shape)
-            fine = len(doses) == 3 and doses[0] == 2 and doses[1] > 0 and doses[2] == 3 and bool((self.dose[..., ::2] > 0).all())
+            fine = len(doses) == 3 and doses[0] == 2 and doses[1] > 0 and doses[2] in (3, 4)  # 3: of before, see multiple_at()
+            fine = fine and bool((self.dose[..., [0, *range(2, doses[2])]] > 0).all())
             for pole in POLES:
                 place, bias = self.tensors[f"{pole}_place"], self.tensors[f"{pole}_bias"]
                 fine = fine and bias.dim() == 1 and place.shape == (len(bias), 2) and bool(((place >= 0) & (place < most)).all())

@@ -5,8 +5,9 @@ persona's words about, and how far. For each pole of a trait, from answers y tha
 
     teacher   softmax(log p(.|q, y) + GAIN (log p(.|pole, q, y) - log p(.|other pole, q, y))): the unedited model, three times
     student   no persona; act(gate) * up + bias at the answer's positions
-    chosen    SHARE of the neurons: those whose bias would gain most, g^2 / E g^2, g being d KL(teacher, student) / d bias at
-              bias 0 and the expectation over the answers (a diagonal Fisher matrix: sure of their direction, not just large)
+    chosen    SHARE of the neurons: those whose bias would gain most for what it costs, g^2 / (E g^2 + PRICE F), each in units of
+              its mean. g: d KL(teacher, student) / d bias at bias 0, its expectation over the answers (so of those of which all are
+              sure); F: what the bias does to neutral text, see price_of()
     trained   by Adam, those numbers alone; the model's weights stay as they are
 
 Shifts of the activation, before the product, were tried too: for the same personality they cost more perplexity (see
@@ -15,6 +16,8 @@ model. A level is read from that table: see methods.trained(). No judge takes pa
 """
 
 import contextlib
+import functools
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +36,17 @@ from .neurons import Neurons, answers_path
 from .questions import Bench, read_answers
 from .rows import replace_forward
 from .steer import Profile, steer
-from .store import digest, only_run, write_atomically
+from .store import digest, lines_of, only_run, write_atomically
 from .terminal import UserError, progress, resumable
 
 GAIN = 2.0  # how much further than the persona itself the teacher goes
 SHARE = 0.005  # of all neurons, a pole
 ANSWERS, ROWS, PASSES, RATE = 32, 16, 4, 0.03  # answers a pole, rows of a batch, passes over them, Adam's first step size
 TOP = 256  # tokens of the vocabulary in which student and teacher are compared
+PRICE, WINDOW, DRAWS = 3.0, 24, 4  # weight of what biases do to neutral text; its tokens in a row; draws of what the model may say
 MULTIPLES = (1.0, 2.5, 4.0, 6.0)  # of the biases, that are tried on
-VALIDATION, TOGETHER, TOKENS = 10, 5, 64  # questions, of which some are asked in one batch; tokens of an answer
+VALIDATION, TOGETHER, TOKENS = 15, 5, 64  # questions, of which some are asked in one batch; tokens of an answer
+SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
 
 
 # ------------------------------------------------------------------------------------------------------------- teacher
@@ -155,29 +160,54 @@ def divergence(model, of: Lesson, sign: int):
     return (apart * of.counted).sum() / of.counted.sum()
 
 
-def gradient(model, of: Lesson, sign: int, constants, student=biased):
-    """The slope d divergence / d constants, in their shape, as student(model, constants), a context, takes them."""
+def slope_of(model, loss, constants, student=biased):
+    """d loss() / d constants, in their shape, as student(model, constants), a context, takes them."""
     constants = constants.detach().requires_grad_()
     with student(model, constants), torch.enable_grad():
-        loss = divergence(model, of, sign)
-        slope, = torch.autograd.grad(loss, constants)
+        slope, = torch.autograd.grad(loss(), constants)
     if not bool(slope.isfinite().all()):
         raise UserError("training: a gradient is no finite number: try --dtype float32")
     return slope
 
 
-def choose(model, lessons: list[Lesson], sign: int, share: float, step):
-    """The neurons whose biases are trained: a mask (layers, d_ff) of zeros and ones."""
-    mlps, slope, squares = find_mlps(model), 0, 0
-    depth, width = shape_of(mlps)
+def no_biases(model, rows: int):
+    """For slopes by row of a batch: float32 (layers, rows, 1, d_ff)."""
+    depth, width = shape_of(find_mlps(model))
+    return torch.zeros((depth, rows, 1, width), device=model.device)
+
+
+def price_of(model, tokenizer, seed: int) -> torch.Tensor:
+    """What each neuron's bias does where nobody asks for a personality: float32 (layers, d_ff), E (d log p(y) / d bias)^2 over
+    windows of neutral text, y drawn from the model token by token: the diagonal of Fisher's matrix, so to second order twice
+    what KL(unedited, biased) has of bias^2. (Not the texts by which evaluate.py measures a price.)"""
+    texts = [tokenizer(text)["input_ids"] for text in lines_of("neutral_training.txt")]
+    rows = [text[k:k + WINDOW] for text in texts for k in range(0, len(text) - WINDOW + 1, WINDOW)]
+    ids, squares = torch.tensor(rows, device=model.device), 0
+    generator = torch.Generator(model.device).manual_seed(seed)
+
+    def said():
+        return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+
+    with torch.no_grad():
+        likely = said().exp().flatten(0, 1)
+    for _ in range(DRAWS):
+        drawn = torch.multinomial(likely, 1, generator=generator).view(*ids.shape, 1)
+        slope = slope_of(model, lambda: said().gather(-1, drawn).sum(), no_biases(model, len(rows))) 
+        squares = squares + slope[:, :, 0].square().mean(1) / DRAWS
+    return squares
+
+
+def choose(model, lessons: list[Lesson], sign: int, share: float, price, step):
+    """The neurons whose biases are trained: a mask (layers, d_ff) of zeros and ones. price: see price_of()."""
+    slope, squares = 0, 0
     for of in lessons:
-        nothing = torch.zeros((depth, len(of.ids), 1, width), device=model.device)
-        rows = len(of.ids) * gradient(model, of, sign, nothing)[:, :, 0]
+        slopes = slope_of(model, lambda: divergence(model, of, sign), no_biases(model, len(of.ids))) 
+        rows = len(of.ids) * slopes[:, :, 0]
         slope, squares = slope + rows.sum(1), squares + rows.square().sum(1)
         step()
-    gain = slope.square() / (squares + 1e-3 * squares.mean())
+    gain = slope.square() / (squares / squares.mean() + PRICE * price / price.mean() + 1e-3)
     chosen = torch.zeros(gain.numel(), device=gain.device)
-    chosen[gain.flatten().topk(max(1, round(share * sum(mlp.neurons for mlp in mlps)))).indices] = 1
+    chosen[gain.flatten().topk(max(1, round(share * sum(mlp.neurons for mlp in find_mlps(model))))).indices] = 1
     return chosen.view_as(gain)
 
 
@@ -187,7 +217,8 @@ def fitted(model, lessons: list[Lesson], sign: int, chosen, step, rate: float = 
     adam = torch.optim.Adam([constants], betas=(0.9, 0.99))
     for k in range(steps):
         adam.param_groups[0]["lr"] = rate * (1 - k / steps)
-        constants.grad = gradient(model, lessons[k % len(lessons)], sign, constants, student) * chosen
+        of = lessons[k % len(lessons)]
+        constants.grad = slope_of(model, lambda: divergence(model, of, sign), constants, student) * chosen 
         adam.step()
         step()
     return constants.cpu()
@@ -197,9 +228,10 @@ def fitted(model, lessons: list[Lesson], sign: int, chosen, step, rate: float = 
 
 
 def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, profiles: list[Profile], step) -> torch.Tensor:
-    """float32 (2, MULTIPLES, 3), pole high first: a multiple of the constants; how far the answers to validation questions move to
+    """float32 (2, MULTIPLES, 4), pole high first: a multiple of the constants; how far the answers to validation questions move to
     their pole, in nats a token of log p(answer|high) - log p(answer|low) under search personas; by what factor their perplexity
-    under the unedited model grows (the geometric mean). profiles: in that order, of all poles and multiples."""
+    under the unedited model grows (the geometric mean), and by what at most, with SURE standard errors of so few questions.
+    profiles: in that order, of all poles and multiples."""
     people, moved, dearer = range(len(profiles) + 1), [], []
     personas = [bench.personas_for("search", trait, pole)[0] for pole in POLES]
     questions = bench.questions(trait, "validation", VALIDATION)
@@ -216,9 +248,11 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
             dearer.append(plain[0] - plain[1:])
             step()
     towards = torch.tensor([1.0, -1.0]).repeat_interleave(len(MULTIPLES))
-    table = torch.stack([torch.tensor(MULTIPLES).repeat(2), towards * torch.stack(moved).mean(0),
-                         torch.stack(dearer).mean(0).exp()], 1)
-    return table.view(2, len(MULTIPLES), 3).float()
+    moved, dearer = torch.stack(moved), torch.stack(dearer)  # (questions, poles * multiples)
+    error = dearer.std(0, correction=min(1, len(dearer) - 1)) / math.sqrt(len(dearer))
+    table = torch.stack([torch.tensor(MULTIPLES).repeat(2), towards * moved.mean(0), dearer.mean(0).exp(),
+                         (dearer.mean(0) + SURE * error).exp()], 1)
+    return table.view(2, len(MULTIPLES), 4).float()
 
 
 # ------------------------------------------------------------------------------------------------------------ one trait
@@ -227,7 +261,8 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
     return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "passes": PASSES, "rate": RATE, "top": TOP,
-            "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "seed": seed}
+            "neutral": [PRICE, WINDOW, DRAWS, lines_of("neutral_training.txt")],
+            "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
 
 
 def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]:
@@ -269,8 +304,10 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
         raise UserError(f"{path}: edits can't be trained while the model is steered or observed: identify.py --train --trait "
                         f"{neurons.trait} makes them before")
 
+    price = functools.cache(lambda: price_of(model, tokenizer, seed))  # the same for both poles
+
     def fit(lessons, sign, step):
-        return fitted(model, lessons, sign, choose(model, lessons, sign, SHARE, step), step)
+        return fitted(model, lessons, sign, choose(model, lessons, sign, SHARE, price(), step), step)
 
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):

@@ -499,7 +499,8 @@ def training(model, length: int = 64) -> dict:
         items = [{"question": question, "persona": persona, "pole": pole, "ids": row} for question, row in rows]
         lessons = [train.lesson(model, tokenizer, bench, trait, frame, items[k:k + train.ROWS], 0)
                    for k in range(0, len(items), train.ROWS)]
-        chosen = train.choose(model, lessons, sign, train.SHARE, lambda: None)
+        price = train.price_of(model, tokenizer, 0)
+        chosen = train.choose(model, lessons, sign, train.SHARE, price, lambda: None)
         biases[pole] = train.fitted(model, lessons, sign, chosen, lambda: None)
     fitted = time.perf_counter()
     profiles = [Profile.dense(bias=multiple * biases[pole]) for pole in biases for multiple in train.MULTIPLES]

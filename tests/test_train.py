@@ -9,11 +9,12 @@ import identify
 import induce
 from conftest import FRAMED, contents, exit_of, lines_of, main_of, run, shared_flags
 from personality import POLES, train
+from personality.frame import Frame
 from personality.methods import Character, Profiles, multiple_at, trained
 from personality.mlp import find_mlps
 from personality.load import load_model
 from personality.model import prompt_ids
-from personality.neurons import NeuronFolder, Neurons
+from personality.neurons import TRAINED, NeuronFolder, Neurons
 from personality.steer import Profile, steer
 from personality.terminal import UserError
 
@@ -88,12 +89,36 @@ def test_those_are_chosen_of_whose_direction_the_answers_are_sure(small, made):
             alone = train.Lesson([(keys[k:k + 1], values[k:k + 1]) for keys, values in of.cache], of.mask[k:k + 1], of.ids[k:k + 1],
                                  of.counted[k:k + 1], of.top[k:k + 1], of.plain[k:k + 1], of.apart[k:k + 1])
             share = len(of.ids) * of.counted[k].sum() / of.counted.sum()
-            slopes.append(train.gradient(small.model, alone, 1, bias) * share)
+            slopes.append(train.slope_of(small.model, lambda: train.divergence(small.model, alone, 1), bias) * share)
     slopes = torch.stack(slopes)
     squares = slopes.square().sum(0)
-    expected = (slopes.sum(0).square() / (squares + 1e-3 * squares.mean())).flatten().topk(12).indices
-    chosen = train.choose(small.model, lessons, 1, 12 / squares.numel(), lambda: None)
-    assert set(chosen.flatten().nonzero().flatten().tolist()) == set(expected.tolist())
+    price = torch.rand(squares.shape, generator=torch.Generator().manual_seed(0))
+    gain = slopes.sum(0).square() / (squares / squares.mean() + train.PRICE * price / price.mean() + 1e-3)
+    expected = set(gain.flatten().topk(12).indices.tolist())
+
+    def chosen(price):
+        return set(train.choose(small.model, lessons, 1, 12 / squares.numel(), price, lambda: None).flatten().nonzero().flatten().tolist())
+
+    assert chosen(price) == expected and chosen(7 * price) == expected, "in whatever units"
+    price.view(-1)[list(expected)[:3]] = 1e6
+    assert not chosen(price) & set(list(expected)[:3]), "too dear"
+
+
+def test_the_price_of_a_bias(small, monkeypatch):
+    """Against Fisher's matrix, summed over all tokens that the model may say at each of two places."""
+    monkeypatch.setattr(train, "lines_of", lambda name: ["w10 w11 w12"])
+    monkeypatch.setattr(train, "WINDOW", 2)
+    monkeypatch.setattr(train, "DRAWS", 1500)
+    ids = torch.tensor([small.tokenizer("w10 w11 w12")["input_ids"][:2]])
+    bias = torch.zeros(shape_of(small), requires_grad=True)
+    with train.biased(small.model, bias), torch.enable_grad():
+        said = small.model(input_ids=ids).logits[0].log_softmax(-1)
+        exact = sum(likely.exp().detach() * torch.autograd.grad(likely, bias, retain_graph=True)[0].square()
+                    for place in said for likely in place)
+    price = train.price_of(small.model, small.tokenizer, 0)
+    assert torch.equal(price, train.price_of(small.model, small.tokenizer, 0)), "by seed"
+    large = exact > exact.mean()
+    assert large.sum() > 10 and (price[large] / exact[large] - 1).abs().max() < 0.35
 
 
 @pytest.fixture
@@ -112,7 +137,7 @@ def test_the_file_holds_both_poles(small, made, learnt):
     assert torch.equal(neurons.prob, before.prob)
     for pole in POLES:
         assert 0 < len(neurons.tensors[f"{pole}_bias"]) <= number
-    assert neurons.dose.shape == (2, len(train.MULTIPLES), 3)
+    assert neurons.dose.shape == (2, len(train.MULTIPLES), 4)
     assert neurons.dose[..., 0].tolist() == [list(train.MULTIPLES)] * 2
     again = train.add_trained(None, None, small.bench, neurons)
     assert again is neurons, "what is there is not trained again"
@@ -164,6 +189,34 @@ def test_damaged_trained_edits_are_refused(learnt):
         Neurons(few, dict(neurons.meta), neurons.path).check()
 
 
+def test_files_from_before_the_bound_still_load(learnt):
+    neurons = Neurons.load(learnt / "extraversion.safetensors")
+    before = Neurons({**neurons.tensors, "dose": neurons.dose[..., :3].contiguous()}, dict(neurons.meta), neurons.path)
+    before.check_trained({name: tensor.shape for name, tensor in before.tensors.items() if name in TRAINED})
+    assert len(trained([(before, 0.5)])) == len(trained([(neurons, 0.5)]))
+
+
+@pytest.mark.parametrize("questions", [1, 3])
+def test_dose_response(small, monkeypatch, questions):
+    """By hand: log p a token under nobody, the high and the low pole of the unedited answer and one a pole, for each question."""
+    multiples, asked = (2.0,), small.bench.questions("extraversion", "validation", questions)
+    scores = torch.randn((questions, 3, 3), generator=torch.Generator().manual_seed(0)).double()
+    left = iter(scores)
+    monkeypatch.setattr(train, "MULTIPLES", multiples)
+    monkeypatch.setattr(train, "VALIDATION", questions)
+    monkeypatch.setattr(train, "answers", lambda model, tokenizer, conversations, tokens, **options: [("", [5, 6])] * len(conversations))
+    monkeypatch.setattr(train, "log_likelihoods", lambda model, tokenizer, turns, ids: 2 * next(left))
+    dose = train.dose_response(small.model, small.tokenizer, small.bench, "extraversion", Frame.named("none"),
+                               [Profile.empty(), Profile.empty()], lambda: None)
+    assert len(asked) == questions and dose.shape == (2, 1, 4)
+    apart = scores[:, 1] - scores[:, 2]
+    for pole, sign in enumerate((1, -1)):
+        dearer = scores[:, 0, 0] - scores[:, 0, 1 + pole]
+        error = dearer.std() / questions ** 0.5 if questions > 1 else torch.tensor(0.0)
+        expected = (2, sign * (apart[:, 1 + pole] - apart[:, 0]).mean(), dearer.mean().exp(), (dearer.mean() + 1.64 * error).exp())
+        assert dose[pole, 0].tolist() == pytest.approx([float(value) for value in expected], rel=1e-5)
+
+
 def test_levels():
     dose = torch.tensor([[1.0, 0.02, 1.05], [2.0, 0.05, 1.1], [3.0, 0.06, 1.3], [4.0, 0.05, 2.0]])
     assert multiple_at(dose, 1) == pytest.approx(3, abs=1e-6)
@@ -171,6 +224,8 @@ def test_levels():
     assert multiple_at(dose, 2) == pytest.approx(6, abs=1e-5) and multiple_at(dose, 0) == 0
     cheap = torch.tensor([[1.0, 0.02, 1.0], [2.0, 0.04, 1.1]])
     assert multiple_at(cheap, 1) == 2, "no further than was tried"
+    unsure = torch.cat([dose, torch.tensor([[1.1], [1.3], [1.4], [2.5]])], 1)
+    assert multiple_at(unsure, 1) == pytest.approx(2, abs=1e-6), "what it may be at most counts, not what was measured"
     useless = torch.tensor([[1.0, -0.02, 1.2], [2.0, -0.04, 1.4]])
     assert multiple_at(useless, 0.5) == pytest.approx(multiple_at(useless, 1) / 2)
 

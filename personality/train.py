@@ -192,7 +192,7 @@ def price_of(model, tokenizer, seed: int) -> torch.Tensor:
         likely = said().exp().flatten(0, 1)
     for _ in range(DRAWS):
         drawn = torch.multinomial(likely, 1, generator=generator).view(*ids.shape, 1)
-        slope = slope_of(model, lambda: said().gather(-1, drawn).sum(), no_biases(model, len(rows))) 
+        slope = slope_of(model, lambda: said().gather(-1, drawn).sum(), no_biases(model, len(rows)))
         squares = squares + slope[:, :, 0].square().mean(1) / DRAWS
     return squares
 
@@ -201,7 +201,7 @@ def choose(model, lessons: list[Lesson], sign: int, share: float, price, step):
     """The neurons whose biases are trained: a mask (layers, d_ff) of zeros and ones. price: see price_of()."""
     slope, squares = 0, 0
     for of in lessons:
-        slopes = slope_of(model, lambda: divergence(model, of, sign), no_biases(model, len(of.ids))) 
+        slopes = slope_of(model, lambda: divergence(model, of, sign), no_biases(model, len(of.ids)))
         rows = len(of.ids) * slopes[:, :, 0]
         slope, squares = slope + rows.sum(1), squares + rows.square().sum(1)
         step()
@@ -218,7 +218,7 @@ def fitted(model, lessons: list[Lesson], sign: int, chosen, step, rate: float = 
     for k in range(steps):
         adam.param_groups[0]["lr"] = rate * (1 - k / steps)
         of = lessons[k % len(lessons)]
-        constants.grad = slope_of(model, lambda: divergence(model, of, sign), constants, student) * chosen 
+        constants.grad = slope_of(model, lambda: divergence(model, of, sign), constants, student) * chosen
         adam.step()
         step()
     return constants.cpu()

@@ -493,13 +493,13 @@ def training(model, length: int = 64) -> dict:
     tokenizer.stop_text, tokenizer.answer_prefix = None, ""
     bench, frame, trait = load_bench(None), Frame.named("person"), "extraversion"
     biases, start = {}, time.perf_counter()
+    price = train.price_of(model, tokenizer, 0)
     for sign, pole in ((1, "high"), (-1, "low")):
         persona = bench.personas_for("search", trait, pole)[0]
         rows = zip(bench.questions(trait, "search", train.ANSWERS), random_ids(train.ANSWERS, length, "cpu").tolist())
         items = [{"question": question, "persona": persona, "pole": pole, "ids": row} for question, row in rows]
         lessons = [train.lesson(model, tokenizer, bench, trait, frame, items[k:k + train.ROWS], 0)
                    for k in range(0, len(items), train.ROWS)]
-        price = train.price_of(model, tokenizer, 0)
         chosen = train.choose(model, lessons, sign, train.SHARE, price, lambda: None)
         biases[pole] = train.fitted(model, lessons, sign, chosen, lambda: None)
     fitted = time.perf_counter()

@@ -24,13 +24,13 @@ STRENGTH = number(0, 100)  # above 0: both poles are measured
 def parser() -> Flags:
     flags = Flags(__doc__)
     add, doses = flags.add_argument, " ".join(f"{dose:g}" for dose in DOSES)
-    add("--trait", nargs="+", default=list(TRAITS), metavar="T", help="default: all five")
+    add("--trait", nargs="+", action="extend", metavar="T", help="default: all five")
     add("--alpha", action="append", type=STRENGTH, metavar="A", help="strength of the edits, again for several (default: 1.5)")
     add("--level", action="append", type=STRENGTH, metavar="L",
         help="likewise, of trained edits, alone and in hybrid, and of residual (default: 1)")
-    add("--method", nargs="+", choices=METHODS, metavar="M",
+    add("--method", nargs="+", action="extend", choices=METHODS, metavar="M",
         help="of " + ", ".join(METHODS) + "; default: the first five (--full: all but lora, which needs peft)")
-    add("--judge", nargs="+", choices=JUDGES, help="default: contrast")
+    add("--judge", nargs="+", action="extend", choices=JUDGES, help="default: contrast")
     add("--judge-model", metavar="M",
         help="what judges, contrast and llm, as --model takes it (default: --model): the base model of a baked one, say; with "
              "--judge-url the name of the judge llm there")
@@ -78,12 +78,12 @@ RULES = [
 
 def arguments():
     args = parser().parse_args()
-    args.trait = [check_trait(trait) for trait in args.trait]
+    args.trait = [*dict.fromkeys(map(check_trait, args.trait or TRAITS))]
     args.alpha = sorted(set(args.alpha or [1.5]))
     args.level = sorted(set(args.level or [1.0]))
     args.strengths = {**dict.fromkeys(("npti", "dpn-le", "activation"), args.alpha),
                       **dict.fromkeys(("trained", "hybrid", "residual"), args.level)}
-    args.method = args.method or list(METHODS[:-1] if args.full else METHODS[:5])
+    args.method = list(dict.fromkeys(args.method or (METHODS[:-1] if args.full else METHODS[:5])))
     args.judge = list(dict.fromkeys(args.judge or (JUDGES if args.full else JUDGES[:1])))
     if args.full:
         args.spill_over, args.capability, args.dose = args.spill_over or 4, args.capability or "", args.dose or list(DOSES)

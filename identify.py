@@ -19,7 +19,7 @@ LIMIT, SIZE = 128, 360  # search questions: asked, and built
 
 def parser() -> Flags:
     flags = Flags(__doc__)
-    flags.add_argument("--trait", nargs="+", metavar="T", help="default: all five, or those that --answers FILE has")
+    flags.add_argument("--trait", nargs="+", action="extend", metavar="T", help="default: all five, or those that --answers FILE has")
     bench_argument(flags)
     flags.add_argument("--limit", type=positive, metavar="N", help=f"search questions a trait (default: {LIMIT})")
     flags.add_argument("--train", action="store_true", help="also train edits of few neurons: what induce.py --level uses")
@@ -64,7 +64,7 @@ RULES = [(lambda args, name=name: args.build_bench and getattr(args, name),
 def arguments():
     args = parser().parse_args()
     refuse(args, RULES)
-    args.traits = [check_trait(trait) for trait in args.trait or ()]
+    args.traits = [*dict.fromkeys(map(check_trait, args.trait or ()))]
     return args
 
 

@@ -14,6 +14,7 @@ import pytest
 import transformers
 
 import evaluate
+import identify
 from conftest import FRAMED, Server, lines_of, main_of, run, save_model, shared_flags
 from personality import POLES, TRAITS, Neurons, Profile, UserError, composed, dpn_le, load_model, npti, steer
 from personality.baselines import Baselines
@@ -218,6 +219,14 @@ def test_wrong_flags(small, made, monkeypatch, tmp_path, flags, pattern):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=pattern):
         evaluation(small, made, monkeypatch, tmp_path, *flags)
+
+
+def test_a_flag_of_several_values_may_come_again(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "x --trait openness Neuroticism --trait openness".split())
+    assert evaluate.arguments().trait == identify.arguments().traits == ["openness", "neuroticism"]
+    monkeypatch.setattr(sys, "argv", "x --method npti persona --method trained npti --judge llm --judge contrast".split())
+    args = evaluate.arguments()
+    assert args.method == ["npti", "persona", "trained"] and args.judge == ["llm", "contrast"]
 
 
 def test_who_declines_is_counted(small, made, monkeypatch, tmp_path):

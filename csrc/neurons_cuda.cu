@@ -335,7 +335,7 @@ cudaError_t dispatch(const Args& args, cudaStream_t stream) {
     return reinterpret_cast<uintptr_t>(x) % 16 == 0 && stride * static_cast<int>(sizeof(T)) % 16 == 0;
   };
   const bool wide = args.width % V == 0 && aligned(args.gate, args.gate_stride) && aligned(args.up, args.up_stride);
-  if (args.token_group) return wide ? launch_any_statistics<T, V>(args, stream) : launch_any_statistics<T, 1>(args, stream);
+  if (args.groups) return wide ? launch_any_statistics<T, V>(args, stream) : launch_any_statistics<T, 1>(args, stream);
   if (args.token_profile) return wide ? launch<T, V, true>(args, stream) : launch<T, 1, true>(args, stream);
   return wide ? launch<T, V, false>(args, stream) : launch<T, 1, false>(args, stream);
 }

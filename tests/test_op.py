@@ -316,9 +316,10 @@ def test_indices_out_of_range_edit_nothing(device):
         edits = ones, ptr, torch.full_like(index, wrong), value
         assert torch.equal(plain(gate.clone(), up, 0, *edits, None, None, None, None), expected)
     group = torch.tensor([-5, 1, 7, -1, -1, 2**31 - 1], dtype=torch.int32, device=device)
-    statistics = new_statistics(1, 40, device)
-    assert torch.equal(plain(gate.clone(), up, 0, None, None, None, None, group, *statistics), expected)
-    assert not any(tensor.any() for tensor in statistics)
+    for groups in (0, 1):
+        statistics = new_statistics(groups, 40, device)
+        assert torch.equal(plain(gate.clone(), up, 0, None, None, None, None, group, *statistics), expected)
+        assert not any(tensor.any() for tensor in statistics)
 
 
 def test_errors_name_both_sides():

@@ -1,9 +1,9 @@
 """What others would train on the same answers; evaluate.py sets the trained edits beside both.
 
-residual    a constant on every layer's output, trained as the edits are: same answers, teacher, passes and levels. PSR (ICML 2026)
-            trains such constants; there are as many as the model is wide and deep, where the edits are of SHARE of its neurons
+residual    a constant on every layer's output, from the edits' answers and teacher and with their levels, but by Adam. PSR (ICML
+            2026) trains such constants; they are as many as the model is wide and deep, the edits SHARE of its neurons
 lora        fine-tuning, the paper's own yardstick: low-rank adapters of all linear layers, trained to give the persona's answers
-            without the persona, for as many passes as the edits. Needs peft (pip install -e '.[finetune]')
+            without the persona, for as many passes as the constants. Needs peft (pip install -e '.[finetune]')
 """
 
 import contextlib
@@ -25,8 +25,9 @@ from .questions import Bench
 from .steer import Profile, hidden_states
 from .store import digest, only_run, write_atomically
 from .terminal import UserError, progress, resumable
-from .train import PASSES, answers_to_learn, fitted, frozen, levels, options, trained_on
+from .train import answers_to_learn, divergence, frozen, levels, options, slopes_of, student_says, trained_on
 
+PASSES = 4  # over the answers
 RESIDUAL_RATE = 0.01  # Adam's first step size for the constants
 RANK, LORA_RATE = 8, 1e-3  # of the adapters
 
@@ -46,6 +47,19 @@ def shifted(model, constants):
         for number, layer in enumerate(layers_of(model)):
             undo.callback(layer.register_forward_hook(adding(number)).remove)
         yield
+
+
+def fitted(model, lessons, sign: int, constants, step) -> torch.Tensor:
+    """The constants of one pole, from those that it begins with; step() is called after each batch."""
+    steps, adam = PASSES * len(lessons), torch.optim.Adam([constants], betas=(0.9, 0.99))
+    for k in range(steps):
+        adam.param_groups[0]["lr"] = RESIDUAL_RATE * (1 - k / steps)
+        of = lessons[k % len(lessons)]
+        constants.grad, = slopes_of(
+            model, lambda: [divergence(of, sign, student_says(model, of)).sum() / of.counted.sum()], constants, shifted)
+        adam.step()
+        step()
+    return constants.cpu()
 
 
 def check_peft():
@@ -83,7 +97,7 @@ class Baselines:
 
     def read_constants(self, trait: str):
         """(float32 (2, layers, hidden_size), the dose response (2, doses, 3)), trained where they are not there."""
-        path = self.path(trait, "residual.safetensors", RESIDUAL_RATE)
+        path = self.path(trait, "residual.safetensors", PASSES, RESIDUAL_RATE)
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, save(self.train_constants(self.neurons[trait])))
@@ -94,13 +108,13 @@ class Baselines:
             raise UserError(f"{path}: damaged: {error}: delete it, and it is made anew") from error
 
     def train_constants(self, neurons: Neurons) -> dict:
-        every = torch.ones((len(layers_of(self.model)), find_mlps(self.model)[0].hidden), device=self.model.device)
+        none = torch.zeros((len(layers_of(self.model)), find_mlps(self.model)[0].hidden), device=self.model.device)
 
         def fit(lessons, sign, step):
-            return fitted(self.model, lessons, sign, every, step, RESIDUAL_RATE, shifted)
+            return fitted(self.model, [*lessons], sign, none.clone(), step)
 
         with resumable():
-            both = [trained_on(self.model, self.tokenizer, self.bench, neurons, pole, self.seed, fit) for pole in POLES]
+            both = [trained_on(self.model, self.tokenizer, self.bench, neurons, pole, self.seed, fit, PASSES) for pole in POLES]
             dose = levels(self.model, self.tokenizer, self.bench, neurons,
                           lambda pole, multiple: constant_profile(multiple * both[POLES.index(pole)]))
         return {"constants": torch.stack(both), "dose": dose}
@@ -110,7 +124,7 @@ class Baselines:
     @contextlib.contextmanager
     def tuned(self, trait: str, pole: str):
         """The model with a pole's adapters, which are trained where they are not there."""
-        peft, path = check_peft(), self.path(trait, f"{pole}.lora", RANK, LORA_RATE)
+        peft, path = check_peft(), self.path(trait, f"{pole}.lora", PASSES, RANK, LORA_RATE)
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             with resumable(), only_run(path.with_name(f".{path.name}.lock"), f"{path}: another run trains it, this one waits"):

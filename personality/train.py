@@ -5,20 +5,21 @@ persona's words about, and how far. For each pole of a trait, from answers y tha
 
     teacher   softmax(log p(.|q, y) + GAIN (log p(.|pole, q, y) - log p(.|other pole, q, y))): the unedited model, three times
     student   no persona; act(gate) * up + bias at the answer's positions
-    chosen    SHARE of the neurons: those whose bias would gain most for what it costs, g^2 / (E g^2 + PRICE F), each in units of
-              its mean. g: d KL(teacher, student) / d bias at bias 0, its expectation over the answers (so of those of which all are
-              sure); F: what the bias does to neutral text, see price_of()
-    trained   by Adam, those numbers alone; the model's weights stay as they are
+    step      one step of natural gradient from bias 0 (Amari 1998): bias = -C^-1 g. g: d KL(teacher, student) / d bias, the mean of
+              the answers' tokens. C: Fisher's matrix of the answers, with SHRUNK of what lies off its diagonal, + PRICE times
+              the diagonal of that of neutral text, see price_of(); so a bias that does much there is kept short
+    kept      SHARE of the neurons: those that such a step would gain most by, were there no others: g^2 / C
 
-Shifts of the activation, before the product, were tried too: for the same personality they cost more perplexity (see
-tests/MEASURED.md). Then both poles are tried at some multiples of their biases on the validation questions, beside the unedited
-model. A level is read from that table: see methods.trained(). No judge takes part, and the judges' personas are not used.
+Many steps of Adam do no better, and take longer; shifts of the activation, before the product, cost more perplexity for the same
+personality (tests/MEASURED.md). Then both poles are tried at some multiples of their biases on the validation questions, beside the
+unedited model. A level is read from that table: see methods.trained(). No judge takes part, and the judges' personas are not used.
 """
 
 import contextlib
 import functools
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,9 @@ from transformers import DynamicCache
 
 from . import POLES
 from .frame import Frame, declines
-from .judges import log_likelihoods
-from .mlp import decoder_of, find_mlps, shape_of
-from .model import CACHE, TEST_PENALTY, answers, pad_left, prompt_ids, with_ids, without_stop
+from .judges import log_likelihoods, prefill
+from .mlp import find_mlps, shape_of
+from .model import CACHE, TEST_PENALTY, answers, prompt_ids, with_ids, without_stop
 from .neurons import Neurons, answers_path
 from .questions import Bench, read_answers
 from .rows import replace_forward
@@ -41,11 +42,13 @@ from .terminal import UserError, progress, resumable
 
 GAIN = 2.0  # how much further than the persona itself the teacher goes
 SHARE = 0.005  # of all neurons, a pole
-ANSWERS, ROWS, PASSES, RATE = 32, 16, 4, 0.03  # answers a pole, rows of a batch, passes over them, Adam's first step size
+ANSWERS, ROWS = 32, 16  # answers a pole, rows of a batch
 TOP = 256  # tokens of the vocabulary in which student and teacher are compared
-PRICE, WINDOW, DRAWS = 3.0, 24, 4  # weight of what biases do to neutral text; its tokens in a row; draws of what the model may say
-MULTIPLES = (1.0, 2.5, 4.0, 6.0)  # of the biases, that are tried on
-VALIDATION, TOGETHER, TOKENS = 15, 5, 64  # questions, of which some are asked in one batch; tokens of an answer
+DRAWS, SHRUNK = 2, 0.5  # of what the model may say, for Fisher's matrices; what is left of their noisy off-diagonal
+PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens in a row
+UNIT = 0.001  # nats a token that the biases add to neutral text by its matrix: so they have one size on every model
+MULTIPLES = (1.5, 3.0, 5.0, 8.0)  # of the biases, that are tried on
+VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
 SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
 
 
@@ -73,10 +76,7 @@ class Lesson:
 
 def read_prompts(model, tokenizer, conversations: list[list[dict]]):
     """(keys and values by layer, mask) of prompts that are read without edits."""
-    ids, mask = pad_left([prompt_ids(tokenizer, turns) for turns in conversations], tokenizer.pad_token_id, model.device)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **{CACHE: cache})
+    _, cache, mask, _ = prefill(model, tokenizer, [prompt_ids(tokenizer, turns) for turns in conversations])
     return [(layer.keys, layer.values) for layer in cache.layers], mask
 
 
@@ -152,22 +152,32 @@ def biased(model, bias):
         yield
 
 
-def divergence(model, of: Lesson, sign: int):
-    """KL(teacher, student) in nats a token, over the tokens `top`."""
-    said = go_on(model, (of.cache, of.mask), of.ids).gather(-1, of.top)
+def student_says(model, of: Lesson):
+    """Log-probabilities at the answers' tokens: (rows, tokens, vocabulary)."""
+    return go_on(model, (of.cache, of.mask), of.ids)
+
+
+def divergence(of: Lesson, sign: int, said):
+    """KL(teacher, student) in nats at each of the answers' tokens, over the tokens `top`: (rows, tokens)."""
     teacher = of.teacher(sign)
-    apart = (teacher * (teacher.clamp(min=1e-9).log() - said)).sum(-1)
-    return (apart * of.counted).sum() / of.counted.sum()
+    return (teacher * (teacher.clamp(min=1e-9).log() - said.gather(-1, of.top))).sum(-1) * of.counted
 
 
-def slope_of(model, loss, constants, student=biased):
-    """d loss() / d constants, in their shape, as student(model, constants), a context, takes them."""
+def drawn(said, generator):
+    """log p(y) at each place of log-probabilities (rows, tokens, vocabulary), y drawn from them: (rows, tokens). The squares of its
+    slopes are Fisher's matrix, in expectation."""
+    y = torch.multinomial(said.detach().exp().flatten(0, 1), 1, generator=generator)
+    return said.gather(-1, y.view(*said.shape[:2], 1))[..., 0]
+
+
+def slopes_of(model, losses, constants, student=biased) -> list:
+    """d loss / d constants of each of losses(), in their shape, as student(model, constants), a context, takes them."""
     constants = constants.detach().requires_grad_()
     with student(model, constants), torch.enable_grad():
-        slope, = torch.autograd.grad(loss(), constants)
-    if not bool(slope.isfinite().all()):
+        slopes = [torch.autograd.grad(loss, constants, retain_graph=True)[0] for loss in losses()]
+    if not all(bool(slope.isfinite().all()) for slope in slopes):
         raise UserError("training: a gradient is no finite number: try --dtype float32")
-    return slope
+    return slopes
 
 
 def no_biases(model, rows: int):
@@ -177,51 +187,50 @@ def no_biases(model, rows: int):
 
 
 def price_of(model, tokenizer, seed: int) -> torch.Tensor:
-    """What each neuron's bias does where nobody asks for a personality: float32 (layers, d_ff), E (d log p(y) / d bias)^2 over
-    windows of neutral text, y drawn from the model token by token: the diagonal of Fisher's matrix, so to second order twice
-    what KL(unedited, biased) has of bias^2. (Not the texts by which evaluate.py measures a price.)"""
+    """What each neuron's bias does where nobody asks for a personality: float32 (layers, d_ff), the diagonal of Fisher's matrix, a
+    token of neutral text: so to second order twice what KL(unedited, biased) has of bias^2. (Not the texts by which evaluate.py
+    measures a price.)"""
     texts = [tokenizer(text)["input_ids"] for text in lines_of("neutral_training.txt")]
     rows = [text[k:k + WINDOW] for text in texts for k in range(0, len(text) - WINDOW + 1, WINDOW)]
-    ids, squares = torch.tensor(rows, device=model.device), 0
-    generator = torch.Generator(model.device).manual_seed(seed)
+    ids, generator = torch.tensor(rows, device=model.device), torch.Generator(model.device).manual_seed(seed)
 
-    def said():
-        return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    def losses():
+        said = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        return [drawn(said, generator).sum() for _ in range(DRAWS)]
 
-    with torch.no_grad():
-        likely = said().exp().flatten(0, 1)
-    for _ in range(DRAWS):
-        drawn = torch.multinomial(likely, 1, generator=generator).view(*ids.shape, 1)
-        slope = slope_of(model, lambda: said().gather(-1, drawn).sum(), no_biases(model, len(rows)))
-        squares = squares + slope[:, :, 0].square().mean(1) / DRAWS
-    return squares
+    slopes = slopes_of(model, losses, no_biases(model, len(rows)))
+    return sum(slope[:, :, 0].square().sum(1) for slope in slopes) / (DRAWS * ids.numel())
 
 
-def choose(model, lessons: list[Lesson], sign: int, share: float, price, step):
-    """The neurons whose biases are trained: a mask (layers, d_ff) of zeros and ones. price: see price_of()."""
-    slope, squares = 0, 0
+def slopes_and_scores(model, lessons: Iterable[Lesson], sign: int, seed: int, step):
+    """At bias 0, over the answers' tokens: (the mean of d KL(teacher, student) / d bias, float32 (layers, d_ff); slopes of drawn
+    tokens' likelihoods, (answers * DRAWS, layers, d_ff), the sum of whose outer products is Fisher's matrix). step() is called
+    after each batch."""
+    generator, total, scores, tokens = torch.Generator(model.device).manual_seed(seed), 0, [], 0
     for of in lessons:
-        slopes = slope_of(model, lambda: divergence(model, of, sign), no_biases(model, len(of.ids)))
-        rows = len(of.ids) * slopes[:, :, 0]
-        slope, squares = slope + rows.sum(1), squares + rows.square().sum(1)
+        def losses():
+            said = student_says(model, of)
+            return [divergence(of, sign, said).sum(), *((drawn(said, generator) * of.counted).sum() for _ in range(DRAWS))]
+
+        slopes, *draws = (rows[:, :, 0].transpose(0, 1) for rows in slopes_of(model, losses, no_biases(model, len(of.ids))))
+        total, tokens = total + slopes.sum(0), tokens + int(of.counted.sum())
+        scores += draws
         step()
-    gain = slope.square() / (squares / squares.mean() + PRICE * price / price.mean() + 1e-3)
-    chosen = torch.zeros(gain.numel(), device=gain.device)
-    chosen[gain.flatten().topk(max(1, round(share * sum(mlp.neurons for mlp in find_mlps(model))))).indices] = 1
-    return chosen.view_as(gain)
+    return total / tokens, torch.cat(scores) / math.sqrt(DRAWS * tokens)
 
 
-def fitted(model, lessons: list[Lesson], sign: int, chosen, step, rate: float = RATE, student=biased) -> torch.Tensor:
-    """The constants of one pole, in the shape of chosen, 0 but where that is 1; step() is called after each batch."""
-    constants, steps = torch.zeros_like(chosen), PASSES * len(lessons)
-    adam = torch.optim.Adam([constants], betas=(0.9, 0.99))
-    for k in range(steps):
-        adam.param_groups[0]["lr"] = rate * (1 - k / steps)
-        of = lessons[k % len(lessons)]
-        constants.grad = slope_of(model, lambda: divergence(model, of, sign), constants, student) * chosen
-        adam.step()
-        step()
-    return constants.cpu()
+def natural_step(slope, scores, price, number: int) -> torch.Tensor:
+    """The biases of one pole, float32 (layers, d_ff), 0 but for `number` neurons. See slopes_and_scores() and price_of()."""
+    fisher = scores.square().sum(0)
+    cost = fisher + PRICE * price + 1e-3 * fisher.mean()  # the last is for neurons that nothing was seen of
+    kept = (slope.square() / cost).flatten().topk(number).indices
+    own = scores.flatten(1)[:, kept]
+    matrix = SHRUNK * own.T @ own
+    matrix.diagonal().copy_(cost.flatten()[kept])
+    biases = torch.zeros_like(slope)
+    biases.view(-1)[kept] = -torch.linalg.solve(matrix, slope.flatten()[kept])
+    dear = (price * biases.square()).sum() / 2
+    return (biases * (UNIT / dear.clamp(min=1e-30)).sqrt()).cpu()
 
 
 # --------------------------------------------------------------------------------------------------------- dose response
@@ -260,8 +269,8 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
-    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "passes": PASSES, "rate": RATE, "top": TOP,
-            "neutral": [PRICE, WINDOW, DRAWS, lines_of("neutral_training.txt")],
+    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "top": TOP,
+            "draws": DRAWS, "shrunk": SHRUNK, "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
             "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
 
 
@@ -276,14 +285,17 @@ def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]
     return [items[k:k + ROWS] for k in range(0, len(items), ROWS)]
 
 
-def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int, fit) -> torch.Tensor:
-    """The constants of one pole, from the answers beside a neuron file: what fit(lessons, sign, step) makes of them."""
-    parts, lessons = answers_to_learn(tokenizer, neurons, pole), []
-    with progress(len(parts) * (PASSES + 2), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
-        for part in parts:
-            lessons.append(lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed))
-            bar.update()
-        return fit(lessons, 1 if pole == "high" else -1, bar.update)
+def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int, fit, passes: int = 1) -> torch.Tensor:
+    """The constants of one pole, from the answers beside a neuron file: what fit(lessons, sign, step) makes of them, in `passes`
+    passes over them. lessons: an iterator, since only one at a time need be in memory."""
+    parts = answers_to_learn(tokenizer, neurons, pole)
+    with progress(len(parts) * (1 + passes), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
+        def lessons():
+            for part in parts:
+                yield lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed)
+                bar.update()
+
+        return fit(lessons(), 1 if pole == "high" else -1, bar.update)
 
 
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
@@ -304,10 +316,11 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
         raise UserError(f"{path}: edits can't be trained while the model is steered or observed: identify.py --train --trait "
                         f"{neurons.trait} makes them before")
 
+    number = max(1, round(SHARE * sum(mlp.neurons for mlp in find_mlps(model))))
     price = functools.cache(lambda: price_of(model, tokenizer, seed))  # the same for both poles
 
     def fit(lessons, sign, step):
-        return fitted(model, lessons, sign, choose(model, lessons, sign, SHARE, price(), step), step)
+        return natural_step(*slopes_and_scores(model, lessons, sign, seed, step), price(), number)
 
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):

@@ -498,10 +498,10 @@ def training(model, length: int = 64) -> dict:
         persona = bench.personas_for("search", trait, pole)[0]
         rows = zip(bench.questions(trait, "search", train.ANSWERS), random_ids(train.ANSWERS, length, "cpu").tolist())
         items = [{"question": question, "persona": persona, "pole": pole, "ids": row} for question, row in rows]
-        lessons = [train.lesson(model, tokenizer, bench, trait, frame, items[k:k + train.ROWS], 0)
-                   for k in range(0, len(items), train.ROWS)]
-        chosen = train.choose(model, lessons, sign, train.SHARE, price, lambda: None)
-        biases[pole] = train.fitted(model, lessons, sign, chosen, lambda: None)
+        lessons = (train.lesson(model, tokenizer, bench, trait, frame, items[k:k + train.ROWS], 0)
+                   for k in range(0, len(items), train.ROWS))
+        found = train.slopes_and_scores(model, lessons, sign, 0, lambda: None)
+        biases[pole] = train.natural_step(*found, price, round(train.SHARE * price.numel()))
     fitted = time.perf_counter()
     profiles = [Profile.dense(bias=multiple * biases[pole]) for pole in biases for multiple in train.MULTIPLES]
     train.dose_response(model, tokenizer, bench, trait, frame, profiles, lambda: None)

@@ -9,7 +9,7 @@ import torch
 import evaluate
 from conftest import FRAMED, exit_of, main_of, shared_flags
 from personality import train
-from personality.baselines import Baselines, check_peft, constant_profile, shifted, surprise
+from personality.baselines import Baselines, check_peft, constant_profile, fitted, shifted, surprise
 from personality.mlp import find_mlps
 from personality.model import prompt_ids, with_ids
 from personality.neurons import NeuronFolder
@@ -49,15 +49,15 @@ def test_the_student_is_the_steered_model(small):
 
 def test_residual_constants_come_nearer_to_the_teacher(small, baselines, monkeypatch):
     """And are kept: the second time nothing is trained."""
-    monkeypatch.setattr(train, "PASSES", 12)
-    pairs, plain = [], train.fitted
+    monkeypatch.setattr("personality.baselines.PASSES", 12)
+    pairs, plain = [], fitted
 
     def watched(model, of, sign, *more):
         constants = plain(model, of, sign, *more)
         with torch.no_grad():
-            before = sum(float(train.divergence(model, part, sign)) for part in of)
+            before = sum(float(train.divergence(part, sign, train.student_says(model, part)).sum()) for part in of)
             with shifted(model, constants):
-                pairs.append((sum(float(train.divergence(model, part, sign)) for part in of), before))
+                pairs.append((sum(float(train.divergence(part, sign, train.student_says(model, part)).sum()) for part in of), before))
         return constants
 
     monkeypatch.setattr("personality.baselines.fitted", watched)

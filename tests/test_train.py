@@ -61,47 +61,62 @@ def test_a_lesson_is_of_three_passes(small, made):
 
 @pytest.mark.parametrize(("layer", "index", "value"), [(0, 5, 1.5), (1, 3, -1.5), (1, 40, 2.0)])
 def test_a_planted_bias_is_found(small, made, monkeypatch, layer, index, value):
-    """A teacher that is the model itself with one biased neuron: of those that are trained it moves most, to its side,
-    and the student comes near."""
-    monkeypatch.setattr(train, "PASSES", 60)
+    """A teacher that is the model itself with one biased neuron: of those that are kept it is biased most or nearly so, to its side,
+    and at about that size the student comes near."""
+    monkeypatch.setattr(train, "DRAWS", 8)
     planted, lessons = torch.zeros(shape_of(small)), lessons_of(small, made)
     planted[layer, index] = value
     for of in lessons:
         with torch.no_grad(), train.biased(small.model, planted):
-            said = train.go_on(small.model, (of.cache, of.mask), of.ids).gather(-1, of.top)
+            said = train.student_says(small.model, of).gather(-1, of.top)
         of.apart = (said - of.plain) / train.GAIN
-    with torch.no_grad():
-        before = float(train.divergence(small.model, lessons[0], 1))
-    some = torch.zeros_like(planted)
-    some.view(-1)[::11] = some[layer, index] = 1
-    bias = train.fitted(small.model, lessons, 1, some, lambda: None)
-    assert bool((bias[some == 0] == 0).all()) and bias.abs().max() == bias[layer, index].abs() and bias[layer, index] * value > 0
-    with torch.no_grad(), train.biased(small.model, bias):
-        assert float(train.divergence(small.model, lessons[0], 1)) < before / 2
+    found = train.slopes_and_scores(small.model, iter(lessons), 1, 0, lambda: None)
+    bias = train.natural_step(*found, torch.full_like(planted, 1e-9), 10)
+    assert (bias != 0).sum() == 10 and bias[layer, index] * value > 0.8 * bias.abs().max() * abs(value)
+
+    def apart(size):
+        with torch.no_grad(), train.biased(small.model, bias * size / bias.abs().max()):
+            return sum(float(train.divergence(of, 1, train.student_says(small.model, of)).sum()) for of in lessons)
+
+    assert min(apart(share * abs(value)) for share in (0.25, 0.5, 1)) < apart(0) / 2
 
 
-def test_those_are_chosen_of_whose_direction_the_answers_are_sure(small, made):
-    """By a backward pass for each answer."""
-    lessons, slopes = lessons_of(small, made), []
+def test_slopes_and_scores(small, made, monkeypatch):
+    """By a backward pass for each answer, with drawn tokens that are known."""
+    lessons, slopes, scores = lessons_of(small, made), [], []
+    monkeypatch.setattr(torch, "multinomial", lambda likely, *_, **__: likely.argmax(-1, keepdim=True))
+    slope, score = train.slopes_and_scores(small.model, lessons, 1, 0, lambda: None)
+    tokens = sum(int(of.counted.sum()) for of in lessons)
     for of in lessons:
         for k in range(len(of.ids)):
-            bias = torch.zeros(shape_of(small), requires_grad=True)
             alone = train.Lesson([(keys[k:k + 1], values[k:k + 1]) for keys, values in of.cache], of.mask[k:k + 1], of.ids[k:k + 1],
                                  of.counted[k:k + 1], of.top[k:k + 1], of.plain[k:k + 1], of.apart[k:k + 1])
-            share = len(of.ids) * of.counted[k].sum() / of.counted.sum()
-            slopes.append(train.slope_of(small.model, lambda: train.divergence(small.model, alone, 1), bias) * share)
-    slopes = torch.stack(slopes)
-    squares = slopes.square().sum(0)
-    price = torch.rand(squares.shape, generator=torch.Generator().manual_seed(0))
-    gain = slopes.sum(0).square() / (squares / squares.mean() + train.PRICE * price / price.mean() + 1e-3)
-    expected = set(gain.flatten().topk(12).indices.tolist())
+            bias = torch.zeros(shape_of(small), requires_grad=True)
+            with train.biased(small.model, bias), torch.enable_grad():
+                said = train.student_says(small.model, alone)
+                kl = sum((p * (p.log() - said[0, t, alone.top[0, t]])).sum() for t, p in enumerate(alone.teacher(1)[0])
+                         if alone.counted[0, t])
+                likely = (said[0].max(-1).values * alone.counted[0]).sum()
+                slopes.append(torch.autograd.grad(kl, bias, retain_graph=True)[0])
+                scores.append(torch.autograd.grad(likely, bias)[0])
+    assert torch.allclose(slope, sum(slopes) / tokens, rtol=1e-3, atol=1e-7) and slope.abs().max() > 1e-4
+    order = [draw * 3 + k + 3 * train.DRAWS * part for part in (0, 1) for k in range(3) for draw in range(train.DRAWS)]
+    expected = torch.stack(scores).repeat_interleave(train.DRAWS, 0) / (train.DRAWS * tokens) ** 0.5
+    assert torch.allclose(score[order], expected, rtol=1e-3, atol=1e-6)
 
-    def chosen(price):
-        return set(train.choose(small.model, lessons, 1, 12 / squares.numel(), price, lambda: None).flatten().nonzero().flatten().tolist())
 
-    assert chosen(price) == expected and chosen(7 * price) == expected, "in whatever units"
-    price.view(-1)[list(expected)[:3]] = 1e6
-    assert not chosen(price) & set(list(expected)[:3]), "too dear"
+def test_the_step_and_its_neurons():
+    """By hand, with three draws of four neurons."""
+    slope, price = torch.tensor([[1.0, -2.0], [0.5, 0.1]]), torch.tensor([[0.1, 0.2], [0.4, 9.0]])
+    scores = torch.tensor([[[1.0, 1.0], [0.1, 0.0]], [[0.5, -1.0], [0.1, 0.0]], [[0.0, 2.0], [0.1, 0.2]]])
+    cost = scores.square().sum(0) + train.PRICE * price + 1e-3 * scores.square().sum(0).mean()
+    off = train.SHRUNK * (1 * 1 - 0.5 * 1)
+    expected = -torch.linalg.inv(torch.tensor([[cost[0, 0], off], [off, cost[0, 1]]])) @ slope[0]
+    bias = train.natural_step(slope, scores, price, 2)
+    assert bias[1].tolist() == [0, 0] and torch.allclose(bias[0] / bias[0, 0], expected / expected[0], rtol=1e-5)
+    assert bias[0, 0] < 0 < bias[0, 1]
+    assert float((price * bias.square()).sum()) / 2 == pytest.approx(train.UNIT, rel=1e-5)
+    assert (train.natural_step(slope, scores, torch.tensor([[9.0, 0.2], [0.4, 9.0]]), 2) != 0).tolist() == [[False, True], [True, False]]
 
 
 def test_the_price_of_a_bias(small, monkeypatch):
@@ -114,7 +129,7 @@ def test_the_price_of_a_bias(small, monkeypatch):
     with train.biased(small.model, bias), torch.enable_grad():
         said = small.model(input_ids=ids).logits[0].log_softmax(-1)
         exact = sum(likely.exp().detach() * torch.autograd.grad(likely, bias, retain_graph=True)[0].square()
-                    for place in said for likely in place)
+                    for place in said for likely in place) / 2
     price = train.price_of(small.model, small.tokenizer, 0)
     assert torch.equal(price, train.price_of(small.model, small.tokenizer, 0)), "by seed"
     large = exact > exact.mean()
@@ -147,7 +162,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
     folder = tmp_path_factory.mktemp("killed")
     for path in made.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    neurons, plain, calls = Neurons.load(folder / "extraversion.safetensors"), train.fitted, []
+    neurons, plain, calls = Neurons.load(folder / "extraversion.safetensors"), train.slopes_and_scores, []
 
     def killed(model, lessons, sign, *more):
         calls.append(sign)
@@ -155,7 +170,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
             raise KeyboardInterrupt
         return plain(model, lessons, sign, *more)
 
-    monkeypatch.setattr(train, "fitted", killed)
+    monkeypatch.setattr(train, "slopes_and_scores", killed)
     with pytest.raises(KeyboardInterrupt, match="what was finished is kept"):
         train.add_trained(small.model, small.tokenizer, small.bench, neurons)
     run(small, folder).identify()  # identify.py --train comes by here first, and leaves what is kept

@@ -39,7 +39,7 @@ def parser() -> Flags:
         help="of the judge questionnaire: a table with the columns item, key, facet (default: 60 built-in items)")
     add("--spill-over", type=positive, nargs="?", const=4, metavar="N",
         help="judge the answers to the first N questions (default: %(const)s) along all five traits")
-    add("--dose", nargs="*", type=STRENGTH, metavar="A",
+    add("--dose", nargs="*", action="extend", type=STRENGTH, metavar="A",
         help=f"dose response on the validation questions, and the methods at matched strength (default: {doses})")
     add("--capability", nargs="?", const="", metavar="TASKS",
         help="what the edits cost in general: offline, or with lm-evaluation-harness's tasks (gsm8k,mmlu)")

@@ -19,7 +19,8 @@ LIMIT, SIZE = 128, 360  # search questions: asked, and built
 
 def parser() -> Flags:
     flags = Flags(__doc__)
-    flags.add_argument("--trait", nargs="+", action="extend", metavar="T", help="default: all five, or those that --answers FILE has")
+    flags.add_argument("--trait", nargs="+", action="extend", metavar="T",
+                       help="default: all five, or those that --answers FILE has")
     bench_argument(flags)
     flags.add_argument("--limit", type=positive, metavar="N", help=f"search questions a trait (default: {LIMIT})")
     flags.add_argument("--train", action="store_true", help="also train edits of few neurons: what induce.py --level uses")

@@ -312,7 +312,7 @@ cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, kColumns)), static_cast<unsigned>(args.groups));
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, kColumns)), static_cast<unsigned>(args.groups));  // of none it would not launch
   kernel<<<grid, kThreadsOf<Team>, bytes, stream>>>(args);
   return cudaGetLastError();
 }

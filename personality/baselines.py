@@ -1,7 +1,7 @@
 """What others would train on the same answers; evaluate.py sets the trained edits beside both.
 
 residual    a constant on every layer's output, from the edits' answers and teacher and with their levels, but by Adam. PSR (ICML
-            2026) trains such constants; they are as many as the model is wide and deep, the edits SHARE of its neurons
+            2026) trains such constants; they are layers times hidden_size numbers, where the edits are of SHARE of the neurons
 lora        fine-tuning, the paper's own yardstick: low-rank adapters of all linear layers, trained to give the persona's answers
             without the persona, for as many passes as the constants. Needs peft (pip install -e '.[finetune]')
 """
@@ -50,13 +50,16 @@ def shifted(model, constants):
 
 
 def fitted(model, lessons, sign: int, constants, step) -> torch.Tensor:
-    """The constants of one pole, from those that it begins with; step() is called after each batch."""
+    """The constants of one pole, trained on from `constants`; step() is called after each batch."""
     steps, adam = PASSES * len(lessons), torch.optim.Adam([constants], betas=(0.9, 0.99))
     for k in range(steps):
         adam.param_groups[0]["lr"] = RESIDUAL_RATE * (1 - k / steps)
         of = lessons[k % len(lessons)]
-        constants.grad, = slopes_of(
-            model, lambda: [divergence(of, sign, student_says(model, of)).sum() / of.counted.sum()], constants, shifted)
+
+        def losses():
+            return [divergence(of, sign, student_says(model, of)).sum() / of.counted.sum()]
+
+        constants.grad = slopes_of(model, losses, constants, shifted)[0]
         adam.step()
         step()
     return constants.cpu()
@@ -96,7 +99,7 @@ class Baselines:
         return constant_profile(multiple_at(dose[pole], abs(level)) * constants[pole], name)
 
     def read_constants(self, trait: str):
-        """(float32 (2, layers, hidden_size), the dose response (2, doses, 3)), trained where they are not there."""
+        """(float32 (2, layers, hidden_size), the dose response (2, doses, 4)), trained where they are not there."""
         path = self.path(trait, "residual.safetensors", PASSES, RESIDUAL_RATE)
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -108,10 +111,9 @@ class Baselines:
             raise UserError(f"{path}: damaged: {error}: delete it, and it is made anew") from error
 
     def train_constants(self, neurons: Neurons) -> dict:
-        none = torch.zeros((len(layers_of(self.model)), find_mlps(self.model)[0].hidden), device=self.model.device)
-
         def fit(lessons, sign, step):
-            return fitted(self.model, [*lessons], sign, none.clone(), step)
+            none = torch.zeros((len(layers_of(self.model)), find_mlps(self.model)[0].hidden), device=self.model.device)
+            return fitted(self.model, [*lessons], sign, none, step)
 
         with resumable():
             both = [trained_on(self.model, self.tokenizer, self.bench, neurons, pole, self.seed, fit, PASSES) for pole in POLES]

@@ -5,10 +5,11 @@ persona's words about, and how far. For each pole of a trait, from answers y tha
 
     teacher   softmax(log p(.|q, y) + GAIN (log p(.|pole, q, y) - log p(.|other pole, q, y))): the unedited model, three times
     student   no persona; act(gate) * up + bias at the answer's positions
-    step      one step of natural gradient from bias 0 (Amari 1998): bias = -C^-1 g. g: d KL(teacher, student) / d bias, the mean of
-              the answers' tokens. C: Fisher's matrix of the answers, with SHRUNK of what lies off its diagonal, + PRICE times
-              the diagonal of that of neutral text, see price_of(); so a bias that does much there is kept short
-    kept      SHARE of the neurons: those that such a step would gain most by, were there no others: g^2 / C
+    chosen    SHARE of the neurons: those by which a step would gain most, were each alone: g^2 / c. g: d KL(teacher, student) /
+              d bias at bias 0, the mean over the answers' tokens; c: the diagonal of C
+    step      one step of natural gradient (Amari 1998) of those neurons, -C^-1 g, brought to the size that UNIT says. C: Fisher's
+              matrix of the answers, with SHRUNK of what lies off its diagonal, + PRICE times the diagonal of that of neutral text,
+              see price_of(): a bias that does much there is made small
 
 Many steps of Adam do no better, and take longer; shifts of the activation, before the product, cost more perplexity for the same
 personality (tests/MEASURED.md). Then both poles are tried at some multiples of their biases on the validation questions, beside the
@@ -44,9 +45,10 @@ GAIN = 2.0  # how much further than the persona itself the teacher goes
 SHARE = 0.005  # of all neurons, a pole
 ANSWERS, ROWS = 32, 16  # answers a pole, rows of a batch
 TOP = 256  # tokens of the vocabulary in which student and teacher are compared
-DRAWS, SHRUNK = 2, 0.5  # of what the model may say, for Fisher's matrices; what is left of their noisy off-diagonal
+DRAWS, SHRUNK, RIDGE = 2, 0.5, 1e-3  # of what the model may say; what is left off Fisher's diagonal; what is added to it, in means
 PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens in a row
-UNIT = 0.001  # nats a token that the biases add to neutral text by its matrix: so they have one size on every model
+UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
+NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
 MULTIPLES = (1.5, 3.0, 5.0, 8.0)  # of the biases, that are tried on
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
 SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
@@ -158,14 +160,17 @@ def student_says(model, of: Lesson):
 
 
 def divergence(of: Lesson, sign: int, said):
-    """KL(teacher, student) in nats at each of the answers' tokens, over the tokens `top`: (rows, tokens)."""
+    """KL(teacher, student) in nats at each of the answers' tokens: (rows, tokens). The teacher says nothing but the tokens `top`,
+    the student all: so it is never quite 0."""
     teacher = of.teacher(sign)
     return (teacher * (teacher.clamp(min=1e-9).log() - said.gather(-1, of.top))).sum(-1) * of.counted
 
 
 def drawn(said, generator):
-    """log p(y) at each place of log-probabilities (rows, tokens, vocabulary), y drawn from them: (rows, tokens). The squares of its
-    slopes are Fisher's matrix, in expectation."""
+    """log p(y) at each place of log-probabilities (rows, tokens, vocabulary), y drawn from them: (rows, tokens). The outer products
+    of its slopes are Fisher's matrix, in expectation."""
+    if not bool(said.isfinite().all()):
+        raise UserError(NOT_FINITE)
     y = torch.multinomial(said.detach().exp().flatten(0, 1), 1, generator=generator)
     return said.gather(-1, y.view(*said.shape[:2], 1))[..., 0]
 
@@ -176,7 +181,7 @@ def slopes_of(model, losses, constants, student=biased) -> list:
     with student(model, constants), torch.enable_grad():
         slopes = [torch.autograd.grad(loss, constants, retain_graph=True)[0] for loss in losses()]
     if not all(bool(slope.isfinite().all()) for slope in slopes):
-        raise UserError("training: a gradient is no finite number: try --dtype float32")
+        raise UserError(NOT_FINITE)
     return slopes
 
 
@@ -199,38 +204,38 @@ def price_of(model, tokenizer, seed: int) -> torch.Tensor:
         return [drawn(said, generator).sum() for _ in range(DRAWS)]
 
     slopes = slopes_of(model, losses, no_biases(model, len(rows)))
-    return sum(slope[:, :, 0].square().sum(1) for slope in slopes) / (DRAWS * ids.numel())
+    return sum(slope[:, :, 0].square().sum(1) for slope in slopes).cpu() / (DRAWS * ids.numel())
 
 
 def slopes_and_scores(model, lessons: Iterable[Lesson], sign: int, seed: int, step):
-    """At bias 0, over the answers' tokens: (the mean of d KL(teacher, student) / d bias, float32 (layers, d_ff); slopes of drawn
-    tokens' likelihoods, (answers * DRAWS, layers, d_ff), the sum of whose outer products is Fisher's matrix). step() is called
-    after each batch."""
+    """At bias 0, on the CPU: (the mean over the answers' tokens of d KL(teacher, student) / d bias, float32 (layers, d_ff); scores
+    (DRAWS * answers, layers, d_ff), each the slope of a drawn answer's log-likelihood, in such a size that the sum of their outer
+    products is Fisher's matrix, a token, in expectation). step() is called after each batch."""
     generator, total, scores, tokens = torch.Generator(model.device).manual_seed(seed), 0, [], 0
     for of in lessons:
         def losses():
             said = student_says(model, of)
             return [divergence(of, sign, said).sum(), *((drawn(said, generator) * of.counted).sum() for _ in range(DRAWS))]
 
-        slopes, *draws = (rows[:, :, 0].transpose(0, 1) for rows in slopes_of(model, losses, no_biases(model, len(of.ids))))
-        total, tokens = total + slopes.sum(0), tokens + int(of.counted.sum())
-        scores += draws
+        slopes = [slope[:, :, 0].transpose(0, 1).cpu() for slope in slopes_of(model, losses, no_biases(model, len(of.ids)))]
+        total, tokens = total + slopes[0].sum(0), tokens + int(of.counted.sum())
+        scores += slopes[1:]
         step()
-    return total / tokens, torch.cat(scores) / math.sqrt(DRAWS * tokens)
+    return total / tokens, torch.cat(scores).div_(math.sqrt(DRAWS * tokens))
 
 
 def natural_step(slope, scores, price, number: int) -> torch.Tensor:
     """The biases of one pole, float32 (layers, d_ff), 0 but for `number` neurons. See slopes_and_scores() and price_of()."""
-    fisher = scores.square().sum(0)
-    cost = fisher + PRICE * price + 1e-3 * fisher.mean()  # the last is for neurons that nothing was seen of
-    kept = (slope.square() / cost).flatten().topk(number).indices
-    own = scores.flatten(1)[:, kept]
-    matrix = SHRUNK * own.T @ own
-    matrix.diagonal().copy_(cost.flatten()[kept])
+    fisher = sum(score.square() for score in scores)
+    alone = PRICE * price + RIDGE * fisher.mean()
+    chosen = (slope.square() / (fisher + alone)).flatten().topk(number).indices
+    parts = slope[None], (alone + (1 - SHRUNK) * fisher)[None], scores
+    g, rest, own = (part.flatten(1)[:, chosen].double() for part in parts)
+    few = torch.eye(len(own)) / SHRUNK + own / rest @ own.T  # C = diag(rest) + SHRUNK own^T own; by Woodbury's identity
     biases = torch.zeros_like(slope)
-    biases.view(-1)[kept] = -torch.linalg.solve(matrix, slope.flatten()[kept])
+    biases.view(-1)[chosen] = -((g - own.T @ torch.linalg.solve(few, own @ (g / rest).T)[:, 0]) / rest)[0].float()
     dear = (price * biases.square()).sum() / 2
-    return (biases * (UNIT / dear.clamp(min=1e-30)).sqrt()).cpu()
+    return biases * (UNIT / dear.clamp(min=RIDGE * price.mean() * biases.square().sum())).sqrt()
 
 
 # --------------------------------------------------------------------------------------------------------- dose response
@@ -270,7 +275,7 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
     return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "top": TOP,
-            "draws": DRAWS, "shrunk": SHRUNK, "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
+            "fisher": [DRAWS, SHRUNK, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
             "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
 
 
@@ -287,13 +292,14 @@ def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]
 
 def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int, fit, passes: int = 1) -> torch.Tensor:
     """The constants of one pole, from the answers beside a neuron file: what fit(lessons, sign, step) makes of them, in `passes`
-    passes over them. lessons: an iterator, since only one at a time need be in memory."""
+    passes over them. lessons: an iterator, since they need not be in memory together."""
     parts = answers_to_learn(tokenizer, neurons, pole)
     with progress(len(parts) * (1 + passes), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
         def lessons():
             for part in parts:
-                yield lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed)
+                made = lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed)
                 bar.update()
+                yield made
 
         return fit(lessons(), 1 if pole == "high" else -1, bar.update)
 

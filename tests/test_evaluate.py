@@ -224,9 +224,9 @@ def test_wrong_flags(small, made, monkeypatch, tmp_path, flags, pattern):
 def test_a_flag_of_several_values_may_come_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", "x --trait openness Neuroticism --trait openness".split())
     assert evaluate.arguments().trait == identify.arguments().traits == ["openness", "neuroticism"]
-    monkeypatch.setattr(sys, "argv", "x --method npti persona --method trained npti --judge llm --judge contrast".split())
+    monkeypatch.setattr(sys, "argv", "x --method npti persona --method trained npti --judge llm --judge contrast --dose 2 --dose 1".split())
     args = evaluate.arguments()
-    assert args.method == ["npti", "persona", "trained"] and args.judge == ["llm", "contrast"]
+    assert args.method == ["npti", "persona", "trained"] and args.judge == ["llm", "contrast"] and args.dose == [1, 2]
 
 
 def test_who_declines_is_counted(small, made, monkeypatch, tmp_path):

@@ -61,8 +61,8 @@ def test_a_lesson_is_of_three_passes(small, made):
 
 @pytest.mark.parametrize(("layer", "index", "value"), [(0, 5, 1.5), (1, 3, -1.5), (1, 40, 2.0)])
 def test_a_planted_bias_is_found(small, made, monkeypatch, layer, index, value):
-    """A teacher that is the model itself with one biased neuron: of those that are kept it is biased most or nearly so, to its side,
-    and at about that size the student comes near."""
+    """A teacher that is the model itself with one biased neuron: of those that are chosen it is one of the most biased, to its side,
+    and the student comes nearer."""
     monkeypatch.setattr(train, "DRAWS", 8)
     planted, lessons = torch.zeros(shape_of(small)), lessons_of(small, made)
     planted[layer, index] = value
@@ -72,18 +72,21 @@ def test_a_planted_bias_is_found(small, made, monkeypatch, layer, index, value):
         of.apart = (said - of.plain) / train.GAIN
     found = train.slopes_and_scores(small.model, iter(lessons), 1, 0, lambda: None)
     bias = train.natural_step(*found, torch.full_like(planted, 1e-9), 10)
-    assert (bias != 0).sum() == 10 and bias[layer, index] * value > 0.8 * bias.abs().max() * abs(value)
+    assert (bias != 0).sum() == 10 and bias[layer, index] * value > 0
+    assert bias[layer, index].abs() >= bias.abs().flatten().topk(3).values[-1]
 
     def apart(size):
         with torch.no_grad(), train.biased(small.model, bias * size / bias.abs().max()):
             return sum(float(train.divergence(of, 1, train.student_says(small.model, of)).sum()) for of in lessons)
 
-    assert min(apart(share * abs(value)) for share in (0.25, 0.5, 1)) < apart(0) / 2
+    assert apart(abs(value) / 4) < 0.8 * apart(0)
 
 
 def test_slopes_and_scores(small, made, monkeypatch):
     """By a backward pass for each answer, with drawn tokens that are known."""
     lessons, slopes, scores = lessons_of(small, made), [], []
+    first, again, other = (train.slopes_and_scores(small.model, lessons, 1, seed, lambda: None)[1] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[:3], first[3:6])
     monkeypatch.setattr(torch, "multinomial", lambda likely, *_, **__: likely.argmax(-1, keepdim=True))
     slope, score = train.slopes_and_scores(small.model, lessons, 1, 0, lambda: None)
     tokens = sum(int(of.counted.sum()) for of in lessons)
@@ -105,6 +108,18 @@ def test_slopes_and_scores(small, made, monkeypatch):
     assert torch.allclose(score[order], expected, rtol=1e-3, atol=1e-6)
 
 
+def test_a_model_of_no_finite_numbers_is_one_line(small, made):
+    """As float16 may have them."""
+    lessons, norm = lessons_of(small, made), small.model.model.norm.weight
+    plain = norm.detach().clone()
+    norm.data.fill_(torch.inf)
+    try:
+        with pytest.raises(UserError, match="try --dtype float32"):
+            train.slopes_and_scores(small.model, lessons, 1, 0, lambda: None)
+    finally:
+        norm.data.copy_(plain)
+
+
 def test_the_step_and_its_neurons():
     """By hand, with three draws of four neurons."""
     slope, price = torch.tensor([[1.0, -2.0], [0.5, 0.1]]), torch.tensor([[0.1, 0.2], [0.4, 9.0]])
@@ -117,6 +132,8 @@ def test_the_step_and_its_neurons():
     assert bias[0, 0] < 0 < bias[0, 1]
     assert float((price * bias.square()).sum()) / 2 == pytest.approx(train.UNIT, rel=1e-5)
     assert (train.natural_step(slope, scores, torch.tensor([[9.0, 0.2], [0.4, 9.0]]), 2) != 0).tolist() == [[False, True], [True, False]]
+    free = train.natural_step(slope, scores, torch.tensor([[0.0, 0.0], [0.0, 9.0]]), 2)
+    assert free.abs().max() < 1e3, "of neurons that neutral text never reaches, too"
 
 
 def test_the_price_of_a_bias(small, monkeypatch):

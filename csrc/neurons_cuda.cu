@@ -303,7 +303,7 @@ cudaError_t launch(const Args& args, cudaStream_t stream) {
 }
 
 template <class T, int V, int Team, bool Shared>
-cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {
+cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {  // of one group at least: no empty grid is launched
   constexpr int kColumns = Team * 16 / sizeof(T), kSums = 3 * kThreadsOf<Team> / 32 * kColumns * 8;
   constexpr int kSketch = (kColumns * kBins + kNowhere) * 4 + kStage * 8, bytes = Shared && kSketch > kSums ? kSketch : kSums;
   const auto kernel = args.token_profile ? glu_statistics_kernel<T, V, Team, Shared, true>
@@ -312,7 +312,7 @@ cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, kColumns)), static_cast<unsigned>(args.groups));  // of none it would not launch
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, kColumns)), static_cast<unsigned>(args.groups));
   kernel<<<grid, kThreadsOf<Team>, bytes, stream>>>(args);
   return cudaGetLastError();
 }

@@ -54,10 +54,14 @@ def test_residual_constants_come_nearer_to_the_teacher(small, baselines, monkeyp
 
     def watched(model, of, sign, *more):
         constants = plain(model, of, sign, *more)
+
+        def apart():
+            return sum(float(train.divergence(part, sign, train.student_says(model, part)).sum()) for part in of)
+
         with torch.no_grad():
-            before = sum(float(train.divergence(part, sign, train.student_says(model, part)).sum()) for part in of)
+            before = apart()
             with shifted(model, constants):
-                pairs.append((sum(float(train.divergence(part, sign, train.student_says(model, part)).sum()) for part in of), before))
+                pairs.append((apart(), before))
         return constants
 
     monkeypatch.setattr("personality.baselines.fitted", watched)

@@ -17,7 +17,6 @@ unedited model. A level is read from that table: see methods.trained(). No judge
 """
 
 import contextlib
-import functools
 import math
 import random
 from collections.abc import Iterable
@@ -160,19 +159,18 @@ def student_says(model, of: Lesson):
 
 
 def divergence(of: Lesson, sign: int, said):
-    """KL(teacher, student) in nats at each of the answers' tokens: (rows, tokens). The teacher says nothing but the tokens `top`,
-    the student all: so it is never quite 0."""
-    teacher = of.teacher(sign)
-    return (teacher * (teacher.clamp(min=1e-9).log() - said.gather(-1, of.top))).sum(-1) * of.counted
+    """KL(teacher, student) in nats at each of the answers' tokens, both over the tokens `top`: (rows, tokens)."""
+    teacher, student = of.teacher(sign), said.gather(-1, of.top).log_softmax(-1)
+    return (teacher * (teacher.clamp(min=1e-9).log() - student)).sum(-1) * of.counted
 
 
 def drawn(said, generator):
-    """log p(y) at each place of log-probabilities (rows, tokens, vocabulary), y drawn from them: (rows, tokens). The outer products
-    of its slopes are Fisher's matrix, in expectation."""
+    """log p(y) at each place of log-probabilities (rows, tokens, vocabulary), y drawn from them DRAWS times: (DRAWS, rows, tokens).
+    The outer products of its slopes are Fisher's matrix, in expectation."""
     if not bool(said.isfinite().all()):
         raise UserError(NOT_FINITE)
-    y = torch.multinomial(said.detach().exp().flatten(0, 1), 1, generator=generator)
-    return said.gather(-1, y.view(*said.shape[:2], 1))[..., 0]
+    y = torch.multinomial(said.detach().exp().flatten(0, 1), DRAWS, replacement=True, generator=generator)
+    return said.gather(-1, y.view(*said.shape[:2], DRAWS)).permute(2, 0, 1)
 
 
 def slopes_of(model, losses, constants, student=biased) -> list:
@@ -201,7 +199,7 @@ def price_of(model, tokenizer, seed: int) -> torch.Tensor:
 
     def losses():
         said = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        return [drawn(said, generator).sum() for _ in range(DRAWS)]
+        return drawn(said, generator).sum((1, 2))
 
     slopes = slopes_of(model, losses, no_biases(model, len(rows)))
     return sum(slope[:, :, 0].square().sum(1) for slope in slopes).cpu() / (DRAWS * ids.numel())
@@ -215,7 +213,7 @@ def slopes_and_scores(model, lessons: Iterable[Lesson], sign: int, seed: int, st
     for of in lessons:
         def losses():
             said = student_says(model, of)
-            return [divergence(of, sign, said).sum(), *((drawn(said, generator) * of.counted).sum() for _ in range(DRAWS))]
+            return [divergence(of, sign, said).sum(), *(drawn(said, generator) * of.counted).sum((1, 2))]
 
         slopes = [slope[:, :, 0].transpose(0, 1).cpu() for slope in slopes_of(model, losses, no_biases(model, len(of.ids)))]
         total, tokens = total + slopes[0].sum(0), tokens + int(of.counted.sum())
@@ -274,7 +272,7 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
-    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "top": TOP,
+    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "both over": TOP,
             "fisher": [DRAWS, SHRUNK, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
             "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
 
@@ -323,10 +321,9 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
                         f"{neurons.trait} makes them before")
 
     number = max(1, round(SHARE * sum(mlp.neurons for mlp in find_mlps(model))))
-    price = functools.cache(lambda: price_of(model, tokenizer, seed))  # the same for both poles
 
     def fit(lessons, sign, step):
-        return natural_step(*slopes_and_scores(model, lessons, sign, seed, step), price(), number)
+        return natural_step(*slopes_and_scores(model, lessons, sign, seed, step), price, number)
 
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
@@ -335,10 +332,11 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
             return neurons
         with contextlib.suppress(OSError, SafetensorError), safe_open(kept, "pt") as file:
             biases = {pole: file.get_tensor(pole) for pole in file.keys()}
-        for pole in POLES:
-            if pole not in biases or biases[pole].shape != neurons.shape:
-                biases[pole] = trained_on(model, tokenizer, bench, neurons, pole, seed, fit).contiguous()
-                write_atomically(kept, save(biases))
+        todo = [pole for pole in POLES if pole not in biases or biases[pole].shape != neurons.shape]
+        price = price_of(model, tokenizer, seed) if todo else None
+        for pole in todo:
+            biases[pole] = trained_on(model, tokenizer, bench, neurons, pole, seed, fit).contiguous()
+            write_atomically(kept, save(biases))
         tensors = {"dose": levels(model, tokenizer, bench, neurons, lambda pole, multiple: Profile.dense(
             bias=multiple * biases[pole]))}
         for pole in POLES:

@@ -82,12 +82,22 @@ def test_a_planted_bias_is_found(small, made, monkeypatch, layer, index, value):
     assert apart(abs(value) / 4) < 0.8 * apart(0)
 
 
+def test_a_student_that_says_what_the_teacher_says_has_nothing_to_learn(small, made, monkeypatch):
+    """Whatever it says beyond the tokens that are compared."""
+    monkeypatch.setattr(train, "TOP", 20)
+    of = lessons_of(small, made)[0]
+    said = torch.full((*of.ids.shape, small.model.config.vocab_size), -3.0).scatter(-1, of.top, of.teacher(1).log() - 1)
+    assert train.divergence(of, 1, said).abs().max() < 1e-5
+    assert train.divergence(of, -1, said).sum() > 0.01 and (train.divergence(of, -1, said)[~of.counted] == 0).all()
+
+
 def test_slopes_and_scores(small, made, monkeypatch):
-    """By a backward pass for each answer, with drawn tokens that are known."""
+    """By a backward pass for each answer, with drawn tokens that are known, and fewer tokens to compare than the vocabulary has."""
+    monkeypatch.setattr(train, "TOP", 20)
     lessons, slopes, scores = lessons_of(small, made), [], []
     first, again, other = (train.slopes_and_scores(small.model, lessons, 1, seed, lambda: None)[1] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[:3], first[3:6])
-    monkeypatch.setattr(torch, "multinomial", lambda likely, *_, **__: likely.argmax(-1, keepdim=True))
+    monkeypatch.setattr(torch, "multinomial", lambda likely, number, **_: likely.argmax(-1, keepdim=True).expand(-1, number))
     slope, score = train.slopes_and_scores(small.model, lessons, 1, 0, lambda: None)
     tokens = sum(int(of.counted.sum()) for of in lessons)
     for of in lessons:
@@ -97,8 +107,8 @@ def test_slopes_and_scores(small, made, monkeypatch):
             bias = torch.zeros(shape_of(small), requires_grad=True)
             with train.biased(small.model, bias), torch.enable_grad():
                 said = train.student_says(small.model, alone)
-                kl = sum((p * (p.log() - said[0, t, alone.top[0, t]])).sum() for t, p in enumerate(alone.teacher(1)[0])
-                         if alone.counted[0, t])
+                kl = sum((p * (p.log() - said[0, t, alone.top[0, t]].log_softmax(-1))).sum()
+                         for t, p in enumerate(alone.teacher(1)[0]) if alone.counted[0, t])
                 likely = (said[0].max(-1).values * alone.counted[0]).sum()
                 slopes.append(torch.autograd.grad(kl, bias, retain_graph=True)[0])
                 scores.append(torch.autograd.grad(likely, bias)[0])

@@ -4,7 +4,7 @@ NPTI takes the neurons that fire under a persona. Here the model says itself, by
 persona's words about, and how far. For each pole of a trait, from answers y that identify.py got under it:
 
     teacher   softmax(log p(.|q, y) + GAIN (log p(.|pole, q, y) - log p(.|other pole, q, y))): the unedited model, three times
-    student   no persona; act(gate) * up + bias at the answer's positions
+    student   no persona; act(gate) * up + bias at the answer's positions. Both over the TOP likeliest tokens, where each sums to 1
     chosen    SHARE of the neurons: those by which a step would gain most, were each alone: g^2 / c. g: d KL(teacher, student) /
               d bias at bias 0, the mean over the answers' tokens; c: the diagonal of C
     step      one step of natural gradient (Amari 1998) of those neurons, -C^-1 g, brought to the size that UNIT says. C: Fisher's
@@ -71,7 +71,7 @@ class Lesson:
     apart: torch.Tensor
 
     def teacher(self, sign: int):
-        """The teacher's probabilities of the tokens `top`; sign: 1 for the high pole, -1 for the low one."""
+        """The teacher's probabilities of the tokens `top`, which sum to 1; sign: 1 for the high pole, -1 for the low one."""
         return (self.plain + sign * GAIN * self.apart).softmax(-1)
 
 
@@ -166,7 +166,7 @@ def divergence(of: Lesson, sign: int, said):
 
 def drawn(said, generator):
     """log p(y) at each place of log-probabilities (rows, tokens, vocabulary), y drawn from them DRAWS times: (DRAWS, rows, tokens).
-    The outer products of its slopes are Fisher's matrix, in expectation."""
+    The outer product of a draw's slopes is Fisher's matrix, in expectation."""
     if not bool(said.isfinite().all()):
         raise UserError(NOT_FINITE)
     y = torch.multinomial(said.detach().exp().flatten(0, 1), DRAWS, replacement=True, generator=generator)
@@ -272,7 +272,8 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
-    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "both over": TOP,
+    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS,
+            "both over": TOP,  # teacher and student; "top", as long as the student did not sum to 1 over these tokens
             "fisher": [DRAWS, SHRUNK, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
             "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import importlib
 import json
+import math
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy
 import openai
 import pytest
 import uvicorn
@@ -22,7 +24,7 @@ import induce
 from conftest import FRAMED, ROOT, exit_of, run
 from personality import Character, Neurons, Profile, UserError, steer
 from personality.answering import Server, Text
-from personality.methods import Profiles
+from personality.methods import Profiles, multiple_at
 from personality.model import answers, sampling
 from personality.neurons import NeuronFolder
 from personality.serve import KEY, application, listening, page
@@ -194,8 +196,6 @@ def test_penalties_are_heeded(served):
 
 
 def test_perplexity_is_the_unedited_models(small, served):
-    import math
-
     import torch
 
     from personality import load_model
@@ -213,7 +213,10 @@ def test_what_a_character_is_made_of(small, neurons, served):
     found = post(served, "/v1/personality", personality="ada").json()
     file = Neurons.load(neurons / "extraversion.safetensors", small.model)
     assert found["method"] == "trained" and found["range"] == [-1, 1]
-    assert 0.5 < found["expected_perplexity"] <= 1.3 ** 2  # of two traits, each at a level of 1 at most
+    doses = file.dose[0].double(), Neurons.load(neurons / "openness.safetensors", small.model).dose[1].double()
+    grown = [numpy.interp(multiple_at(dose, level), [0, *dose[:, 0]], [0, *dose[:, 2].log()]) for dose, level in zip(doses, (1, 0.7))]
+    assert found["expected_perplexity"] == pytest.approx(math.exp(sum(grown)), abs=1e-3)
+    assert max(grown) <= math.log(1.3) + 1e-6
     assert sum(found["layers"].values()) == found["neurons"] >= len(file.high_bias)
     assert post(served, "/v1/personality", personality="bob").json()["method"] == "npti"
     there = httpx.get(served.url + "/v1/personality").json()

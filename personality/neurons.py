@@ -26,6 +26,7 @@ TENSORS = {"mean": torch.float32, "p50": torch.float16, "p95": torch.float32, "p
 SEEN = {"seen": torch.int32}  # where not all neurons were counted on the same tokens
 TRAINED = {"dose": torch.float32, **{f"{pole}_{what}": dtype for pole in POLES
                                      for what, dtype in (("place", torch.int32), ("bias", torch.float32))}}  # see train.py
+TRAINING = 3  # version of train.py: one more whenever the same answers come to other edits; a file of another one is told of
 META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
 
@@ -215,7 +216,7 @@ class NeuronFolder:
     """A folder of neuron files, each read when it is first asked for. folder: of identify.py, or npti:DIR of the released ones.
     identify(trait): makes a file that is not there yet; train(neurons): adds its trained edits (train.add_trained); without
     them, what is missing is an error. frame: how questions are put; where a file was made with another one, or before there were
-    any, a line says so."""
+    any, a line says so; and where its trained edits are those of another version of train.py."""
 
     def __init__(self, model, folder: str, identify=None, frame: Frame | None = None, train=None):
         self.model, self.identify, self.train, self.frame, self.files = model, identify, train, frame, {}
@@ -238,6 +239,8 @@ class NeuronFolder:
         neurons = Neurons.load(path, self.model)
         if neurons.trait != trait:
             raise UserError(f"{path}: holds the neurons of {neurons.trait}")
+        if neurons.trained and neurons.meta.get("training") != TRAINING:
+            say(f"{path}: its trained edits are of another version of the training: python identify.py --train makes them anew")
         if self.frame and self.frame != neurons.frame:
             say(f"{path}: its questions were put in the frame {neurons.frame}, now they are put in the frame {self.frame}")
         return neurons

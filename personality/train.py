@@ -33,7 +33,7 @@ from .frame import Frame, declines
 from .judges import log_likelihoods, prefill
 from .mlp import find_mlps, shape_of
 from .model import CACHE, TEST_PENALTY, answers, prompt_ids, with_ids, without_stop
-from .neurons import Neurons, answers_path
+from .neurons import TRAINING, Neurons, answers_path
 from .questions import Bench, read_answers
 from .rows import replace_forward
 from .steer import Profile, steer
@@ -272,8 +272,7 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
-    return {"gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS,
-            "both over": TOP,  # teacher and student; "top", as long as the student did not sum to 1 over these tokens
+    return {"version": TRAINING, "gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "top": TOP,
             "fisher": [DRAWS, SHRUNK, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
             "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
 
@@ -321,11 +320,6 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
         raise UserError(f"{path}: edits can't be trained while the model is steered or observed: identify.py --train --trait "
                         f"{neurons.trait} makes them before")
 
-    number = max(1, round(SHARE * sum(mlp.neurons for mlp in find_mlps(model))))
-
-    def fit(lessons, sign, step):
-        return natural_step(*slopes_and_scores(model, lessons, sign, seed, step), price, number)
-
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
         neurons, biases = Neurons.load(path), {}
@@ -335,6 +329,11 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
             biases = {pole: file.get_tensor(pole) for pole in file.keys()}
         todo = [pole for pole in POLES if pole not in biases or biases[pole].shape != neurons.shape]
         price = price_of(model, tokenizer, seed) if todo else None
+
+        def fit(lessons, sign, step):
+            number = max(1, round(SHARE * sum(mlp.neurons for mlp in find_mlps(model))))
+            return natural_step(*slopes_and_scores(model, lessons, sign, seed, step), price, number)
+
         for pole in todo:
             biases[pole] = trained_on(model, tokenizer, bench, neurons, pole, seed, fit).contiguous()
             write_atomically(kept, save(biases))
@@ -343,7 +342,7 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
         for pole in POLES:
             place = biases[pole].nonzero()
             tensors |= {f"{pole}_place": place.int(), f"{pole}_bias": biases[pole][place[:, 0], place[:, 1]]}
-        neurons = Neurons({**neurons.tensors, **tensors}, {**neurons.meta, "trained": made_with}, str(path))
+        neurons = Neurons({**neurons.tensors, **tensors}, {**neurons.meta, "trained": made_with, "training": TRAINING}, str(path))
         neurons.save(path)
         kept.unlink(missing_ok=True)
     return neurons

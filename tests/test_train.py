@@ -288,6 +288,24 @@ def test_a_folder_without_trained_edits(small, made):
         NeuronFolder(small.model, str(made)).trained("extraversion")
 
 
+def test_edits_of_another_training_are_told_of(small, learnt, capsys):
+    """Where they are used as they are; identify.py --train makes them anew."""
+    path = learnt / "extraversion.safetensors"
+    neurons = Neurons.load(path)
+    NeuronFolder(small.model, str(learnt)).trained("extraversion")
+    assert not capsys.readouterr().err
+    Neurons(neurons.tensors, {name: of for name, of in neurons.meta.items() if name != "training"}).save(path)
+    folder = NeuronFolder(small.model, str(learnt))
+    assert torch.equal(folder.trained("extraversion").high_bias, folder.trained("extraversion").high_bias)
+    assert capsys.readouterr().err.count("another version of the training: python identify.py --train") == 1
+
+
+def test_a_new_version_of_the_training_trains_anew(monkeypatch):
+    before = train.options(0)
+    monkeypatch.setattr(train, "TRAINING", train.TRAINING + 1)
+    assert train.options(0) != before
+
+
 def test_level_from_the_command_line(small, tmp_path, monkeypatch, capsys):
     """Identifies, trains, answers; then --train finds it all there."""
     out = tmp_path / "neurons"

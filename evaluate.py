@@ -46,7 +46,7 @@ def parser() -> Flags:
     add("--full", action="store_true", help="all of the above, with every method and judge")
     add("--characters", type=positive, nargs="?", const=12, metavar="N",
         help="N random characters over five traits (default: %(const)s), requested against measured: composed, with the edits just "
-             "added up, and described in a prompt")
+             "added up, by levels, and described in a prompt")
     add("--turns", type=positive, nargs="?", const=6, metavar="N",
         help="also hold conversations of N turns (default: %(const)s), of the test questions: does the personality last?")
     add("--answers", metavar="FILE", help="judge these (JSON lines: trait, pole, question, answer), generate none")
@@ -133,6 +133,7 @@ class Personalities:
                                     functools.partial(add_trained, model, tokenizer, bench, seed=args.seed))
         self.profiles = Profiles(model, tokenizer, self.neurons, suppress=args.suppress)
         self.baselines = Baselines(model, tokenizer, bench, self.neurons, args.seed)
+        self.share = max(args.level) / max(args.alpha)  # a character's level a unit of its alpha: its strongest is the highest
 
     def profile(self, condition: Condition) -> Profile:
         method, trait, pole, alpha = condition
@@ -141,9 +142,8 @@ class Personalities:
         if method == "added":
             edits = [edits for trait, own in zip(TRAITS, alpha) for edits in npti_edits(self.neurons[trait], own)]
             return suppressed(Profile.of(edits), self.args.suppress)
-        if method == "levels":  # the strongest alpha of a character is the highest level
-            share = max(self.args.level) / max(self.args.alpha)
-            return self.profiles.of(Character({trait: own * share for trait, own in zip(TRAITS, alpha)}, "trained"))
+        if method == "levels":
+            return self.profiles.of(Character({trait: own * self.share for trait, own in zip(TRAITS, alpha)}, "trained"))
         if method == "residual":
             return self.baselines.residual(trait, alpha if pole == "high" else -alpha)
         return self.profiles.of(Character({trait: alpha if pole == "high" else -alpha}, "trained" if method == HYBRID else method))
@@ -154,8 +154,9 @@ class Personalities:
             return None
         traits = [condition.trait] if condition.trait else TRAITS
         keys = [self.neurons.trained(trait).trained if condition.method in TRAINED else
-                self.baselines.key(trait) if condition.method in ("residual", TUNED) else "" for trait in traits]
-        return f"{condition.method}/{'/'.join(self.neurons[trait].key + key for trait, key in zip(traits, keys))}"
+                self.baselines.key(trait, condition.method) if condition.method in ("residual", TUNED) else "" for trait in traits]
+        method = condition.method + str(self.share) * (condition.method == "levels")
+        return f"{method}/{'/'.join(self.neurons[trait].key + key for trait, key in zip(traits, keys))}"
 
     def steered(self, condition: Condition):
         """A context in which every row of the model has the condition's edits; prompts do nothing here."""
@@ -254,11 +255,10 @@ class Evaluation:
 
     def test(self, made: list[dict]) -> tuple[dict, dict]:
         """(figures, what could not be rated) of every judge of texts on the test questions' answers."""
-        seed = self.args.seed
         self.contrast.judge(made, self.scores, [], "judging")  # its fluency is every judge's
         failed = rate_answers(self.rater, made, self.scores) if self.rater else {}
         judges = [self.rater.name if name == "llm" else name for name in self.args.judge if name != "questionnaire"]
-        table, fluent = self.tables(made, judges)
+        (table, fluent), seed = self.tables(made, judges), self.args.seed
         fluent, apart = results.fluency(fluent, table, seed), results.high_minus_low(table)
         return {"summary": results.summarise(table, fluent, seed), "effects": results.effects(apart, seed),
                 "between": results.compared(apart, seed), "fluency": fluent, "agreement": results.agreement(table, judges),
@@ -338,10 +338,10 @@ class Evaluation:
         people, args, alpha = self.people, self.args, max(self.args.alpha)
         of_traits = [people.bench.questions(trait, "test", args.limit) for trait in TRAITS]
         questions = list(dict.fromkeys(itertools.chain(*zip(*of_traits))))[:args.limit]
-        cells = character_cells(people.bench, random_characters(args.characters, alpha, args.seed), alpha, questions, args.seed)
-        made = people.answer(cells, self.answers, "characters")
-        self.contrast.judge([line for line in made if line["method"] != "npti"], self.scores, TRAITS, "characters: judging")
-        self.contrast.judge(only(made, method="npti"), self.scores, [], "traits alone: judging")  # along its own trait
+        characters, alone = random_characters(args.characters, alpha, args.seed), {"npti": alpha, "trained": max(args.level)}
+        made = people.answer(character_cells(people.bench, characters, alone, questions, args.seed), self.answers, "characters")
+        self.contrast.judge([line for line in made if line["method"] not in alone], self.scores, TRAITS, "characters: judging")
+        self.contrast.judge([line for line in made if line["method"] in alone], self.scores, [], "traits alone: judging")
         table, fluent = self.tables(made)
         means = [(condition, {trait: mean_of(results.per_question(own)) for trait, own in rows.groupby("measured", sort=False)})
                  for condition, rows in results.grouped(table, results.CONDITION)]
@@ -364,10 +364,12 @@ def whole(condition: Condition) -> Condition:
 def head_line(run: Evaluation, made_with: dict, made: list[dict]) -> str:
     """What the figures are of, in one line."""
     args, model = run.args, run.people.model
-    alphas, nobody = ", ".join(f"{alpha:g}" for alpha in args.alpha), sum(declines(line["answer"]) for line in made)
+    nobody, listed = sum(declines(line["answer"]) for line in made), lambda values: ", ".join(f"{value:g}" for value in values)
+    used = [f"{name} {listed(values)}, " for name, values in (("alpha", args.alpha), ("level", args.level))
+            if args.characters or any(args.strengths.get(method) is values for method in args.method)]
     source = f"answers of {args.answers}, " if args.answers else (
         f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, frame {run.people.frame}, "
-        f"alpha {alphas}, seed {args.seed}; ")
+        f"{''.join(used)}seed {args.seed}; ")
     head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {source}judges: {', '.join(args.judge)}"
     if run.rater:
         lost = sum(line["score"] is None for line in run.scores if line.get("judge") == run.rater.name)

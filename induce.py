@@ -201,6 +201,8 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
     options = [args.batch_size, args.max_new_tokens, args.seed, args.where, args.keep, args.suppress, args.min_delta,
                args.min_neurons, args.temperature, args.top_p, args.frame]
     keys = {trait: profiles.neurons[trait].key for trait in TRAITS if any(who.strengths.get(trait) for _, who in questions)}
+    keys |= {f"{trait}, trained": profiles.neurons.trained(trait).trained for trait in keys
+             if any(who.method == "trained" and who.strengths.get(trait) for _, who in questions)}
     asked = [(text, who.strengths, who.method, who.layers) for text, who in questions]
     key = digest(fingerprint(model), str(model.dtype), tokenizer.chat_template, keys, asked, options)
     part = out.with_name(f".{out.name}.{key}.part")

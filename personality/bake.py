@@ -19,7 +19,7 @@ from .endpoint import Endpoint, NoReply
 from .methods import Character, Profiles
 from .mlp import find_mlps
 from .frame import Frame, conversation
-from .model import answers, as_published, dtype_of, fingerprint, out_of_memory, prompt_ids
+from .model import answers, as_published, dtype_of, enough_memory, fingerprint, prompt_ids
 from .questions import built_in_bench
 from .steer import Profile, steer
 from .store import parse_json, read_text, rendered
@@ -203,14 +203,9 @@ def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> No
         for path in (temporary, old):
             shutil.rmtree(path, ignore_errors=True)
     say(f"{target}: {made['character']}, edits on every token (--where all), suppressed neurons: {args.suppress}; {made['cost']}")
-    try:
+    with enough_memory(f"--verify holds both models in float32: --device cpu ({target} is whole, but not verified)"):
         if args.verify:
             verify(model, tokenizer, profile, target, baking.exact)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError("--verify holds both models in float32, for which there is not enough memory: --device cpu "
-                        f"({target} is whole, but not verified)") from error
 
 
 def clear_leftovers(target: Path) -> None:

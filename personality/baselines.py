@@ -25,7 +25,7 @@ from .questions import Bench
 from .steer import Profile, hidden_states
 from .store import digest, only_run, write_atomically
 from .terminal import UserError, progress, resumable
-from .train import answers_to_learn, divergence, frozen, levels, options, slopes_of, student_says, trained_on
+from .train import ANSWERS, ROWS, answers_to_learn, divergence, frozen, levels, options, slopes_of, student_says, trained_on
 
 PASSES = 4  # over the answers
 RESIDUAL_RATE = 0.01  # Adam's first step size for the constants
@@ -81,12 +81,13 @@ class Baselines:
     def __init__(self, model, tokenizer, bench: Bench, neurons: NeuronFolder, seed: int = 0):
         self.model, self.tokenizer, self.bench, self.neurons, self.seed, self.read = model, tokenizer, bench, neurons, seed, {}
 
-    def key(self, trait: str, *more) -> str:
-        """What a trait's baselines depend on."""
-        return digest(self.neurons[trait].key, options(self.seed), self.bench.fingerprint(), *more)
+    def key(self, trait: str, method: str) -> str:
+        """What a trait's baseline depends on, residual or lora."""
+        own = [options(self.seed), RESIDUAL_RATE] if method == "residual" else [ANSWERS, ROWS, self.seed, RANK, LORA_RATE]
+        return digest(self.neurons[trait].key, self.bench.fingerprint(), method, PASSES, *own)
 
-    def path(self, trait: str, kind: str, *more) -> Path:
-        return Path(self.neurons.folder) / "baselines" / f"{trait}.{self.key(trait, kind, *more)}.{kind}"
+    def path(self, trait: str, method: str, name: str) -> Path:
+        return Path(self.neurons.folder) / "baselines" / f"{trait}.{self.key(trait, method)}.{name}"
 
     # ------------------------------------------------------------------------------------- constants on the residual stream
 
@@ -100,7 +101,7 @@ class Baselines:
 
     def read_constants(self, trait: str):
         """(float32 (2, layers, hidden_size), the dose response (2, doses, 4)), trained where they are not there."""
-        path = self.path(trait, "residual.safetensors", PASSES, RESIDUAL_RATE)
+        path = self.path(trait, "residual", "residual.safetensors")
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, save(self.train_constants(self.neurons[trait])))
@@ -126,7 +127,7 @@ class Baselines:
     @contextlib.contextmanager
     def tuned(self, trait: str, pole: str):
         """The model with a pole's adapters, which are trained where they are not there."""
-        peft, path = check_peft(), self.path(trait, f"{pole}.lora", PASSES, RANK, LORA_RATE)
+        peft, path = check_peft(), self.path(trait, "lora", f"{pole}.lora")
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             with resumable(), only_run(path.with_name(f".{path.name}.lock"), f"{path}: another run trains it, this one waits"):

@@ -41,11 +41,12 @@ def random_characters(number: int, most: float, seed: int) -> list[tuple]:
     return characters
 
 
-def character_cells(bench: Bench, characters: list[tuple], alpha: float, questions: list[str], seed: int) -> list[dict]:
-    """Every question of every character in every way; and, to hold them against, unedited and of each trait alone."""
+def character_cells(bench: Bench, characters: list[tuple], alone: dict, questions: list[str], seed: int) -> list[dict]:
+    """Every question of every character in every way; and, to hold them against, unedited and of each trait alone. alone: the
+    methods of that, and each one's strength."""
     cells = grid(bench, TRAITS[0], ["unedited"], {}, questions, seed)
     for trait in TRAITS:
-        cells += grid(bench, trait, ["npti"], {"npti": [alpha]}, questions, seed)
+        cells += grid(bench, trait, [*alone], {method: [strength] for method, strength in alone.items()}, questions, seed)
     for way, alphas, question in itertools.product(WAYS, characters, questions):
         pick = random.Random(f"{seed}/{alphas}/{question}")
         cells.append({"trait": TRAITS[0], "question": question, "method": way, "pole": None, "alpha": list(alphas),

@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from . import POLES
 from .endpoint import Endpoint, NoReply
@@ -30,21 +30,33 @@ OPTIONS = ("Very inaccurate", "Moderately inaccurate", "Neither accurate nor ina
 # --------------------------------------------------------------------------------------------------------- likelihoods
 
 
+def looks_everywhere(model) -> bool:
+    """Whether every token sees all that stand before it, so that it does not matter where in a row padding stands: no layer has a
+    window, which counts places, or a state. (GPT-Neo's window is not in its cache.)"""
+    layers, config = DynamicCache(config=model.config).layers, model.config.get_text_config(decoder=True)
+    return all(type(layer) is DynamicLayer for layer in layers) and not getattr(config, "window_size", None)
+
+
 def prefill(model, tokenizer, prompts: list[list[int]]):
-    """Run prompts in one batch, and what all of them begin with only once: (logits after each, float32 (prompts, vocabulary);
-    cache; mask; position of each one's last token)."""
+    """Run prompts in one batch, and what all of them begin with only once, where padding may follow it: (logits after each, float32
+    (prompts, vocabulary); cache; mask; position of each one's last token)."""
     differ = (k for k, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
-    shared = min(next(differ, len(prompts[0])), min(map(len, prompts)) - 1)  # each keeps a token of its own
+    shared = min(next(differ, len(prompts[0])), min(map(len, prompts)) - 1) if looks_everywhere(model) else 0  # each keeps a token
     ids, mask = pad_left([prompt[shared:] for prompt in prompts], tokenizer.pad_token_id, model.device)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         if shared:
             model(input_ids=torch.tensor([prompts[0][:shared]], device=ids.device), **{CACHE: cache}, logits_to_keep=1)
-            cache.batch_repeat_interleave(len(prompts))
+            repeat(cache, 1, len(prompts))
         mask = torch.cat([mask.new_ones((len(prompts), shared)), mask], 1)
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position, **{CACHE: cache}, logits_to_keep=1).logits
     return logits[:, -1].float(), cache, mask, position[:, -1:]
+
+
+def repeat(cache, rows: int, times: int) -> None:
+    """Each of a cache's rows so many times, one behind the other. (As beams are: layers that keep a state can that, too.)"""
+    cache.reorder_cache(torch.arange(rows).repeat_interleave(times))
 
 
 def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: list[list[list[int]]], rows: int = 64):
@@ -61,7 +73,7 @@ def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: 
     first, cache, mask, position = prefill(model, tokenizer, [prompt_ids(tokenizer, turns) for turns in conversations])
     total = first.log_softmax(-1).repeat_interleave(many, 0).gather(1, ids[:, :1])[:, 0]  # (conversations * answers)
     if width > 1:  # padding stands at the right, where nothing attends to it
-        cache.batch_repeat_interleave(many)
+        repeat(cache, number, many)
         mask = mask.repeat_interleave(many, 0)
         mask = torch.cat([mask, mask.new_ones((len(mask), width - 1))], 1)
         position = position.repeat_interleave(many, 0) + torch.arange(1, width, device=ids.device)
@@ -192,7 +204,7 @@ class LocalJudge:
 
     def __init__(self, model, tokenizer, batch_size: int):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.name, self.origin = f"llm:{model.source}", fingerprint(model)
+        self.name, self.origin = f"llm:{model.source}", digest(fingerprint(model), tokenizer.chat_template)
         self.rate(None, [("Can you rate?", "Yes.")])  # a model that can't says so now, not after an hour
 
     def rate(self, trait: str | None, pairs: list[tuple[str, str]], store=lambda k, score: None) -> list[float]:

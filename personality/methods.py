@@ -13,7 +13,7 @@ from .mlp import decoder_of, layers_of
 from .model import answer_inputs, name_of, with_ids
 from .neurons import NeuronFolder, Neurons, answers_path
 from .questions import Bench, adjectives, read_answers
-from .steer import Profile, hidden_states
+from .steer import Profile, hidden_states, no_edits
 from .store import read_toml
 from .terminal import UserError, say
 
@@ -100,16 +100,16 @@ def multiple_at(dose, level: float) -> float:
     """By how much a pole's trained biases are multiplied at a level, 0 to 1 or beyond. dose (doses, 4): a multiple, how far the
     answers then move to the pole, by what factor their perplexity grows, and by what at most (see train.dose_response(); files of
     before lack that). Level 1 is the largest multiple that is at most as dear as DEAREST; between the doses, what is measured is
-    taken as linear. A level below 1 is the smallest multiple that moves the answers by that share of what level 1 does; beyond 1,
-    multiples go on in proportion."""
+    taken as linear; and where the answers move no further by then, the smallest that moves them as far. A level below 1 is the
+    smallest multiple that moves the answers by that share of what level 1 does; beyond 1, multiples go on in proportion."""
     dose = np.concatenate([[[0.0, 0.0, *np.ones(dose.shape[1] - 2)]], dose.double().numpy()])
     multiple, moved, dearer = dose[:, 0], np.maximum.accumulate(dose[:, 1]), np.maximum.accumulate(np.log(dose[:, -1]))
     most = float(np.interp(math.log(DEAREST), dearer, multiple)) if dearer[-1] > math.log(DEAREST) else multiple[-1]
     full = float(np.interp(most, multiple, moved))
-    if level >= 1 or full <= 0:
+    if full <= 0:
         return level * most
     fine = np.linspace(0, most, 1001)
-    return float(fine[np.argmax(np.interp(fine, multiple, moved) >= level * full)])
+    return max(level, 1.0) * float(fine[np.argmax(np.interp(fine, multiple, moved) >= min(level, 1.0) * full)])
 
 
 def trained(parts: list[tuple], name: str = "") -> Profile:
@@ -205,10 +205,11 @@ def suppressed(profile: Profile, how: str) -> Profile:
     if how == "cap":
         return profile
     capped, value = profile.value[:, 0] == 0, profile.value.clone()
-    if how == "none":
-        return replace(profile.chosen(~capped), residual=profile.residual)
-    value[capped, 0], value[capped, 1] = math.inf, 0
-    return replace(profile, value=value)
+    value[capped, 0] = math.inf
+    if how == "zero":
+        value[capped, 1] = 0
+    edited = (value != no_edits(1)).any(1)
+    return replace(replace(profile, value=value).chosen(edited), residual=profile.residual)
 
 
 @dataclass

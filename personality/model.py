@@ -1,5 +1,6 @@
 """A model and its tokenizer: its fingerprint, prompts, answers."""
 
+import contextlib
 import copy
 import hashlib
 
@@ -205,6 +206,17 @@ def sampling(temperature: float | None = None, top_p: float | None = None) -> di
 
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def enough_memory(words: str):
+    """A context in which an error for want of memory becomes one line, that begins so and ends with `words`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {words}") from error
 
 
 def with_ids(tokenizer, items: list[dict]) -> list[dict]:

@@ -59,7 +59,11 @@ class Bench:
 
     def questions(self, trait: str, split: str, limit: int) -> list[str]:
         """Of the test questions, every third is for validation: there strengths are chosen, and nowhere else."""
-        return [text for i, text in enumerate(dict.fromkeys(self.test[trait])) if (i % 3 == 2) == (split == "validation")][:limit]
+        asked = list(dict.fromkeys(self.test[trait]))
+        if split == "validation" and len(asked) < 3:
+            raise UserError(f"{self.name}: {len(asked)} test questions of {trait}, every third of which is for validation: "
+                            "doses and levels need 3 or more")
+        return [text for i, text in enumerate(asked) if (i % 3 == 2) == (split == "validation")][:limit]
 
 
 def built_in_bench() -> Bench:

@@ -255,13 +255,15 @@ def characters_measured(means: list[tuple], judge: str, alpha: float, seed: int)
     """Requested against measured, from (condition, means of the five traits) each: (by way, the points).
 
     correlation: of alpha and measured over the characters, the mean of the traits'. error: mean distance between measured and
-    what the trait alone does at that alpha (in proportion to its effect at `alpha`). spill_over: mean distance from the unedited
+    what the trait alone does at that alpha, by NPTI, or for `levels` by its trained edits (in proportion to its effect at `alpha`,
+    for which the highest level stands). spill_over: mean distance from the unedited
     model along the traits whose alpha is 0. Intervals are bootstraps over the characters, of differences paired."""
     unedited = next(mean for condition, mean in means if condition["method"] == "unedited")
-    alone = {(key["trait"], key["pole"]): mean[key["trait"]] - unedited[key["trait"]]
-             for key, mean in means if key["method"] == "npti"}
+    alone = {(key["method"], key["trait"], key["pole"]): mean[key["trait"]] - unedited[key["trait"]]
+             for key, mean in means if key["method"] in ("npti", "trained")}
     points = [{"method": key["method"], "judge": judge, "character": list(key["alpha"]), "trait": trait, "requested": asked,
-               "expected": abs(asked) / alpha * alone[trait, POLES[asked < 0]], "measured": mean[trait] - unedited[trait]}
+               "expected": abs(asked) / alpha * alone["trained" if key["method"] == "levels" else "npti", trait, POLES[asked < 0]],
+               "measured": mean[trait] - unedited[trait]}
               for key, mean in means if key["method"] in WAYS for trait, asked in zip(TRAITS, key["alpha"])]
     number = len(points) // len(WAYS) // len(TRAITS)
     picks = np.concatenate([np.arange(number)[None], np.random.default_rng(seed).integers(0, number, (DRAWS, number))])

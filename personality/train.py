@@ -17,6 +17,7 @@ unedited model. A level is read from that table: see methods.trained(). No judge
 """
 
 import contextlib
+import copy
 import math
 import random
 from collections.abc import Iterable
@@ -32,13 +33,13 @@ from . import POLES
 from .frame import Frame, declines
 from .judges import log_likelihoods, prefill
 from .mlp import find_mlps, shape_of
-from .model import CACHE, TEST_PENALTY, answers, prompt_ids, with_ids, without_stop
+from .model import CACHE, TEST_PENALTY, answers, enough_memory, prompt_ids, with_ids, without_stop
 from .neurons import TRAINING, Neurons, answers_path
 from .questions import Bench, read_answers
 from .rows import replace_forward
 from .steer import Profile, steer
 from .store import digest, lines_of, only_run, write_atomically
-from .terminal import UserError, progress, resumable
+from .terminal import UserError, progress, resumable, say
 
 GAIN = 2.0  # how much further than the persona itself the teacher goes
 SHARE = 0.005  # of all neurons, a pole
@@ -47,6 +48,7 @@ TOP = 256  # tokens of the vocabulary in which student and teacher are compared
 DRAWS, SHRUNK, RIDGE = 2, 0.5, 1e-3  # of what the model may say; share kept beside Fisher's diagonal; added to that, in its means
 PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens in a row
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
+NO_ROOM = "training keeps what a backward pass needs: --quantize or --dtype bfloat16 leaves room"
 NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
 MULTIPLES = (1.5, 3.0, 5.0, 8.0)  # of the biases, that are tried on
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
@@ -58,11 +60,11 @@ SURE = 1.64  # standard errors on top of the perplexity that is measured, so tha
 
 @dataclass
 class Lesson:
-    """A batch of answers, and what the student is to say in them. cache: keys and values of the prompts without a persona, by
-    layer; mask (rows, prompt); ids (rows, tokens), what is fed; counted (rows, tokens), where a fed token is an answer's; top
-    (rows, tokens, TOP), tokens of the vocabulary; plain, apart: of each of them log p, and log p(high) - log p(low)."""
+    """A batch of answers, and what the student is to say in them. cache, mask (rows, prompt): of the prompts without a persona; ids
+    (rows, tokens), what is fed; counted (rows, tokens), where a fed token is an answer's; top (rows, tokens, TOP), tokens of the
+    vocabulary; plain, apart: of each of them log p, and log p(high) - log p(low)."""
 
-    cache: list
+    cache: DynamicCache
     mask: torch.Tensor
     ids: torch.Tensor
     counted: torch.Tensor
@@ -75,21 +77,13 @@ class Lesson:
         return (self.plain + sign * GAIN * self.apart).softmax(-1)
 
 
-def read_prompts(model, tokenizer, conversations: list[list[dict]]):
-    """(keys and values by layer, mask) of prompts that are read without edits."""
-    _, cache, mask, _ = prefill(model, tokenizer, [prompt_ids(tokenizer, turns) for turns in conversations])
-    return [(layer.keys, layer.values) for layer in cache.layers], mask
-
-
 def go_on(model, prompts, ids):
-    """Log-probabilities behind each of the tokens ids (rows, tokens) that follow prompts: (rows, tokens, vocabulary)."""
-    kept, mask = prompts
-    cache = DynamicCache(config=model.config)
-    for layer, (keys, values) in enumerate(kept):
-        cache.update(keys, values, layer)
+    """Log-probabilities behind each of the tokens ids (rows, tokens) that follow prompts, (cache, mask) of what was read without
+    edits: (rows, tokens, vocabulary)."""
+    cache, mask = prompts
     mask = torch.cat([mask, mask.new_ones(ids.shape)], 1)
     positions = (mask.cumsum(1) - 1)[:, -ids.shape[1]:]
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: copy.deepcopy(cache)}).logits
     return logits.float().log_softmax(-1)
 
 
@@ -104,7 +98,8 @@ def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list
             pick = random.Random(f"{seed}/{trait}/{item['question']}/{pole}")
             return item["persona"] if pole == item["pole"] else pole and pick.choice(bench.personas_for("search", trait, pole))
 
-        prompts = read_prompts(model, tokenizer, [frame.turns(item["question"], persona(item)) for item in items])
+        asked = [frame.turns(item["question"], persona(item)) for item in items]
+        _, *prompts, _ = prefill(model, tokenizer, [prompt_ids(tokenizer, turns) for turns in asked])
         with torch.no_grad():
             return prompts, go_on(model, prompts, ids)
 
@@ -305,9 +300,25 @@ def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
     """The dose response of the profiles profile_of(pole, multiple)."""
     profiles = [profile_of(pole, multiple) for pole in POLES for multiple in MULTIPLES]
-    questions = len(bench.questions(neurons.trait, "validation", VALIDATION))
-    with progress(questions, 0, f"{neurons.trait}: levels", "question") as bar:
+    with progress(len(bench.questions(neurons.trait, "validation", VALIDATION)), 0, f"{neurons.trait}: levels", "question") as bar:
         return dose_response(model, tokenizer, bench, neurons.trait, neurons.frame, profiles, bar.update)
+
+
+def both_poles(model, tokenizer, bench: Bench, neurons: Neurons, seed: int, kept: Path) -> dict:
+    """{pole: its biases, float32 (layers, d_ff)}; each is written to `kept` when it is done, and read from there."""
+    biases, number = {}, max(1, round(SHARE * sum(mlp.neurons for mlp in find_mlps(model))))
+    with contextlib.suppress(OSError, SafetensorError), safe_open(kept, "pt") as file:
+        biases = {pole: file.get_tensor(pole) for pole in file.keys()}
+    todo = [pole for pole in POLES if pole not in biases or biases[pole].shape != neurons.shape]
+    price = price_of(model, tokenizer, seed) if todo else None
+
+    def fit(lessons, sign, step):
+        return natural_step(*slopes_and_scores(model, lessons, sign, seed, step), price, number)
+
+    for pole in todo:
+        biases[pole] = trained_on(model, tokenizer, bench, neurons, pole, seed, fit).contiguous()
+        write_atomically(kept, save(biases))
+    return biases
 
 
 def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0) -> Neurons:
@@ -317,31 +328,23 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
     if neurons.trained == made_with:
         return neurons
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
-        raise UserError(f"{path}: edits can't be trained while the model is steered or observed: identify.py --train --trait "
-                        f"{neurons.trait} makes them before")
-
+        raise UserError(f"{path}: no training while the model is steered: identify.py --train --trait {neurons.trait} before")
+    bench.questions(neurons.trait, "validation", 1)  # without any, it is said before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
-    with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
-        neurons, biases = Neurons.load(path), {}
+    lock = only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits")
+    with resumable(), lock, enough_memory(NO_ROOM):
+        neurons = Neurons.load(path)
         if neurons.trained == made_with:
             return neurons
-        with contextlib.suppress(OSError, SafetensorError), safe_open(kept, "pt") as file:
-            biases = {pole: file.get_tensor(pole) for pole in file.keys()}
-        todo = [pole for pole in POLES if pole not in biases or biases[pole].shape != neurons.shape]
-        price = price_of(model, tokenizer, seed) if todo else None
-
-        def fit(lessons, sign, step):
-            number = max(1, round(SHARE * sum(mlp.neurons for mlp in find_mlps(model))))
-            return natural_step(*slopes_and_scores(model, lessons, sign, seed, step), price, number)
-
-        for pole in todo:
-            biases[pole] = trained_on(model, tokenizer, bench, neurons, pole, seed, fit).contiguous()
-            write_atomically(kept, save(biases))
-        tensors = {"dose": levels(model, tokenizer, bench, neurons, lambda pole, multiple: Profile.dense(
-            bias=multiple * biases[pole]))}
-        for pole in POLES:
+        biases = both_poles(model, tokenizer, bench, neurons, seed, kept)
+        tensors = {"dose": levels(model, tokenizer, bench, neurons, lambda pole, by: Profile.dense(bias=by * biases[pole]))}
+        for pole, moved in zip(POLES, tensors["dose"][..., 1].amax(1)):
             place = biases[pole].nonzero()
             tensors |= {f"{pole}_place": place.int(), f"{pole}_bias": biases[pole][place[:, 0], place[:, 1]]}
+            if moved <= 0:
+                say(f"{path}: the trained edits of the {pole} pole moved no answers to it, at any strength")
+        if Neurons.load(path).key != neurons.key:
+            raise UserError(f"{path}: was replaced while its edits were trained: start it again")
         neurons = Neurons({**neurons.tensors, **tensors}, {**neurons.meta, "trained": made_with, "training": TRAINING}, str(path))
         neurons.save(path)
         kept.unlink(missing_ok=True)

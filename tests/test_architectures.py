@@ -1,5 +1,7 @@
 """The forty causal model types that people load most, as tiny random models: which work, and how the others are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from conftest import prompts
 from personality import Statistics, UserError, observe, steer
+from personality.judges import log_likelihoods, prefill
 from personality.mlp import find_mlps, shape_of
+from personality.train import go_on
 from reference import close, random_profile, with_logits
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -66,6 +70,31 @@ def test_works(kind):
     assert torch.equal(ours[::2], plain[::2]) and close(our_logits[:, ::2], logits[:, ::2], 1e-3)
     assert not close(our_logits[1, 1::2], logits[1, 1::2], 1e-2), "the first step that is edited"
     assert statistics.tokens.item() == 16 and any(count.any() for count, *_ in statistics.flush().sites)
+
+
+@pytest.mark.parametrize("kind", WORKS)
+def test_reads_as_alone(kind, monkeypatch):
+    """Prompts of three lengths that begin alike, as judges and training read them, beside a forward of each whole text; with a
+    window that is shorter than some of them and longer than others, where a model of the kind may have one."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    window = {"gpt_neo": {"window_size": 14}, **dict.fromkeys(("mistral", "gemma2", "gemma3_text"), {"sliding_window": 14})}
+    model, tokenizer = random_model(kind, {**WORKS[kind], **window.get(kind, {})}), SimpleNamespace(pad_token_id=0)
+    asked, said = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [5, 6, 7, 20, 21], [5, 6, 7, 30, 31, 32]], [[11, 12, 13, 2], [20], [30, 31, 32, 33]]
+    monkeypatch.setattr("personality.judges.prompt_ids", lambda tokenizer, turns: turns)
+
+    def alone(prompt, answer):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:].float().log_softmax(-1)
+
+    likely = log_likelihoods(model, tokenizer, asked, [said] * 3)
+    expected = [[sum(float(alone(prompt, answer)[k, token]) for k, token in enumerate(answer)) for answer in said] for prompt in asked]
+    assert close(likely, torch.tensor(expected), 1e-3)
+    _, *prompts, _ = prefill(model, tokenizer, asked)
+    with torch.no_grad():
+        first, again = (go_on(model, prompts, torch.tensor([said[0]] * 3)) for _ in range(2))
+    assert torch.equal(first, again), "what was read stays as it is"
+    assert close(first, torch.stack([alone(prompt, said[0])[1:] for prompt in asked]), 1e-3)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

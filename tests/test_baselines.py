@@ -110,7 +110,7 @@ def test_damaged_adapters_are_one_line(small, baselines):
     names = [name for name, _ in small.model.named_parameters()]
     with baselines.tuned("extraversion", "low"):
         pass
-    folder = next((baselines.path("extraversion", "x").parent).glob("*.low.lora"))
+    folder = next((baselines.path("extraversion", "lora", "x").parent).glob("*.low.lora"))
     (folder / "adapter_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="made anew"), baselines.tuned("extraversion", "low"):
         pass

@@ -1,6 +1,7 @@
 """What an edit costs in general: neutral text, the quiz, lm-evaluation-harness."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import evaluate
 from conftest import ROOT, main_of, shared_flags
-from personality import Neurons, npti, steer
+from personality import Neurons, capability, npti, steer
 from personality.capability import harness, hugging_face_evaluate, lm_eval_modules, neutral_pass, quiz, quiz_questions
 from personality.frame import conversation
 from personality.judges import log_likelihoods
@@ -42,13 +43,22 @@ def test_a_steered_model_reads_otherwise(small, made):
     assert neutral_pass(small.model, small.tokenizer)[0] == losses
 
 
-def test_the_quiz_takes_the_likeliest_option_a_token(small):
+def test_the_quiz_takes_the_likeliest_option_a_token(small, monkeypatch):
+    asked = [(f"w{10 + k} ?", [f"w{20 + k}", f"w{40 + k} w{50 + k}", f"w{60 + k}", f"w{30 + k} w3 w4"]) for k in range(10)]
+    monkeypatch.setattr(capability, "quiz_questions", lambda: asked)
     right = quiz(small.model, small.tokenizer, "w50 w51", 8)
-    assert len(right) == 40 and set(right) <= {0, 1}
-    for (question, options), is_right in list(zip(quiz_questions(), right))[::10]:
+    assert len(right) == 10 and set(right) == {0, 1}
+    for (question, options), is_right in zip(asked, right):
         ids = [answer_ids(small.tokenizer, option) for option in options]
         scores = log_likelihoods(small.model, small.tokenizer, [conversation(question, "w50 w51")], [ids])[0]
         assert is_right == int((scores / torch.tensor([len(row) for row in ids])).argmax() == 0)
+
+
+@pytest.mark.parametrize("score", (math.nan, 1.0))
+def test_numbers_that_are_none_and_ties_are_no_right_answers(small, monkeypatch, score):
+    monkeypatch.setattr(capability, "log_likelihoods", lambda *_: torch.full((40, 4), score))
+    monkeypatch.setattr(capability, "answer_ids", lambda *_: [5])
+    assert quiz(small.model, small.tokenizer, None, 8) == [0] * 40
 
 
 # ---------------------------------------------------------------------------------------------- lm-evaluation-harness

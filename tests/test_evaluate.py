@@ -394,7 +394,7 @@ def test_full_run_has_everything(whole):
         assert f"## {title}" in report
     asked = [line["question"] for line in lines_of(whole / "answers.jsonl")[1:] if line["alpha"] in (0.5, 1.0, 1.5)]
     assert asked, "doses were tried"
-    assert "judges: contrast, llm" in details["head"] and "alpha 2, seed 0" in details["head"]
+    assert "judges: contrast, llm" in details["head"] and "alpha 2, level 1, seed 0" in details["head"]
 
 
 def test_page_of_a_full_run_has_its_pictures(whole):
@@ -551,6 +551,13 @@ def test_characters_are_evaluated(small, all_five, monkeypatch, tmp_path):
     main_of(evaluate, monkeypatch, *flags)  # nothing is done twice
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
     assert details_of(tmp_path / "out") == details
+    main_of(evaluate, monkeypatch, *flags, "--level", "8")
+    further = lines_of(tmp_path / "out" / "answers.jsonl")[1 + len(made):]
+    assert {line["method"] for line in further} == {"levels", "trained"}, "what depends on the level is answered anew"
+    line = next(line for line in further if line["method"] == "levels")
+    with steer(small.model, character_profile(neurons, "levels", [8 * alpha for alpha in line["alpha"]])):
+        alone = answers(small.model, small.tokenizer, [FRAMED.turns(line["question"])], 4, repetition_penalty=TEST_PENALTY)
+    assert alone == [(line["answer"], line["ids"])]
 
 
 def test_edits_as_a_checkpoint_has_them(small, all_five, monkeypatch, tmp_path):
@@ -562,6 +569,7 @@ def test_edits_as_a_checkpoint_has_them(small, all_five, monkeypatch, tmp_path):
     for line in made:
         signed = {"high": 1, "low": -1}.get(line["pole"], 0) * (line["alpha"] or 0)
         profile = (npti(neurons[line["trait"]], signed) if line["method"] in ("npti", "unedited") else
+                   trained([(neurons[line["trait"]], signed)]) if line["method"] == "trained" else
                    character_profile(neurons, line["method"], line["alpha"], 1.0))
         removed = suppressed(profile, "zero")
         assert bool(removed.value[:, 0].isinf().all()), "no cap"
@@ -572,5 +580,5 @@ def test_edits_as_a_checkpoint_has_them(small, all_five, monkeypatch, tmp_path):
                 alone = answers(small.model, small.tokenizer, turns, 5, repetition_penalty=TEST_PENALTY)
             if alone != [(line["answer"], line["ids"])]:
                 differ.add((line["method"], what))
-    assert differ - {("levels", "where")} == {(method, flag) for method in edited for flag in ("suppress", "where")}, "each shows"
+    assert differ - {("levels", "where"), ("trained", "where")} == {(method, flag) for method in edited for flag in ("suppress", "where")}, "each shows"
     assert "edits with --where all --suppress zero" in details_of(tmp_path)["head"]

@@ -1,5 +1,6 @@
 """induce.py: side by side, files of questions."""
 
+import functools
 import json
 import os
 
@@ -10,6 +11,7 @@ import induce
 from conftest import lines_of, main_of, plain_answers, shared_flags, tiny
 from personality.neurons import Neurons
 from personality.terminal import UserError
+from personality.train import add_trained
 
 
 def test_induce_side_by_side(small, made, monkeypatch, capsys):
@@ -34,6 +36,31 @@ def test_induce_file_of_questions(small, made, monkeypatch, tmp_path):
     assert [line["ids"] for line in none] == plain
     assert [line["ids"] for line in high] != plain and [line["ids"] for line in low] != [line["ids"] for line in high]
     assert all(line["ids"][0] == ids[0] for line, ids in zip(high, plain)), "the prompt's pass is not edited"
+
+
+def test_other_trained_edits_begin_the_file_anew(small, made, monkeypatch, tmp_path, capsys):
+    """Answers of the edits of before don't stand beside those of the new ones."""
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    train = functools.partial(add_trained, small.model, small.tokenizer, small.bench)
+    path = train(Neurons.load(tmp_path / "extraversion.safetensors")).path
+    (tmp_path / "q.txt").write_text("w10 w20 ?\nw11 w21 ?\nw12 ?\n")
+    flags = (*shared_flags(small), "--neurons", tmp_path, "--trait", "extraversion", "--level", "1", "--questions",
+             tmp_path / "q.txt", "--max-new-tokens", "8", "--batch-size", "1", "--out", tmp_path / "out" / "a.jsonl")
+    plain, calls = induce.answered, []
+
+    def stop(*all_of):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*all_of)
+
+    monkeypatch.setattr(induce, "answered", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main_of(induce, monkeypatch, *flags)
+    train(Neurons.load(path), seed=1)
+    main_of(induce, monkeypatch, *flags)
+    assert len(calls) == 2 + 3 and "going on after" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sampled", ((), ("--temperature", "1")))

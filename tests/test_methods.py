@@ -62,6 +62,8 @@ def test_suppression():
     zero, none = suppressed(profile, "zero"), suppressed(profile, "none")
     assert zero.value.tolist() == [[math.inf, 0, 0, 0], [math.inf, 1, 0.5, 0]] and none.layer.tolist() == [1]
     assert profile.value[0, 0] == 0, "the profile itself stays as it was"
+    both = Profile(torch.tensor([0]), torch.tensor([2]), torch.tensor([[0.0, 1, 0.5, 0]]), "p")
+    assert suppressed(both, "none").value.tolist() == [[math.inf, 1, 0.5, 0]], "capped for one trait, raised for another"
 
 
 # ----------------------------------------------------------------------------------------------------- composition

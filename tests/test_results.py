@@ -203,18 +203,21 @@ def test_requested_and_measured():
     for trait in TRAITS:  # what a trait alone does: twice as far up as down
         for pole, effect in zip(POLES, (2.0, -1.0)):
             means.append((condition("npti", trait, pole, 1.5), {trait: baseline[trait] + effect}))
+            means.append((condition("trained", trait, pole, 1.0), {trait: baseline[trait] + 3 * effect}))
     characters = evaluate.random_characters(20, 1.5, 0)
     for alphas in characters:
         own = [alpha / 1.5 * (2.0 if alpha > 0 else 1.0) for alpha in alphas]
         drag = [0.5 if alpha == 0 else 0.0 for alpha in alphas]
-        for way, effects in (("composed", own), ("added", [a + b for a, b in zip(own, drag)]), ("levels", own),
+        for way, effects in (("composed", own), ("added", [a + b for a, b in zip(own, drag)]),
+                             ("levels", [3 * a for a in own]),
                              ("described", [-a for a in own])):
             measured = {trait: baseline[trait] + effect for trait, effect in zip(TRAITS, effects)}
             means.append((condition(way, None, None, alphas), measured))
-    (first, second, _, third), points = results.characters_measured(means, "contrast", 1.5, 0)
+    (first, second, levels, third), points = results.characters_measured(means, "contrast", 1.5, 0)
     assert [row["method"] for row in (first, second, third)] == ["composed", "added", "described"] and len(points) == 4 * 20 * 5
     assert first["error"]["mean"] == pytest.approx(0) and first["spill_over"]["mean"] == pytest.approx(0)
     assert first["correlation"]["mean"] > 0.9 and third["correlation"]["mean"] == pytest.approx(-first["correlation"]["mean"])
+    assert levels["error"]["mean"] == pytest.approx(0), "held against what trained edits alone do"
     assert second["spill_over"]["mean"] == pytest.approx(0.5) and second["error"]["mean"] == pytest.approx(0.5 * 2 / 5)
     assert second["more_than_composed"]["spill_over"]["ci95"] == pytest.approx([0.5, 0.5])
     assert third["more_than_composed"]["correlation"]["ci95"][1] < -1
@@ -224,7 +227,8 @@ def test_rounding_is_no_correlation():
     """Of a way that moves nothing, but for the last bit of one measure."""
     condition = lambda *values: dict(zip(results.CONDITION, values))  # noqa: E731
     means = [(condition("unedited", "openness", None, None), dict.fromkeys(TRAITS, 3.0))]
-    means += [(condition("npti", trait, pole, 1.5), {trait: 3.0}) for trait in TRAITS for pole in POLES]
+    means += [(condition(method, trait, pole, strength), {trait: 3.0})
+              for trait in TRAITS for pole in POLES for method, strength in (("npti", 1.5), ("trained", 1.0))]
     for number, alphas in enumerate(evaluate.random_characters(3, 1.5, 0)):
         measured = dict.fromkeys(TRAITS, 3.0 + 4e-16 * (number == 1))
         means += [(condition(way, None, None, alphas), measured) for way in results.WAYS]

@@ -1,6 +1,8 @@
 """Trained edits: recovered where they were planted, the same after a kill, and the levels that are read off them."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,17 +48,21 @@ def test_the_student_is_the_steered_model(small):
 def test_a_lesson_is_of_three_passes(small, made):
     of, (item, *_) = lessons_of(small, made)[0], lines_of(made / "extraversion.answers.jsonl")
     prompt = prompt_ids(small.tokenizer, FRAMED.turns(item["question"]))
-    under = prompt_ids(small.tokenizer, FRAMED.turns(item["question"], item["persona"]))
+    personas = [item["persona"], *small.bench.personas_for("search", "extraversion", "low")]
     with torch.no_grad():
-        logits = [small.model(input_ids=torch.tensor([ids + item["ids"][:-1]])).logits[0, len(ids):].log_softmax(-1)
-                  for ids in (prompt, under)]
+        plain, high, *low = (small.model(input_ids=torch.tensor([ids + item["ids"][:-1]])).logits[0, len(ids):].log_softmax(-1)
+                             for ids in (prompt, *(prompt_ids(small.tokenizer, FRAMED.turns(item["question"], persona))
+                                                   for persona in personas)))
     n = len(item["ids"]) - 1
     assert of.counted[0].tolist() == [k < n for k in range(of.ids.shape[1])]
-    assert torch.allclose(of.plain[0, :n], logits[0].gather(-1, of.top[0, :n]), atol=1e-4)
-    teacher = of.teacher(1)[0, :n]
-    assert torch.allclose(teacher.sum(-1), torch.ones(n)) and not torch.allclose(teacher, of.plain[0, :n].exp(), atol=1e-3)
-    assert torch.allclose(of.teacher(1) * of.teacher(-1), (2 * of.plain - of.plain.logsumexp(-1, True) * 0).softmax(-1) * (
-        (of.teacher(1) * of.teacher(-1)).sum(-1, True)), atol=1e-5), "the poles' teachers lie on two sides of the model"
+    top = of.top[0, :n]
+    assert torch.allclose(of.plain[0, :n], plain.gather(-1, top), atol=1e-4)
+    fits = [torch.allclose(of.apart[0, :n], (high - other).gather(-1, top), atol=1e-4) for other in low]
+    assert sum(fits) == 1, "high less low, by the answer's own persona and one of the other pole"
+    for sign in (1, -1):
+        teacher = (plain + sign * train.GAIN * (high - low[fits.index(True)])).gather(-1, top).softmax(-1)
+        assert torch.allclose(of.teacher(sign)[0, :n], teacher, atol=1e-4)
+        assert not torch.allclose(teacher, of.plain[0, :n].exp(), atol=1e-3)
 
 
 @pytest.mark.parametrize(("layer", "index", "value"), [(0, 5, 1.5), (1, 3, -1.5), (1, 40, 2.0)])
@@ -103,8 +109,10 @@ def test_slopes_and_scores(small, made, monkeypatch):
     tokens = sum(int(of.counted.sum()) for of in lessons)
     for of in lessons:
         for k in range(len(of.ids)):
-            alone = train.Lesson([(keys[k:k + 1], values[k:k + 1]) for keys, values in of.cache], of.mask[k:k + 1], of.ids[k:k + 1],
-                                 of.counted[k:k + 1], of.top[k:k + 1], of.plain[k:k + 1], of.apart[k:k + 1])
+            cache = copy.deepcopy(of.cache)
+            cache.reorder_cache(torch.tensor([k]))
+            alone = train.Lesson(cache, of.mask[k:k + 1], of.ids[k:k + 1], of.counted[k:k + 1], of.top[k:k + 1],
+                                 of.plain[k:k + 1], of.apart[k:k + 1])
             bias = torch.zeros(shape_of(small), requires_grad=True)
             with train.biased(small.model, bias), torch.enable_grad():
                 said = train.student_says(small.model, alone)
@@ -208,6 +216,42 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
     assert not list(folder.glob(".*safetensors"))
 
 
+def test_a_file_that_is_replaced_meanwhile_stays(small, made, tmp_path, monkeypatch):
+    """By identify.py with other options, say, whose statistics would be lost."""
+    first, levels = run(small, tmp_path).identify(), train.levels
+
+    def meanwhile(*all_of):
+        run(small, tmp_path, limit=4).identify()
+        return levels(*all_of)
+
+    monkeypatch.setattr(train, "levels", meanwhile)
+    with pytest.raises(UserError, match="extraversion.safetensors: was replaced while"):
+        train.add_trained(small.model, small.tokenizer, small.bench, first)
+    there = Neurons.load(tmp_path / "extraversion.safetensors")
+    assert there.key != first.key and not there.trained
+
+
+def test_what_can_not_be_trained_is_one_line(small, made, tmp_path, monkeypatch, capsys):
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    neurons = Neurons.load(tmp_path / "extraversion.safetensors")
+    few = replace(small.bench, test={trait: texts[:2] for trait, texts in small.bench.test.items()})
+    with pytest.raises(UserError, match="2 test questions of extraversion.*need 3 or more"):
+        train.add_trained(small.model, small.tokenizer, few, neurons)
+    dose = torch.tensor([[[1.0, 0.1, 1, 1]] * 4, [[1.0, -0.1, 1, 1]] * 4])
+    monkeypatch.setattr(train, "levels", lambda *_: dose)
+    train.add_trained(small.model, small.tokenizer, small.bench, neurons)
+    said = capsys.readouterr().err
+    assert "the low pole moved no answers to it" in said and "the high pole moved" not in said
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(train, "price_of", no_room)
+    with pytest.raises(UserError, match="out of memory: training"):
+        train.add_trained(small.model, small.tokenizer, small.bench, neurons, seed=1)
+
+
 def test_no_training_while_steered(small, made):
     """As /trait in a chat would have it: one line, and the model is steered as before."""
     ids, bias = torch.tensor([[5, 9, 12]]), torch.full(shape_of(small), 0.3)
@@ -248,10 +292,13 @@ def test_dose_response(small, monkeypatch, questions):
     monkeypatch.setattr(train, "MULTIPLES", multiples)
     monkeypatch.setattr(train, "VALIDATION", questions)
     monkeypatch.setattr(train, "answers", lambda model, tokenizer, conversations, tokens, **options: [("", [5, 6])] * len(conversations))
-    monkeypatch.setattr(train, "log_likelihoods", lambda model, tokenizer, turns, ids: 2 * next(left))
+    turns_asked = []
+    monkeypatch.setattr(train, "log_likelihoods", lambda model, tokenizer, turns, ids: turns_asked.append(turns) or 2 * next(left))
     dose = train.dose_response(small.model, small.tokenizer, small.bench, "extraversion", Frame.named("none"),
                                [Profile.empty(), Profile.empty()], lambda: None)
     assert len(asked) == questions and dose.shape == (2, 1, 4)
+    personas = [small.bench.personas_for("search", "extraversion", pole)[0] for pole in POLES]
+    assert turns_asked == [[Frame.named("none").turns(question, persona) for persona in (None, *personas)] for question in asked]
     apart = scores[:, 1] - scores[:, 2]
     for pole, sign in enumerate((1, -1)):
         dearer = scores[:, 0, 0] - scores[:, 0, 1 + pole]
@@ -269,6 +316,9 @@ def test_levels():
     assert multiple_at(cheap, 1) == 2, "no further than was tried"
     unsure = torch.cat([dose, torch.tensor([[1.1], [1.3], [1.4], [2.5]])], 1)
     assert multiple_at(unsure, 1) == pytest.approx(2, abs=1e-6), "what it may be at most counts, not what was measured"
+    enough = torch.tensor([[1.0, 0.05, 1.0], [2.0, 0.04, 1.0], [3.0, 0.02, 1.1]])
+    assert multiple_at(enough, 1) == pytest.approx(1, abs=0.01) and multiple_at(enough, 0.98) == pytest.approx(0.98, abs=0.01)
+    assert multiple_at(enough, 2) == pytest.approx(2, abs=0.02), "no level jumps where more does no more"
     useless = torch.tensor([[1.0, -0.02, 1.2], [2.0, -0.04, 1.4]])
     assert multiple_at(useless, 0.5) == pytest.approx(multiple_at(useless, 1) / 2)
 
@@ -291,12 +341,11 @@ def test_a_folder_without_trained_edits(small, made):
 def test_edits_of_another_training_are_told_of(small, learnt, capsys):
     """Where they are used as they are; identify.py --train makes them anew."""
     path = learnt / "extraversion.safetensors"
-    neurons = Neurons.load(path)
-    NeuronFolder(small.model, str(learnt)).trained("extraversion")
+    neurons = NeuronFolder(small.model, str(learnt)).trained("extraversion")
     assert not capsys.readouterr().err
     Neurons(neurons.tensors, {name: of for name, of in neurons.meta.items() if name != "training"}).save(path)
     folder = NeuronFolder(small.model, str(learnt))
-    assert torch.equal(folder.trained("extraversion").high_bias, folder.trained("extraversion").high_bias)
+    assert torch.equal(folder.trained("extraversion").high_bias, neurons.high_bias) and folder.trained("extraversion").trained
     assert capsys.readouterr().err.count("another version of the training: python identify.py --train") == 1
 
 

@@ -73,11 +73,16 @@ RULES = [
      "--turns {turns}: a conversation has as many test questions, --limit {limit} are there"),
     (lambda args: args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose or args.characters
                                     or args.turns),
-     "--answers: a questionnaire, capability, doses, turns and characters need the model that wrote them")]
+     "--answers: a questionnaire, capability, doses, turns and characters need the model that wrote them"),
+    (lambda args: args.answers and args.chosen,
+     "--answers: they are judged as they are: --trait, --method, --alpha and --level say what is asked of the model"),
+    (lambda args: args.dose and not set(args.method) & set(args.strengths) - {"hybrid"},
+     "--dose: no method that was asked for has a strength: {method}")]
 
 
 def arguments():
     args = parser().parse_args()
+    args.chosen = bool(args.trait or args.method or args.alpha or args.level)
     args.trait = [*dict.fromkeys(map(check_trait, args.trait or TRAITS))]
     args.alpha = sorted(set(args.alpha or [1.5]))
     args.level = sorted(set(args.level or [1.0]))
@@ -105,9 +110,9 @@ from personality.grid import character_cells, grid, random_characters, talks  # 
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
 from personality.methods import Character, Profiles, described, npti_edits, suppressed  # noqa: E402
-from personality.frame import Frame, declines  # noqa: E402
+from personality.frame import Frame  # noqa: E402
 from personality.load import load_asked  # noqa: E402
-from personality.model import TEST_PENALTY, answer_ids, answers, dtype_of, fingerprint, name_of, without_stop  # noqa: E402
+from personality.model import TEST_PENALTY, answer_ids, answers, fingerprint, name_of, without_stop  # noqa: E402
 from personality.neurons import NeuronFolder  # noqa: E402
 from personality.questions import Bench, load_bench, read_given  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
@@ -361,25 +366,6 @@ def whole(condition: Condition) -> Condition:
     return condition if condition.pole else condition._replace(trait=None)
 
 
-def head_line(run: Evaluation, made_with: dict, made: list[dict]) -> str:
-    """What the figures are of, in one line."""
-    args, model = run.args, run.people.model
-    nobody, listed = sum(declines(line["answer"]) for line in made), lambda values: ", ".join(f"{value:g}" for value in values)
-    used = [f"{name} {listed(values)}, " for name, values in (("alpha", args.alpha), ("level", args.level))
-            if args.characters or any(args.strengths.get(method) is values for method in args.method)]
-    source = f"answers of {args.answers}, " if args.answers else (
-        f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, frame {run.people.frame}, "
-        f"{''.join(used)}seed {args.seed}; ")
-    head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {source}judges: {', '.join(args.judge)}"
-    if run.rater:
-        lost = sum(line["score"] is None for line in run.scores if line.get("judge") == run.rater.name)
-        head += f" ({run.rater.name}; {lost} replies were no rating)"
-    if run.contrast.origin:
-        head += f"; judged by {name_of(run.contrast.model)}"
-    head += f"; {nobody} of {len(made)} answers decline to be anyone" if nobody else ""
-    return head + (f"; edits with {made_with['edits']}" if "edits" in made_with else "") + "."
-
-
 def evaluate(args) -> None:
     bench = load_bench(args.bench)
     model, tokenizer = load_asked(args)
@@ -403,7 +389,7 @@ def evaluate(args) -> None:
         for trait in edited if not args.answers else ():
             make(trait)  # now, where it is not there yet
         steps(run, args, lambda found, made: write_reports(
-            run.out, {"head": head_line(run, made_with, made), **found}, made, people.neurons.files))
+            run.out, {"head": results.head_line(run, made_with, made), **found}, made, people.neurons.files))
 
 
 def steps(run: Evaluation, args, write) -> None:

@@ -85,6 +85,7 @@ RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{na
      "(--device-map auto)"),
     (lambda args: args.tp == 1 and os.environ.get("WORLD_SIZE", "1") != "1",
      "torchrun's processes answer together, each with a part of the model: --tp says so"),
+    (lambda args: args.rank and args.method == "trained", "--rank is of the neurons that NPTI raises: trained edits raise none"),
     (lambda args: args.characters and not args.serve, "--characters DIR goes with --serve"),
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
     (lambda args: args.out and os.path.exists(args.out),
@@ -162,6 +163,8 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
         where, character = f"{path}, line {at}", None
         if line.lstrip().startswith("{"):
             values = parse_json(line, where)
+            if set(values) - {"question", "profile"}:
+                raise UserError(f"{where}: expected question and profile, got {repr(sorted(values))[:200]}")
             line, own = values.get("question"), values.get("profile")
             if not isinstance(line, str):
                 raise UserError(f'{where}: expected {{"question": text}}, got {values}')
@@ -235,6 +238,8 @@ def main(args) -> None:
         return bake.verify_server(args.save, args.verify_server, args.served_model)
     character = Character.read(args.profile, args.method) if args.profile else Character(
         dict(zip(args.trait, itertools.cycle(strengths(args)))), args.method)
+    if args.method not in ("npti", character.method):
+        raise UserError(f"--method {args.method}: {args.profile} says {character.method}")
     if args.questions:  # before the model is loaded
         args.asked = read_questions(args.questions, args.method)
         bare = [text for text, own in args.asked if own is None]
@@ -244,11 +249,11 @@ def main(args) -> None:
     args.world = World.join(args.tp)
     model, tokenizer = load_asked(args, world=args.world)
     torch.manual_seed(args.seed)
-    if character.method == "trained":
-        if max(map(abs, character.strengths.values()), default=0) > 1:
-            say("levels beyond 1: the text may no longer be fluent")
-    elif character.method != "npti":
-        say(f"{character.method}: the scale of alpha is its own: {SCALES[character.method]}")
+    everyone = [character, *(own for _, own in (args.asked if args.questions else ()) if own)]
+    if any(abs(level) > 1 for who in everyone if who.method == "trained" for level in who.strengths.values()):
+        say("levels beyond 1: the text may no longer be fluent")
+    for method in sorted({who.method for who in everyone} - {"npti", "trained"}):
+        say(f"{method}: the scale of alpha is its own: {SCALES[method]}")
     missing = functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size, seed=args.seed,
                                 frame=args.frame)
     train = functools.partial(add_trained, model, tokenizer, load_bench(None), seed=args.seed)

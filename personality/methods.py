@@ -232,7 +232,8 @@ class Character:
         method, layers, model = values.get("method", method), values.get("layers"), values.get("model", "")
         if not isinstance(traits, dict) or not traits or not all(
                 trait.lower() in TRAITS and type(alpha) in (int, float) and abs(alpha) <= 1e3 for trait, alpha in traits.items()):
-            raise UserError(f"{where}: expected some of {', '.join(TRAITS)} with a number each, got {repr(traits)[:200]}")
+            raise UserError(f"{where}: expected some of {', '.join(TRAITS)} with a number each, of at most 1000, got "
+                            f"{repr(traits)[:200]}")
         strengths = {trait.lower(): float(alpha) for trait, alpha in traits.items()}
         if len(strengths) < len(traits):
             raise UserError(f"{where}: a trait stands twice in {traits!r}")
@@ -307,4 +308,6 @@ class Profiles:
         inside = suppressed(restricted(profile, character.layers), self.suppress)
         if (len(profile) or profile.residual) and not (len(inside) or inside.residual):
             raise UserError(f"{name}: layers {list(character.layers or ())} hold nothing of what would be edited")
+        if character.layers and character.layers[1] >= len(layers_of(self.model)):
+            raise UserError(f"{name}: layers {list(character.layers)}: the model's are 0 to {len(layers_of(self.model)) - 1}")
         return inside

@@ -14,6 +14,7 @@ from .terminal import FRAME, UserError
 
 # what a forward and generate() call the keys and values of what was read: since 5.24 the other name is one that is warned of
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0.dev0") else "past_key_values"
+COLDEST = 1e-6  # temperature by which logits can be divided and stay finite
 SEARCH_PENALTY, TEST_PENALTY = 1.1, 1.15  # of repetition: the paper's, when it searches and when it tests
 
 
@@ -200,8 +201,8 @@ def answer(model, tokenizer, question: str, persona: str | None = None, max_new_
 
 def sampling(temperature: float | None = None, top_p: float | None = None) -> dict:
     """generate()'s options with NPTI's repetition penalty: greedy unless a temperature or top-p is asked for."""
-    drawn = {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0} if temperature or top_p else {}
-    return {"repetition_penalty": TEST_PENALTY, **drawn}
+    drawn = {"do_sample": True, "temperature": max(temperature or 1.0, COLDEST), "top_p": top_p or 1.0}
+    return {"repetition_penalty": TEST_PENALTY, **(drawn if temperature or top_p else {})}
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -107,8 +107,9 @@ class Neurons:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except UserError:
             raise
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: no such neuron file; python identify.py makes it") from error
+        except FileNotFoundError as error:  # which safetensors also says of a file that may not be read
+            why = "it may not be read" if Path(path).exists() else "no such neuron file; python identify.py makes it"
+            raise UserError(f"{path}: {why}") from error
         except PermissionError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         except (SafetensorError, ValueError, RecursionError, OSError) as error:
@@ -118,6 +119,8 @@ class Neurons:
         if model is not None and fingerprint(model) != meta["fingerprint"]:
             raise UserError(f"{path} was made with {meta['model']} ({meta['fingerprint']}), but the model is "
                             f"{name_of(model)} ({fingerprint(model)}): run identify.py for it")
+        if model is not None and neurons.shape != (shape := shape_of(find_mlps(model))):
+            raise UserError(f"{path}: damaged: it is of {neurons.shape} layers and neurons, the model of {shape}")
         return neurons
 
     def check(self) -> None:

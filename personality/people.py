@@ -27,7 +27,11 @@ class People:
 
     def load(self):
         """(model, tokenizer), and what the files hold; called once, in the engine's thread."""
-        return self.take(*load_asked(self.args))
+        loaded = self.take(*load_asked(self.args))
+        for character in self.characters.values():  # while nobody waits yet: it takes as long as reading 64 answers
+            for trait in character.strengths if character.method == "activation" else ():
+                self.profiles.direction(trait)
+        return loaded
 
     def take(self, model, tokenizer):
         """Read what the files hold for this model."""
@@ -50,6 +54,10 @@ class People:
             if missing:
                 raise UserError(f"personality: there are no neuron files here of {', '.join(missing)}, but of "
                                 f"{', '.join(self.traits) or 'no trait'}: python identify.py --train makes them")
+            late = [trait for trait, own in character.strengths.items() if own and trait not in self.profiles.directions]
+            if character.method == "activation" and late:
+                raise UserError("personality: activation: what is added is read when the server starts, for the files of "
+                                f"--characters: none of that method has {', '.join(late)}")
             profile = self.profiles.of(character)
             if len(profile) > self.most:
                 raise UserError(f"personality: {len(profile)} neurons would be edited, there is room for {self.most} a request")

@@ -192,6 +192,8 @@ def read_given(path: str) -> list[dict]:
         if trait not in TRAITS or pole not in (*POLES, None):
             raise UserError(f"{where}: expected one of the five traits, and pole high, low or none, got {line['trait']!r}, "
                             f"{pole!r}")
+        if not line["answer"].strip():
+            raise UserError(f"{where}: the answer is empty: there is nothing to judge")
         given.append({"trait": trait, "question": line["question"], "pole": pole, "answer": line["answer"]})
     if not given:
         raise UserError(f"{path}: no answers in it")

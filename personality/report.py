@@ -41,8 +41,8 @@ def around(row: dict | None, judge: str = "", form: str | None = None, sign: str
     """A mean with its interval, in the judge's unit or in a format of one's own."""
     if row is None:
         return ""
-    mean, low, high = (format(value, form) if form else shown(value, judge, sign) for value in (row["mean"], *row["ci95"]))
-    return f"{mean} ({low} to {high})"
+    mean, *ends = (format(value, form) if form else shown(value, judge, sign) for value in (row["mean"], *(row["ci95"] or ())))
+    return f"{mean} ({' to '.join(ends) or 'one value, no interval'})"
 
 
 def figures(row: dict, *names: str) -> list[str]:
@@ -130,8 +130,9 @@ def plot_effects(figure, rows: list[dict]) -> None:
     for row in rows:
         k = methods.index(named(row))
         y = traits.index(row["trait"]) + (k - (len(methods) - 1) / 2) * 0.8 / len(methods)
-        mean, low, high = (scale * value for value in (row["mean"], *row["ci95"]))
-        axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="osD^v<>ph"[k % 9], color=COLOURS[row["method"]], capsize=3,
+        mean = scale * row["mean"]
+        reach = [[abs(scale * end - mean)] for end in row["ci95"] or ()] or None
+        axes.errorbar(mean, y, xerr=reach, fmt="osD^v<>ph"[k % 9], color=COLOURS[row["method"]], capsize=3,
                       markersize=5, label=named(row) if row["trait"] == traits[0] else None)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_yticks(range(len(traits)), traits)
@@ -213,11 +214,12 @@ def plot_self_report(figure, people: list[dict]) -> None:
     legend_of_first(figure, "upper", 3)
 
 
-def plot_layers(figure, files: dict) -> None:
+def plot_layers(figure, files: dict, method: str) -> None:
     figure.set_size_inches(8, 0.9 + 1.1 * len(files))
     for axes, (trait, neurons) in zip(np.atleast_1d(figure.subplots(len(files), 1, sharex=True)), files.items()):
         for pole, sign in zip(POLES, (1, -1)):
-            number = neurons.select(pole)[0].bincount(minlength=neurons.shape[0]).numpy()
+            layer = neurons.select(pole)[0] if method == "npti" else neurons.tensors[f"{pole}_place"][:, 0]
+            number = layer.bincount(minlength=neurons.shape[0]).numpy()
             axes.bar(range(neurons.shape[0]), sign * number, color=POLE_COLOURS[pole], label=f"{pole} pole")
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_ylabel(trait, rotation=0, ha="right", va="center")
@@ -259,8 +261,10 @@ def pictures_of(found: dict, files: dict):
     people = found.get("questionnaire", ())
     if {"unedited", "npti"} <= set(distinct(people, "method")):
         yield "Self-report of the unedited model and of NPTI's two poles, along all five traits.", drawn(plot_self_report, people)
-    if files:
-        yield "Neurons that are edited, by layer: of the high pole upward, of the low pole downward.", drawn(plot_layers, files)
+    for method, what in (("npti", "NPTI's neurons"), ("trained", "The neurons of trained edits")):
+        own = {trait: neurons for trait, neurons in files.items() if method == "npti" or neurons.trained}
+        if own and method in distinct(found.get("summary", ()), "method"):
+            yield f"{what}, by layer: of the high pole upward, of the low pole downward.", drawn(plot_layers, own, method)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

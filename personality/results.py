@@ -13,6 +13,8 @@ import pandas as pd
 from scipy import stats
 
 from . import POLES, TRAITS
+from .frame import declines
+from .model import dtype_of, name_of
 
 CONDITION = ["method", "trait", "pole", "alpha"]
 Condition = namedtuple("Condition", CONDITION)  # of a whole character: alpha is a tuple over TRAITS, trait and pole are None
@@ -23,10 +25,12 @@ WAYS = ("composed", "added", "levels", "described")  # to a character: methods' 
 DRAWS = 10_000
 
 
-def interval(values, seed: int = 0, draws: int = DRAWS) -> list[float]:
-    """Bootstrap 95 % interval of the mean: [low, high]."""
+def interval(values, seed: int = 0, draws: int = DRAWS) -> list[float] | None:
+    """Bootstrap 95 % interval of the mean: [low, high]; None of one value, which tells nothing of it."""
     values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2 or np.ptp(values) == 0:
+    if len(values) < 2:
+        return None
+    if np.ptp(values) == 0:
         return [float(values.mean())] * 2
     batch = max(1, 1_000_000 // len(values))  # of few draws at once, where there are many values
     rng = np.random.default_rng(seed)
@@ -285,6 +289,25 @@ def way_figures(points: list[dict], picks) -> dict:
     none = asked == 0
     return {"correlation": r.sum(1) / np.maximum(moved.sum(1), 1), "error": np.abs(measured - expected).mean((1, 2)),
             "spill_over": (np.abs(measured) * none).sum((1, 2)) / np.maximum(none.sum((1, 2)), 1)}
+
+
+def head_line(run, made_with: dict, made: list[dict]) -> str:
+    """What the figures of an evaluation are of, in one line. run: evaluate.Evaluation."""
+    args, model = run.args, run.people.model
+    nobody, listed = sum(declines(line["answer"]) for line in made), lambda values: ", ".join(f"{value:g}" for value in values)
+    used = [f"{name} {listed(values)}, " for name, values in (("alpha", args.alpha), ("level", args.level))
+            if args.characters or any(args.strengths.get(method) is values for method in args.method)]
+    source = f"answers of {args.answers}, " if args.answers else (
+        f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, frame {run.people.frame}, "
+        f"{''.join(used)}seed {args.seed}; ")
+    head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {source}judges: {', '.join(args.judge)}"
+    if run.rater:
+        lost = sum(line["score"] is None for line in run.scores if line.get("judge") == run.rater.name)
+        head += f" ({run.rater.name}; {lost} replies were no rating)"
+    if run.contrast.origin:
+        head += f"; judged by {name_of(run.contrast.model)}"
+    head += f"; {nobody} of {len(made)} answers decline to be anyone" if nobody else ""
+    return head + (f"; edits with {made_with['edits']}" if "edits" in made_with else "") + "."
 
 
 # --------------------------------------------------------------------------- lines of result folders, which are not believed

@@ -21,6 +21,7 @@ from .answering import Server
 from .store import TEXTS
 from .terminal import Flags, UserError, edit_arguments, model_arguments, say, script, serve_arguments
 
+IDLE = 75  # seconds that a connection without requests stays open: longer than clients wait before they use it again
 MOST_BYTES, PATIENCE = 1 << 20, 30  # of a body; seconds that it may take to come, and that SIGTERM waits for what runs
 KEY = "PERSONALITY_API_KEY"  # where the key may stand
 
@@ -219,7 +220,7 @@ def serve(args) -> None:
             say(f"{server.name}: http://{f'[{host}]' if ':' in host else host}:{port}/ has the page, /v1 is for OpenAI's clients; "
                 f"traits: {', '.join(server.people.traits) or 'none'}; Ctrl-C ends it")
             web = uvicorn.Server(uvicorn.Config(application(server), log_level="warning", access_log=False, server_header=False,
-                                                lifespan="off", timeout_graceful_shutdown=PATIENCE))
+                                                lifespan="off", timeout_graceful_shutdown=PATIENCE, timeout_keep_alive=IDLE))
             server.engine.ended = lambda: setattr(web, "should_exit", True)  # a supervisor starts it anew
             web.run(sockets=[listener])
             if not server.engine.running():

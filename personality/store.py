@@ -182,8 +182,11 @@ class Journal:
                 except (ValueError, AttributeError, RecursionError):
                     raise UserError(foreign) from None
                 if number < self.first and value != header:
-                    raise UserError(foreign if value.get("personality-neurons") != self.path.stem else
-                                    f"{self.path} was made with {value}, now it is {header}: choose another --out")
+                    if value.get("personality-neurons") != self.path.stem:
+                        raise UserError(foreign)
+                    other = [name for name in {**value, **header} if value.get(name) != header.get(name)]
+                    before, now = ({name: of.get(name) for name in other} for of in (value, header))
+                    raise UserError(f"{self.path} was made with {before}, now it is {now}: choose another --out")
                 if number >= self.first and not self.is_line(value):
                     text = line[:100].decode(errors="replace")
                     raise UserError(f"{self.path}, line {number + 1}: not what this program writes there: {text}")

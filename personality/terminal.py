@@ -16,7 +16,12 @@ class UserError(ValueError):
 
 
 def say(*words) -> None:
-    print(*words, file=sys.stderr, flush=True)
+    print(*map(printable, words), file=sys.stderr, flush=True)
+
+
+def printable(words) -> str:
+    """Text without the characters that steer a terminal, which a file of somebody's may hold."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], str(words))
 
 
 def script(arguments, module: str) -> None:
@@ -35,7 +40,7 @@ def script(arguments, module: str) -> None:
         say(f"error: {' '.join(str(error).split())}")
         code = 2
     except KeyboardInterrupt as error:
-        say(f"\ninterrupted{error and ': '}{error}")
+        say("\ninterrupted" + (f": {error}" if str(error) else ""))
         code = 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -322,8 +322,7 @@ def both_poles(model, tokenizer, bench: Bench, neurons: Neurons, seed: int, kept
 
 
 def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0) -> Neurons:
-    """The neuron file with trained edits of both poles, written in its place. A pole that is done is kept, and found by the same
-    call after a kill."""
+    """The neuron file with trained edits of both poles, written in its place. After a kill, a pole that was done is found."""
     made_with, path = digest(options(seed), bench.fingerprint()), Path(neurons.path)
     if neurons.trained == made_with:
         return neurons

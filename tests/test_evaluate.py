@@ -30,9 +30,9 @@ FILES = {"answers.jsonl", "scores.jsonl", "summary.json", "details.json", "repor
 
 
 def evaluation(small, made, monkeypatch, out, *more, alphas=("1", "2")):
-    strengths = [flag for alpha in alphas for flag in ("--alpha", alpha)]
+    asked = ["--trait", "extraversion", *(flag for alpha in alphas for flag in ("--alpha", alpha))]
     main_of(evaluate, monkeypatch, *shared_flags(small), "--neurons", made, "--bench", small.bench_dir, "--limit", "4",
-            "--trait", "extraversion", "--max-new-tokens", "5", *strengths, "--batch-size", "8", "--out", out, *more)
+            "--max-new-tokens", "5", *(asked if "--answers" not in more else ()), "--batch-size", "8", "--out", out, *more)
 
 
 def details_of(out):
@@ -211,6 +211,8 @@ def test_refuses_a_foreign_file(small, made, monkeypatch, tmp_path, name):
     (("--alpha", "-1"), "--alpha: expected a number above 0"),
     (("--answers", "x.jsonl", "--judge", "questionnaire"), "need the model"),
     (("--answers", "missing.jsonl"), "missing.jsonl"),
+    (("--answers", "x.jsonl", "--alpha", "1"), "judged as they are"),
+    (("--dose", "1", "--method", "unedited", "persona"), "no method that was asked for has a strength"),
     (("--judge", "questionnaire", "--inventory", "missing.csv"), "missing.csv"),
     (("--compare", "here", "there"), "summary.json"),
     (("--capability", "arithmetic"), "lm-evaluation-harness|arithmetic"),
@@ -230,7 +232,7 @@ def test_a_flag_of_several_values_may_come_again(monkeypatch):
 
 
 def test_who_declines_is_counted(small, made, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "declines", lambda answer: True)
+    monkeypatch.setattr("personality.results.declines", lambda answer: True)
     evaluation(small, made, monkeypatch, tmp_path, "--method", "unedited", "npti", alphas=("1",))
     assert "12 of 12 answers decline to be anyone" in details_of(tmp_path)["head"]
 
@@ -399,7 +401,7 @@ def test_full_run_has_everything(whole):
 
 def test_page_of_a_full_run_has_its_pictures(whole):
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', (whole / "report.html").read_text())
-    assert len(pictures) == 7, "effects by both judges that have them by question; dose; two matrices; self-report; layers"
+    assert len(pictures) == 8, "effects by both judges that have them by question; dose; two matrices; self-report; layers of two methods"
 
 
 def test_steering_is_on_in_scoring_passes(whole):

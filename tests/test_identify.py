@@ -282,6 +282,14 @@ def test_damaged_state_is_from_the_beginning(small, made, tmp_path, eager_saving
         (tmp_path / "extraversion.safetensors").unlink()
 
 
+def test_few_tokens_are_told_of(small, tmp_path, monkeypatch, capsys):
+    run(small, tmp_path / "few", limit=4).identify()
+    assert "tokens were counted under a pole, so neurons differ by chance" in capsys.readouterr().err
+    monkeypatch.setattr(identify, "FEWEST", 2)
+    run(small, tmp_path / "more", limit=4).identify()
+    assert "by chance" not in capsys.readouterr().err
+
+
 def test_interrupted_run_with_other_options_spares_what_is_finished(small, made, tmp_path):
     """Run, start one with another seed and interrupt it, run the first again: its answers are still its own."""
     run(small, tmp_path).identify()

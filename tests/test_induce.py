@@ -126,6 +126,26 @@ def test_missing_neuron_file_is_made_first(small, monkeypatch, tmp_path, capsys,
     assert Neurons.load(tmp_path / "new" / "openness.safetensors", tiny()).meta["trait"] == "openness"
 
 
+def test_what_a_file_says_is_not_passed_over(small, made, monkeypatch, tmp_path, capsys):
+    """A key that nobody knows, a method beside the file's own, layers that the model lacks; and a line's levels beyond 1 are told."""
+    (tmp_path / "q.jsonl").write_text('{"question": "w10 ?", "profil": {"extraversion": 1}}\n')
+    flags = (*shared_flags(small), "--neurons", made, "--max-new-tokens", "4")
+    with pytest.raises(UserError, match="q.jsonl, line 1: expected question and profile, got .'profil', 'question'"):
+        main_of(induce, monkeypatch, *flags, "--questions", tmp_path / "q.jsonl")
+    (tmp_path / "ada.toml").write_text('method = "npti"\nlayers = [1, 9]\n[traits]\nextraversion = 1\n')
+    with pytest.raises(UserError, match="--method trained: .*ada.toml says npti"):
+        main_of(induce, monkeypatch, *flags, "--profile", tmp_path / "ada.toml", "--method", "trained", "-q", "w10 ?")
+    with pytest.raises(UserError, match="the model's are 0 to 1"):
+        main_of(induce, monkeypatch, *flags, "--profile", tmp_path / "ada.toml", "-q", "w10 ?")
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    add_trained(small.model, small.tokenizer, small.bench, Neurons.load(tmp_path / "extraversion.safetensors"))
+    own = '{"traits": {"extraversion": 40}, "method": "trained"}'
+    (tmp_path / "q.jsonl").write_text(f'{{"question": "w10 ?", "profile": {own}}}\n')
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", tmp_path, "--max-new-tokens", "4", "--questions", tmp_path / "q.jsonl")
+    assert "levels beyond 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, expected", (
     (("--rank", "4"), "--rank goes with --save DIR"), (("--verify",), "--verify goes with --save DIR"),
     (("--verify-server", "http://127.0.0.1:9"), "--verify-server goes with --save DIR"),
@@ -134,7 +154,8 @@ def test_missing_neuron_file_is_made_first(small, monkeypatch, tmp_path, capsys,
     (("--save", "a", "-q", "w10 ?"), "not allowed with argument"), (("--save", "a", "--list"), "not allowed with argument"),
     (("--save", "a", "--where", "generated"), "can't tell prompt from answer"),
     (("--save", "a", "--keep", "0.9"), "can't draw neurons"),
-    (("--save", "a", "--suppress", "cap"), "can't cap an activation")))
+    (("--save", "a", "--suppress", "cap"), "can't cap an activation"),
+    (("--save", "a", "--rank", "4", "--method", "trained"), "trained edits raise none")))
 def test_flags_that_do_not_go_together(monkeypatch, tmp_path, flags, expected):
     """Said before anything is loaded or written."""
     monkeypatch.chdir(tmp_path)

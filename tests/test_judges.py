@@ -71,6 +71,13 @@ def test_log_likelihoods_equal_a_forward_per_answer(small, rows):
 # ------------------------------------------------------------------------------------------------------------ contrast
 
 
+def test_an_empty_answer_is_told_of(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"trait": "openness", "question": "q", "answer": "a"}\n'
+                                      '{"trait": "openness", "question": "q", "answer": " "}\n')
+    with pytest.raises(UserError, match="a.jsonl, line 2: the answer is empty"):
+        read_given(tmp_path / "a.jsonl")
+
+
 def test_contrast_judges_with_personas_that_identify_does_not_use(small):
     answers = [[11, 12, 2], [20, 21]]
     ours, plain = contrast(small.model, small.tokenizer, small.bench, ["openness", "neuroticism"], "w10 ?", answers)

@@ -13,7 +13,7 @@ from personality.frame import conversation
 from personality.methods import npti
 from personality.mlp import find_mlps
 from personality.load import DEFAULT_MODEL, default_dtype, default_model, load_model
-from personality.model import answer, answers, as_published, fingerprint, render
+from personality.model import answer, answers, as_published, fingerprint, render, sampling
 from personality.steer import steer
 
 
@@ -113,6 +113,12 @@ def test_a_base_model_is_saved_as_it_was(base, tmp_path):
     as_published(tokenizer).save_pretrained(tmp_path / "saved")
     assert load_model(str(save_model(tmp_path / "again", template=None)), "cpu", "float32")[1].stop_text == tokenizer.stop_text
     assert not (tmp_path / "saved" / "chat_template.jinja").exists() and tokenizer.chat_template
+
+
+def test_the_coldest_temperature_is_greedy(small):
+    turns = [FRAMED.turns("w10 w11 ?")]
+    cold, greedy = (answers(small.model, small.tokenizer, turns, 8, **sampling(*temperature)) for temperature in ((1e-40,), ()))
+    assert cold == greedy
 
 
 def test_an_answer_in_one_call(small):

@@ -71,6 +71,27 @@ def test_neurons_of_another_model_are_refused(small, made, tmp_path):
     assert Neurons.load(made / "extraversion.safetensors", tiny().bfloat16()).meta["trait"] == "extraversion"
 
 
+def test_a_file_of_another_shape_is_damaged(small, made, tmp_path):
+    """Whatever its fingerprint says: format 1 has no digest of its content."""
+    neurons = Neurons.load(made / "extraversion.safetensors")
+    meta = {"neurons": json.dumps({**neurons.meta, "format": 1})}
+    save_file({name: tensor[:, :, :4].contiguous() for name, tensor in neurons.tensors.items()}, tmp_path / "a.safetensors", meta)
+    with pytest.raises(UserError, match="damaged: it is of .2, 4. layers and neurons, the model of .2, 48."):
+        Neurons.load(tmp_path / "a.safetensors", small.model)
+
+
+def test_a_file_that_may_not_be_read_is_there(made, monkeypatch):
+    """safetensors says of both that there is no such file."""
+    def refused(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("personality.neurons.safe_open", refused)
+    with pytest.raises(UserError, match="it may not be read"):
+        Neurons.load(made / "extraversion.safetensors")
+    with pytest.raises(UserError, match="no such neuron file"):
+        Neurons.load(made / "other.safetensors")
+
+
 def test_files_that_are_no_neuron_file(made, tmp_path):
     path, good = tmp_path / "extraversion.safetensors", (made / "extraversion.safetensors").read_bytes()
     neurons = Neurons.load(made / "extraversion.safetensors")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import evaluate
 from conftest import main_of
 from personality import POLES, TRAITS, UserError
-from personality.report import (by_judge, matrices_of, pictures_of, plot_dose, plot_effects, plot_layers, plot_matrices,
+from personality.report import (around, by_judge, matrices_of, pictures_of, plot_dose, plot_effects, plot_layers, plot_matrices,
                                 plot_self_report, show, tables_of, write_reports)
 from personality.results import EDITS, WAYS
 
@@ -71,7 +71,7 @@ def found():
 def files():
     """Neurons of two traits, as the picture of the layers takes them."""
     select = lambda pole: (torch.tensor([0, 1, 1]), None, None, None)  # noqa: E731
-    return {trait: SimpleNamespace(shape=(2, 48), select=select) for trait in TRAITS[:2]}
+    return {trait: SimpleNamespace(shape=(2, 48), select=select, trained="", tensors={}) for trait in TRAITS[:2]}
 
 
 def answers_of(*texts):
@@ -169,8 +169,26 @@ def test_self_report_shows_low_unedited_and_high(found):
 
 
 def test_layers_show_neurons_of_both_poles():
-    first, second = drawing(plot_layers, files())
+    first, second = drawing(plot_layers, files(), "npti")
     assert [bar.get_height() for bar in first.patches] == [1, 2, -1, -2], "high upward, low downward"
+
+
+def test_layers_are_those_of_the_method_that_was_asked_for(found):
+    trained, place = files(), lambda *layers: torch.tensor([[layer, 5] for layer in layers])
+    for neurons in trained.values():
+        neurons.trained, neurons.tensors = "x", {"high_place": place(0, 0, 0), "low_place": place(1)}
+    first, _ = drawing(plot_layers, trained, "trained")
+    assert [bar.get_height() for bar in first.patches] == [3, 0, 0, -1]
+    captions = lambda method, some: [caption for caption, _ in pictures_of(  # noqa: E731
+        {"summary": [{"method": method}]}, some) if "by layer" in caption]
+    assert [len(captions(*of)) for of in (("persona", trained), ("trained", trained), ("trained", files()))] == [0, 1, 0]
+    assert "trained edits" in captions("trained", trained)[0] and "NPTI" in captions("npti", trained)[0]
+
+
+def test_one_value_has_no_interval(found):
+    (axes,) = drawing(plot_effects, [{**row, "ci95": None} for row in by_judge(found["effects"])["contrast"]])
+    assert axes.containers and not any(container[2] for container in axes.containers), "no bars"
+    assert around({"mean": 0.0125, "ci95": None}, "contrast") == "+12.5 (one value, no interval)"
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -27,14 +27,16 @@ from personality.answering import Server, Text
 from personality.methods import Profiles, multiple_at
 from personality.model import answers, sampling
 from personality.neurons import NeuronFolder
-from personality.serve import KEY, application, listening, page
+from personality.people import People
+from personality.serve import IDLE, KEY, application, listening, page
 from personality.train import add_trained
 
 # httpx or httpx2: what this version of openai is built on
 httpx = importlib.import_module(next(
     kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__name__ == "Client").__module__.split(".")[0])
 CHARACTERS = {"ada": 'name = "Ada"\nmethod = "trained"\n[traits]\nextraversion = 1\nopenness = -0.7\n',
-              "bob": "[traits]\nextraversion = 2\n"}
+              "bob": "[traits]\nextraversion = 2\n",
+              "cyd": 'method = "activation"\n[traits]\nextraversion = 1\nopenness = 1\n'}
 
 
 def arguments(small, neurons, **changes):
@@ -51,7 +53,7 @@ def serving(args):
     with listening(args) as listener:
         server = Server(args)
         web = uvicorn.Server(uvicorn.Config(application(server), log_level="error", access_log=False, lifespan="off",
-                                            timeout_graceful_shutdown=5))
+                                            timeout_graceful_shutdown=5, timeout_keep_alive=IDLE))
         thread = threading.Thread(target=lambda: asyncio.run(web.serve([listener])))
         thread.start()
         try:
@@ -100,6 +102,14 @@ def post(served, path="/v1/chat/completions", content=None, headers=None, **body
 # --------------------------------------------------------------------------------------------------- OpenAI's own client
 
 
+def test_nobody_waits_for_a_mean_difference(small, neurons):
+    """It is read when the server starts, for the characters; else a request of it is refused."""
+    people = People(arguments(small, neurons))
+    people.take(small.model, small.tokenizer)
+    with pytest.raises(UserError, match="activation: .* none of that method has extraversion"):
+        people.of(Character({"extraversion": 1.0}, "activation"))
+
+
 def test_thirty_two_requests_of_thirty_two_personalities(small, neurons, served):
     """At once, streamed and whole in turn: each is to the letter what induce.py says."""
     people = [None] + [Character({"extraversion": round(-1.5 + k / 10, 2)}, "trained") for k in range(22)] + [
@@ -143,7 +153,7 @@ def test_the_model_name_can_hold_the_personality(served):
     assert ask("tiny+extraversion=-1.5") == ask("tiny", personality="extraversion=-1.5") != ask("tiny")
     assert ask("tiny+ada") == ask("tiny", personality="ada") == ask("TINY", personality={"extraversion": 1, "openness": -0.7})
     assert ask("tiny+npti:extraversion=2") == ask("tiny", personality="bob")
-    assert {model.id for model in served.client.models.list()} == {"tiny", "tiny+ada", "tiny+bob"}
+    assert {model.id for model in served.client.models.list()} == {"tiny", "tiny+ada", "tiny+bob", "tiny+cyd"}
 
 
 def test_streams_have_openais_form(served):

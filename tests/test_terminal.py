@@ -89,7 +89,8 @@ def test_exit_codes(monkeypatch, capsys):
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("error:") and len(result.stderr.splitlines()) == 1
     for raised, code, words in ((KeyboardInterrupt("x is kept"), 130, "interrupted: x is kept"),
-                                (KeyboardInterrupt(), 130, "interrupted"),
+                                (KeyboardInterrupt(), 130, "interrupted\n"),
+                                (UserError("of \x1b[31mred\x9b\r ones"), 2, "error: of \\x1b[31mred\\x9b ones"),
                                 (OSError(28, "No space left on device", "/a/b"), 2, "/a/b: No space left on device"),
                                 (UserError("two\nlines"), 2, "error: two lines"), (None, 0, "")):
         module = types.ModuleType("fake_script")

@@ -281,11 +281,11 @@ def show_folder(folder: str) -> None:
             rows.append([path.stem, Text(" ".join(str(error).split()), style="red")])
             continue
         meta, date = neurons.meta, datetime.fromtimestamp(path.stat().st_mtime)
-        rows.append([neurons.trait, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),
+        rows.append([path.stem, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),
                      f"{sum(meta['tokens']):,}", f"{date:%Y-%m-%d}",
                      f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}"
                      + (f"; {len(neurons.high_bias)} trained a pole" if neurons.trained else "")])
-    show_table(folder, ("trait", "model", "high, low", "tokens", "made", "from"), rows)
+    show_table(folder, ("file", "model", "high, low", "tokens", "made", "from"), rows)
 
 
 def say_compliance(meta: dict) -> None:

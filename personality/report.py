@@ -162,8 +162,9 @@ def plot_dose(figure, dose: list[dict]) -> None:
 
 def plot_matrices(figure, matrices: dict, judge: str) -> None:
     scale, _, unit = unit_of(judge)
-    figure.set_size_inches(3 * len(matrices) + 3, 4)
-    grids = {name: np.array([[scale * cells.get((steered, measured), np.nan) for measured in TRAITS] for steered in TRAITS])
+    rows = [trait for trait in TRAITS if any((trait, trait) in cells for cells in matrices.values())]
+    figure.set_size_inches(3 * len(matrices) + 3, max(2.8, 1.5 + 0.5 * len(rows)))
+    grids = {name: np.array([[scale * cells.get((steered, measured), np.nan) for measured in TRAITS] for steered in rows])
              for name, cells in matrices.items()}
     most = max(np.nanmax(np.abs(grid)) for grid in grids.values())
     for axes, (name, grid) in zip(np.atleast_1d(figure.subplots(1, len(grids), sharey=True)), grids.items()):
@@ -173,7 +174,7 @@ def plot_matrices(figure, matrices: dict, judge: str) -> None:
                 axes.text(x, y, f"{value:+.0f}" if scale > 1 else f"{value:+.2f}", ha="center", va="center", fontsize=8,
                           color="white" if abs(value) > 0.65 * most else "black")
         axes.set_xticks(range(len(TRAITS)), [trait[:5] + "." for trait in TRAITS], rotation=40)
-        axes.set_yticks(range(len(TRAITS)), TRAITS)
+        axes.set_yticks(range(len(rows)), rows)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("measured")
     figure.axes[0].set_ylabel("steered")

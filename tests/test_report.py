@@ -158,7 +158,12 @@ def test_matrices_have_the_traits_in_order(found):
     of_judge = {name: cells for (judge, name), cells in matrices_of(found).items() if judge == "contrast"}
     first, *_ = drawing(plot_matrices, of_judge, "contrast")
     shown = first.images[0].get_array().astype(float).filled(np.nan)
-    assert shown.shape == (5, 5) and np.allclose(shown[:2], 3) and bool(np.isnan(shown[2:]).all()), "three were not steered"
+    assert shown.shape == (2, 5) and np.allclose(shown, 3), "three were not steered"
+    assert [label.get_text() for label in first.get_yticklabels()] == list(TRAITS[:2])
+    some = {cell: value for cell, value in of_judge["npti 1.5"].items() if cell[0] == TRAITS[1]}
+    first, second = drawing(plot_matrices, {"npti 1.5": of_judge["npti 1.5"], "persona": some}, "contrast")[:2]
+    shown = second.images[0].get_array().astype(float).filled(np.nan)
+    assert bool(np.isnan(shown[0]).all()) and np.allclose(shown[1], 3), "this method steered the second only"
 
 
 def test_self_report_shows_low_unedited_and_high(found):

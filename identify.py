@@ -190,7 +190,7 @@ class Run:
                             f"neurons are told apart by both ({sum(compliance['declined'])} answers declined to be anyone)")
         if min(tokens) < FEWEST:
             say(f"{self.trait}: only {min(tokens)} tokens were counted under a pole, so neurons differ by chance, too: expected "
-                f"{FEWEST} or more (--limit, --max-new-tokens)")
+                f"{FEWEST} or more, of more or longer answers")
         if self.path.exists():
             there = self.file_there()  # where it is damaged, its answers may be whole
             other = re.sub(r"\W", "", there.key) if there else f"damaged-{hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]}"

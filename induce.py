@@ -164,7 +164,7 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
         if line.lstrip().startswith("{"):
             values = parse_json(line, where)
             if set(values) - {"question", "profile"}:
-                raise UserError(f"{where}: expected question and profile, got {repr(sorted(values))[:200]}")
+                raise UserError(f"{where}: expected question and, optionally, profile, got {repr(sorted(values))[:200]}")
             line, own = values.get("question"), values.get("profile")
             if not isinstance(line, str):
                 raise UserError(f'{where}: expected {{"question": text}}, got {values}')

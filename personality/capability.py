@@ -33,8 +33,8 @@ def neutral_pass(model, tokenizer) -> tuple[list[float], list]:
 
 
 def quiz(model, tokenizer, system: str | None, rows: int) -> list[int]:
-    """1 for each question whose right option has the best mean log-likelihood a token of the four; numbers that are none have no
-    best."""
+    """1 for each question whose right option has the best mean log-likelihood a token of the four; ties and NaN are not
+    right."""
     ids = [[answer_ids(tokenizer, option) for option in options] for _, options in quiz_questions()]
     turns = [conversation(question, system) for question, _ in quiz_questions()]
     scores = log_likelihoods(model, tokenizer, turns, ids, rows).cpu() / torch.tensor([[len(row) for row in four] for four in ids])

@@ -32,16 +32,18 @@ OPTIONS = ("Very inaccurate", "Moderately inaccurate", "Neither accurate nor ina
 
 def looks_everywhere(model) -> bool:
     """Whether every token sees all that stand before it, so that it does not matter where in a row padding stands: no layer has a
-    window, which counts places, or a state. (GPT-Neo's window is not in its cache.)"""
+    window, which counts places, or a state. (GPT-Neo's window is not in its cache; MPT counts places in its attention.)"""
     layers, config = DynamicCache(config=model.config).layers, model.config.get_text_config(decoder=True)
-    return all(type(layer) is DynamicLayer for layer in layers) and not getattr(config, "window_size", None)
+    counts_places = getattr(config, "window_size", None) or config.model_type == "mpt"
+    return all(type(layer) is DynamicLayer for layer in layers) and not counts_places
 
 
 def prefill(model, tokenizer, prompts: list[list[int]]):
     """Run prompts in one batch, and what all of them begin with only once, where padding may follow it: (logits after each, float32
     (prompts, vocabulary); cache; mask; position of each one's last token)."""
     differ = (k for k, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
-    shared = min(next(differ, len(prompts[0])), min(map(len, prompts)) - 1) if looks_everywhere(model) else 0  # each keeps a token
+    shared = min(next(differ, len(prompts[0])), min(map(len, prompts)) - 1)  # each keeps a token of its own
+    shared *= looks_everywhere(model)
     ids, mask = pad_left([prompt[shared:] for prompt in prompts], tokenizer.pad_token_id, model.device)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -219,10 +219,10 @@ class NeuronFolder:
     """A folder of neuron files, each read when it is first asked for. folder: of identify.py, or npti:DIR of the released ones.
     identify(trait): makes a file that is not there yet; train(neurons): adds its trained edits (train.add_trained); without
     them, what is missing is an error. frame: how questions are put; where a file was made with another one, or before there were
-    any, a line says so; and where its trained edits are those of another version of train.py."""
+    any, a line says so; and where trained edits are asked for that are of another version of train.py."""
 
     def __init__(self, model, folder: str, identify=None, frame: Frame | None = None, train=None):
-        self.model, self.identify, self.train, self.frame, self.files = model, identify, train, frame, {}
+        self.model, self.identify, self.train, self.frame, self.files, self.told = model, identify, train, frame, {}, set()
         self.folder, self.released = folder.removeprefix("npti:"), folder.startswith("npti:")
 
     def __getitem__(self, trait: str) -> Neurons | Released:
@@ -242,8 +242,6 @@ class NeuronFolder:
         neurons = Neurons.load(path, self.model)
         if neurons.trait != trait:
             raise UserError(f"{path}: holds the neurons of {neurons.trait}")
-        if neurons.trained and neurons.meta.get("training") != TRAINING:
-            say(f"{path}: its trained edits are of another version of the training: python identify.py --train makes them anew")
         if self.frame and self.frame != neurons.frame:
             say(f"{path}: its questions were put in the frame {neurons.frame}, now they are put in the frame {self.frame}")
         return neurons
@@ -257,6 +255,10 @@ class NeuronFolder:
                 raise UserError(f"{self[trait].path}: no trained edits in it: python identify.py --train makes them")
             say(f"{self[trait].path}: no trained edits yet, so they are trained first")
             self.files[trait] = self.train(self[trait])
+        elif self[trait].meta.get("training") != TRAINING and trait not in self.told:
+            self.told.add(trait)
+            say(f"{self[trait].path}: its trained edits are of another version of the training: python identify.py --train makes "
+                "new ones")
         return self.files[trait]
 
     def check_unchanged(self) -> None:

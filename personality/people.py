@@ -29,7 +29,8 @@ class People:
         """(model, tokenizer), and what the files hold; called once, in the engine's thread."""
         loaded = self.take(*load_asked(self.args))
         for character in self.characters.values():  # while nobody waits yet: it takes as long as reading 64 answers
-            for trait in character.strengths if character.method == "activation" else ():
+            asked = [trait for trait, own in character.strengths.items() if own and trait in self.traits]
+            for trait in asked if character.method == "activation" and not self.neurons.released else ():
                 self.profiles.direction(trait)
         return loaded
 

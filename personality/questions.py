@@ -193,7 +193,7 @@ def read_given(path: str) -> list[dict]:
             raise UserError(f"{where}: expected one of the five traits, and pole high, low or none, got {line['trait']!r}, "
                             f"{pole!r}")
         if not line["answer"].strip():
-            raise UserError(f"{where}: the answer is empty: there is nothing to judge")
+            raise UserError(f"{where}: the answer is empty, and can't be judged: delete the line")
         given.append({"trait": trait, "question": line["question"], "pole": pole, "answer": line["answer"]})
     if not given:
         raise UserError(f"{path}: no answers in it")

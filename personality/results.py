@@ -271,7 +271,8 @@ def characters_measured(means: list[tuple], judge: str, alpha: float, seed: int)
               for key, mean in means if key["method"] in WAYS for trait, asked in zip(TRAITS, key["alpha"])]
     number = len(points) // len(WAYS) // len(TRAITS)
     picks = np.concatenate([np.arange(number)[None], np.random.default_rng(seed).integers(0, number, (DRAWS, number))])
-    spread = lambda values: {"mean": float(values[0]), "ci95": np.quantile(values[1:], (0.025, 0.975)).tolist()}  # noqa: E731
+    spread = lambda values: {"mean": float(values[0]), "ci95": (  # noqa: E731
+        np.quantile(values[1:], (0.025, 0.975)).tolist() if number > 1 else None)}
     of_way = {way: way_figures([point for point in points if point["method"] == way], picks) for way in WAYS}
     return [{"method": way, "judge": judge, "n": number, **{name: spread(values) for name, values in figures.items()},
              "more_than_composed": {name: spread(values - of_way[WAYS[0]][name]) for name, values in figures.items()}}

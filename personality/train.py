@@ -48,7 +48,7 @@ TOP = 256  # tokens of the vocabulary in which student and teacher are compared
 DRAWS, SHRUNK, RIDGE = 2, 0.5, 1e-3  # of what the model may say; share kept beside Fisher's diagonal; added to that, in its means
 PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens in a row
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
-NO_ROOM = "training keeps what a backward pass needs: --quantize or --dtype bfloat16 leaves room"
+NO_ROOM = "training keeps what a backward pass needs: --device-map auto or --dtype bfloat16 leaves room"
 NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
 MULTIPLES = (1.5, 3.0, 5.0, 8.0)  # of the biases, that are tried on
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
@@ -327,15 +327,15 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
     if neurons.trained == made_with:
         return neurons
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
-        raise UserError(f"{path}: no training while the model is steered: identify.py --train --trait {neurons.trait} before")
+        raise UserError(f"{path}: no training while the model is steered: run identify.py --train --trait {neurons.trait} first")
     bench.questions(neurons.trait, "validation", 1)  # without any, it is said before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
-    lock = only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits")
-    with resumable(), lock, enough_memory(NO_ROOM):
+    with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
         neurons = Neurons.load(path)
         if neurons.trained == made_with:
             return neurons
-        biases = both_poles(model, tokenizer, bench, neurons, seed, kept)
+        with enough_memory(NO_ROOM):
+            biases = both_poles(model, tokenizer, bench, neurons, seed, kept)
         tensors = {"dose": levels(model, tokenizer, bench, neurons, lambda pole, by: Profile.dense(bias=by * biases[pole]))}
         for pole, moved in zip(POLES, tensors["dose"][..., 1].amax(1)):
             place = biases[pole].nonzero()

@@ -21,6 +21,7 @@ MOE = dict(moe_intermediate_size=20, num_experts=4, num_local_experts=4, n_route
 LATENT = dict(num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, head_dim=4, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
 HYBRID = dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
               linear_key_head_dim=8, linear_value_head_dim=8)
+MPT = dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=128)
 WORKS = {
     "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "gemma4_text": {}, "phi": {},
     "phi3": {}, "gpt2": dict(n_inner=48), "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]), "gpt_neox": {},
@@ -72,14 +73,14 @@ def test_works(kind):
     assert statistics.tokens.item() == 16 and any(count.any() for count, *_ in statistics.flush().sites)
 
 
-@pytest.mark.parametrize("kind", WORKS)
+@pytest.mark.parametrize("kind", [*WORKS, "mpt"])
 def test_reads_as_alone(kind, monkeypatch):
     """Prompts of three lengths that begin alike, as judges and training read them, beside a forward of each whole text; with a
     window that is shorter than some of them and longer than others, where a model of the kind may have one."""
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
     window = {"gpt_neo": {"window_size": 14}, **dict.fromkeys(("mistral", "gemma2", "gemma3_text"), {"sliding_window": 14})}
-    model, tokenizer = random_model(kind, {**WORKS[kind], **window.get(kind, {})}), SimpleNamespace(pad_token_id=0)
+    model, tokenizer = random_model(kind, {**WORKS.get(kind, MPT), **window.get(kind, {})}), SimpleNamespace(pad_token_id=0)
     asked, said = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [5, 6, 7, 20, 21], [5, 6, 7, 30, 31, 32]], [[11, 12, 13, 2], [20], [30, 31, 32, 33]]
     monkeypatch.setattr("personality.judges.prompt_ids", lambda tokenizer, turns: turns)
 

@@ -223,6 +223,12 @@ def test_wrong_flags(small, made, monkeypatch, tmp_path, flags, pattern):
         evaluation(small, made, monkeypatch, tmp_path, *flags)
 
 
+def test_full_asks_for_what_the_methods_have(monkeypatch):
+    """Doses as well, but of no method that has no strength."""
+    monkeypatch.setattr(sys, "argv", "x --full --method unedited persona".split())
+    assert evaluate.arguments().method == ["unedited", "persona"]
+
+
 def test_a_flag_of_several_values_may_come_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", "x --trait openness Neuroticism --trait openness".split())
     assert evaluate.arguments().trait == identify.arguments().traits == ["openness", "neuroticism"]

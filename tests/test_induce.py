@@ -130,7 +130,7 @@ def test_what_a_file_says_is_not_passed_over(small, made, monkeypatch, tmp_path,
     """A key that nobody knows, a method beside the file's own, layers that the model lacks; and a line's levels beyond 1 are told."""
     (tmp_path / "q.jsonl").write_text('{"question": "w10 ?", "profil": {"extraversion": 1}}\n')
     flags = (*shared_flags(small), "--neurons", made, "--max-new-tokens", "4")
-    with pytest.raises(UserError, match="q.jsonl, line 1: expected question and profile, got .'profil', 'question'"):
+    with pytest.raises(UserError, match="q.jsonl, line 1: expected question and, optionally, profile, got .'profil', 'question'"):
         main_of(induce, monkeypatch, *flags, "--questions", tmp_path / "q.jsonl")
     (tmp_path / "ada.toml").write_text('method = "npti"\nlayers = [1, 9]\n[traits]\nextraversion = 1\n')
     with pytest.raises(UserError, match="--method trained: .*ada.toml says npti"):

@@ -223,6 +223,15 @@ def test_requested_and_measured():
     assert third["more_than_composed"]["correlation"]["ci95"][1] < -1
 
 
+def test_one_character_has_no_interval():
+    condition = lambda *values: dict(zip(results.CONDITION, values))  # noqa: E731
+    means = [(condition("unedited", "openness", None, None), dict.fromkeys(TRAITS, 3.0))]
+    means += [(condition(method, trait, pole, 1.5), {trait: 4.0}) for trait in TRAITS for pole in POLES for method in ("npti", "trained")]
+    means += [(condition(way, None, None, (1.0, 0.0, -1.0, 0.5, 0.0)), dict.fromkeys(TRAITS, 3.5)) for way in results.WAYS]
+    rows, _ = results.characters_measured(means, "contrast", 1.5, 0)
+    assert all(row["spill_over"] == {"mean": pytest.approx(0.5), "ci95": None} for row in rows)
+
+
 def test_rounding_is_no_correlation():
     """Of a way that moves nothing, but for the last bit of one measure."""
     condition = lambda *values: dict(zip(results.CONDITION, values))  # noqa: E731

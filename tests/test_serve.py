@@ -102,12 +102,16 @@ def post(served, path="/v1/chat/completions", content=None, headers=None, **body
 # --------------------------------------------------------------------------------------------------- OpenAI's own client
 
 
-def test_nobody_waits_for_a_mean_difference(small, neurons):
+def test_nobody_waits_for_a_mean_difference(small, neurons, tmp_path):
     """It is read when the server starts, for the characters; else a request of it is refused."""
     people = People(arguments(small, neurons))
     people.take(small.model, small.tokenizer)
     with pytest.raises(UserError, match="activation: .* none of that method has extraversion"):
         people.of(Character({"extraversion": 1.0}, "activation"))
+    (tmp_path / "dan.toml").write_text('method = "activation"\n[traits]\nneuroticism = 1\nopenness = 0\n')
+    people = People(arguments(small, neurons, characters=str(tmp_path)))
+    people.load()  # of whom there is no neuron file, or who asks for 0, does not keep the server from starting
+    assert not people.profiles.directions
 
 
 def test_thirty_two_requests_of_thirty_two_personalities(small, neurons, served):

@@ -362,8 +362,14 @@ def test_an_engine_that_died(small, neurons):
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(post, served, max_tokens=400, stream=stream) for stream in (False, True)]
             deadline = time.monotonic() + 10
-            while server.engine.tokens < 10 and time.monotonic() < deadline:
-                time.sleep(0.002)
+
+            def wait_for(happened):
+                while not happened() and time.monotonic() < deadline:
+                    time.sleep(0.002)
+
+            wait_for(lambda: server.taken == 2)
+            there = server.engine.tokens
+            wait_for(lambda: server.engine.tokens >= there + 10)  # both are being answered
             server.engine.stop()
             whole, stream = (reply.result() for reply in waiting)
         assert whole.status_code == 500 and whole.json()["error"]["type"] == "server_error"

@@ -83,7 +83,8 @@ from personality.endpoint import Endpoint, Engine  # noqa: E402
 from personality.frame import Frame, declines  # noqa: E402
 from personality.mlp import decoder_of, find_mlps  # noqa: E402
 from personality.load import load_asked  # noqa: E402
-from personality.model import SEARCH_PENALTY, answer_inputs, answers, dtype_of, fingerprint, out_of_memory, with_ids  # noqa: E402
+from personality.model import (SEARCH_PENALTY, answer_inputs, answers, dtype_of, enough_memory, fingerprint,  # noqa: E402
+                               out_of_memory, with_ids)
 from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show_neurons  # noqa: E402
 from personality.observe import FEWEST, Statistics, observe, shapes_at  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
@@ -252,16 +253,11 @@ class Run:
             self.save()  # before it waits for the others
 
     def nothing_yet(self) -> Statistics:
-        try:
+        mlps = find_mlps(self.model)
+        size = sum(math.prod(shape) * dtype.itemsize for mlp in mlps for shape, dtype in shapes_at(mlp, len(POLES)))
+        with enough_memory(f"the statistics of {sum(mlp.neurons for mlp in mlps):,} neurons take some {size / 1e9:.0f} GB beside "
+                           "the model: --quantize or --device-map auto may make room"):
             return Statistics.of(self.model, len(POLES))
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            mlps = find_mlps(self.model)
-            size = sum(math.prod(shape) * dtype.itemsize for mlp in mlps for shape, dtype in shapes_at(mlp, len(POLES)))
-            neurons = sum(mlp.neurons for mlp in mlps)
-            raise UserError(f"out of memory: the statistics of {neurons:,} neurons take some {size / 1e9:.0f} GB beside the "
-                            "model: --quantize or --device-map auto may make room") from error
 
     def batch(self) -> None:
         size = [size for first, size in self.schedule if first <= self.done][-1]

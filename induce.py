@@ -70,9 +70,16 @@ def parser() -> Flags:
     return flags
 
 
+DEFAULT = parser().get_default
 UNSAVABLE = "a checkpoint can't tell prompt from answer, can't draw neurons, and can't cap an activation"
-RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{name.replace('_', '-')} goes with --save DIR")
-         for name in ("rank", "verify", "verify_server")] + TEAM_RULES + [
+ONLY_WITH = {"--save DIR": ("rank", "verify", "verify_server"),
+             "--serve": ("characters", "host", "port", "api_key", "rows", "queue")}
+RULES = [(lambda args, name=name, work=work: getattr(args, name) != DEFAULT(name) and not getattr(args, work[2:].split()[0]),
+          f"--{name.replace('_', '-')} goes with {work}") for work, names in ONLY_WITH.items() for name in names] + TEAM_RULES + [
+    (lambda args: args.served_model and not (args.serve or args.verify_server),
+     "--served-model goes with --serve or --verify-server"),
+    (lambda args: args.method != "npti" and (args.suppress or args.min_neurons or args.min_delta != DEFAULT("min_delta")),
+     "--suppress, --min-delta and --min-neurons are of npti's neurons: {method} has a choice of its own, and suppresses none"),
     (lambda args: args.save and args.where == "generated", f"--save can't be had with --where generated: {UNSAVABLE}"),
     (lambda args: args.save and args.keep < 1, f"--save can't be had with --keep: {UNSAVABLE}"),
     (lambda args: args.save and args.suppress == "cap", f"--save can't be had with --suppress cap: {UNSAVABLE}"),
@@ -86,7 +93,6 @@ RULES = [(lambda args, name=name: getattr(args, name) and not args.save, f"--{na
     (lambda args: args.tp == 1 and os.environ.get("WORLD_SIZE", "1") != "1",
      "torchrun's processes answer together, each with a part of the model: --tp says so"),
     (lambda args: args.rank and args.method == "trained", "--rank is of the neurons that NPTI raises: trained edits raise none"),
-    (lambda args: args.characters and not args.serve, "--characters DIR goes with --serve"),
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
     (lambda args: args.out and os.path.exists(args.out),
      "--out {out}: there is something already: move it away, or choose another name"),

@@ -325,7 +325,8 @@ def verify_server(folder: str, url: str, served: str | None) -> None:
         expected = [(probe["prompt"], probe["question"], probe["text"], probe["without biases"])
                     for probe in parse_json(read_text(path), str(path))["expected"]]
     except (UserError, KeyError, TypeError) as error:
-        raise UserError(f"--save {folder} holds no verify.json that this version wrote: {type(error).__name__}: {error}") from error
+        why = f": {error}" if isinstance(error, UserError) else ", but one of another form"
+        raise UserError(f"--save {folder} holds no verify.json that this version wrote{why}") from error
     if not expected:
         raise UserError(f"--save {folder}: the biases of this model turned no answer that was tried: nothing can tell")
     endpoint, right, dropped = Endpoint(url, served), 0, 0

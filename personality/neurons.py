@@ -28,6 +28,7 @@ TRAINED = {"dose": torch.float32, **{f"{pole}_{what}": dtype for pole in POLES
                                      for what, dtype in (("place", torch.int32), ("bias", torch.float32))}}  # see train.py
 TRAINING = 3  # version of train.py: one more whenever the same answers come to other edits; a file of another one is told of
 META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
+BARS = 32  # at most, of the picture of the layers in which a pole's neurons are
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
 
 
@@ -287,7 +288,7 @@ def show_folder(folder: str) -> None:
                      f"{sum(meta['tokens']):,}", f"{date:%Y-%m-%d}",
                      f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}"
                      + (f"; {len(neurons.high_bias)} trained a pole" if neurons.trained else "")])
-    show_table(folder, ("file", "model", "high, low", "tokens", "made", "from"), rows)
+    show_table(folder, ("file", "model", "high, low", "tokens", "made", "from"), rows, whole=("file", "made"))
 
 
 def say_compliance(meta: dict) -> None:
@@ -302,7 +303,7 @@ def say_compliance(meta: dict) -> None:
 
 def show_neurons(neurons: Neurons) -> None:
     """Print what was found: tokens, neurons a pole, the strongest, and where in the model they are."""
-    meta, rows = neurons.meta, []
+    meta, rows, strongest, layers = neurons.meta, [], "strongest,\nlayer.index: delta, p95", "first to last layer"
     say_compliance(meta)
     if "seen" in neurons.tensors:
         there, known = int((neurons.seen > 0).any(0).sum()), int(neurons.known.sum())
@@ -312,9 +313,10 @@ def show_neurons(neurons: Neurons) -> None:
     for k, pole in enumerate(POLES):
         layer, index, delta, p95 = neurons.select(pole)
         clear = len(neurons.select(pole, min_neurons=0)[0])
-        strongest = [f"{a}.{b}: {c:.2f}, {d:.2f}" for a, b, c, d in zip(*(x[:3].tolist() for x in (layer, index, delta, p95)))]
-        spread = layer.bincount(minlength=neurons.shape[0]).float()
-        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * float(share))] for share in spread / spread.max().clamp(min=1))
-        rows.append([pole, f"{meta['tokens'][k]:,}", str(clear), "\n".join(strongest), bars])
+        best = [f"{a}.{b}: {c:.2f}, {d:.2f}" for a, b, c, d in zip(*(x[:3].tolist() for x in (layer, index, delta, p95)))]
+        several = -(-neurons.shape[0] // BARS)  # layers a bar
+        spread = (layer // several).bincount(minlength=-(-neurons.shape[0] // several)).float()
+        picture = "".join(" ▁▂▃▄▅▆▇█"[round(8 * float(share))] for share in spread / spread.max().clamp(min=1))
+        rows.append([pole, f"{meta['tokens'][k]:,}", str(clear), "\n".join(best), picture])
     show_table(f"{neurons.trait}: {meta['questions']} questions a pole, {meta['model']}",
-               ("pole", "tokens", "prob differs by 0.1", "strongest (layer.index: delta, p95)", "first to last layer"), rows)
+               ("pole", "tokens", "prob differs by 0.1", strongest, layers), rows, whole=(strongest, layers))

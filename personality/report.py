@@ -318,8 +318,8 @@ def compare(first: str, second: str) -> None:
             heads.append(f"{folder}: {details['head']}\n")
             [CELLS["summary"](row) for row in rows]  # whether all can be shown
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--compare: {folder} holds no summary.json and details.json of evaluate.py "
-                            f"({type(error).__name__}: {error})") from error
+            why = f": {error}" if isinstance(error, UserError) else ", but some of another form"
+            raise UserError(f"--compare: {folder} holds no summary.json and details.json of evaluate.py{why}") from error
     print("\n".join(heads))
     for key in dict.fromkeys([*sides[0], *sides[1]]):
         both = [side.get(key) for side in sides]

@@ -59,9 +59,10 @@ def resumable():
         raise KeyboardInterrupt("what was finished is kept, and the same command goes on from there") from None
 
 
-def show_table(title: str, columns, rows, lines: bool = False) -> None:
+def show_table(title: str, columns, rows, lines: bool = False, whole=()) -> None:
     """Print a table. A cell that is a text is shown as it is, never as markup; one that is a rich object keeps its style.
-    lines: with rules between the cells, and as wide as the terminal."""
+    lines: with rules between the cells, and as wide as the terminal. whole: the columns that are not cut where there is little
+    room: the others go over more lines."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -69,7 +70,7 @@ def show_table(title: str, columns, rows, lines: bool = False) -> None:
     table = Table(title=Text(title, style="bold" if lines else ""), title_justify="left", header_style="bold",
                   **({"show_lines": True, "expand": True} if lines else {"box": None}))
     for column in columns:
-        table.add_column(Text(column), ratio=1 if lines else None)
+        table.add_column(Text(column), ratio=1 if lines else None, no_wrap=column in whole, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     Console().print(table)

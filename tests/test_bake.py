@@ -190,7 +190,8 @@ def test_a_cap_cannot_be_baked():
 
 
 def command(small, several, *more):
-    return (*shared_flags(small), "--neurons", several, "--min-neurons", "12", *more)
+    few = () if "--method" in more else ("--min-neurons", "12")
+    return (*shared_flags(small), "--neurons", several, *few, *more)
 
 
 def baked_by(small, several, monkeypatch, folder, *more):
@@ -367,5 +368,8 @@ def test_a_server_is_checked(small, several, monkeypatch, tmp_path, capsys):
         check(server)
     with Server(lambda n, body: (400, "")) as server, pytest.raises(UserError, match="BadRequest"):
         check(server)
-    with pytest.raises(UserError, match="holds no verify.json"):
-        main_of(induce, monkeypatch, "--save", tmp_path, "--verify-server", "http://127.0.0.1:9")
+    for text, why in ((None, f": .*{tmp_path}"), ("{}", ", but one of another form$"), ('{"expected": [1]}', ", but one of another form$")):
+        if text:
+            (tmp_path / "verify.json").write_text(text)
+        with pytest.raises(UserError, match=f"holds no verify.json that this version wrote{why}"):
+            main_of(induce, monkeypatch, "--save", tmp_path, "--verify-server", "http://127.0.0.1:9")

@@ -215,6 +215,7 @@ def test_refuses_a_foreign_file(small, made, monkeypatch, tmp_path, name):
     (("--dose", "1", "--method", "unedited", "persona"), "no method that was asked for has a strength"),
     (("--judge", "questionnaire", "--inventory", "missing.csv"), "missing.csv"),
     (("--compare", "here", "there"), "summary.json"),
+    (("--suppress", "zero", "--method", "unedited", "trained"), "only npti suppresses neurons: got .*trained"),
     (("--capability", "arithmetic"), "lm-evaluation-harness|arithmetic"),
 ))
 def test_wrong_flags(small, made, monkeypatch, tmp_path, flags, pattern):

@@ -155,7 +155,13 @@ def test_what_a_file_says_is_not_passed_over(small, made, monkeypatch, tmp_path,
     (("--save", "a", "--where", "generated"), "can't tell prompt from answer"),
     (("--save", "a", "--keep", "0.9"), "can't draw neurons"),
     (("--save", "a", "--suppress", "cap"), "can't cap an activation"),
-    (("--save", "a", "--rank", "4", "--method", "trained"), "trained edits raise none")))
+    (("--save", "a", "--rank", "4", "--method", "trained"), "trained edits raise none"),
+    *((flag, f"{flag[0]} goes with --serve") for flag in (("--characters", "c"), ("--host", "::1"), ("--port", "9"),
+                                                         ("--api-key", "k"), ("--rows", "2"), ("--queue", "0"))),
+    (("--served-model", "m"), "--served-model goes with --serve or --verify-server"),
+    (("--method", "trained", "--suppress", "zero"), "trained has a choice of its own, and suppresses none"),
+    (("--method", "trained", "--min-delta", "0.2"), "trained has a choice of its own"),
+    (("--method", "dpn-le", "--min-neurons", "9"), "dpn-le has a choice of its own")))
 def test_flags_that_do_not_go_together(monkeypatch, tmp_path, flags, expected):
     """Said before anything is loaded or written."""
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,23 @@ def test_table_that_is_shown(made, capsys):
     show_neurons(Neurons.load(made / "extraversion.safetensors"))
     text = capsys.readouterr().out
     assert "high" in text and "low" in text and "tokens" in text and "extraversion" in text
+
+
+@pytest.mark.parametrize("depth, picture", ((2, "█" * 2), (30, "█" * 30), (80, "█" * 26 + "▅")))
+def test_a_table_is_whole_in_a_narrow_terminal(made, tmp_path, monkeypatch, capsys, depth, picture):
+    """80 columns: names and the picture of layers are not cut; of 80 layers it has three a bar, and two in the last."""
+    monkeypatch.setenv("COLUMNS", "80")
+    neurons = Neurons.load(made / "extraversion.safetensors")
+    deep = {name: tensor.repeat(1, depth // 2, 1) for name, tensor in neurons.tensors.items()}
+    deep["prob"] = torch.full_like(deep["prob"], 0.5)
+    deep["prob"][0, :, 0], deep["prob"][1, :, 1] = 1, 1  # one neuron a layer and pole
+    show_neurons(replace(neurons, tensors=deep))
+    said = capsys.readouterr().out
+    assert said.count(f" {picture} ") == 2 and "…" not in said and {*map(len, said.splitlines())} == {80}
+    (tmp_path / "conscientiousness.safetensors").write_bytes((made / "extraversion.safetensors").read_bytes())
+    show_folder(str(tmp_path))
+    said = capsys.readouterr().out
+    assert " conscientiousness " in said and "…" not in said
 
 
 def test_neurons_of_another_model_are_refused(small, made, tmp_path):

@@ -256,3 +256,6 @@ def test_a_folder_without_results_is_named(found, monkeypatch, tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"--compare: {tmp_path} holds no summary.json and details.json.*{name}"):
         main_of(evaluate, monkeypatch, "--compare", tmp_path, tmp_path)
+    (tmp_path / name).write_text('["head"]')
+    with pytest.raises(UserError, match="details.json of evaluate.py, but some of another form$"):
+        main_of(evaluate, monkeypatch, "--compare", tmp_path, tmp_path)

@@ -336,7 +336,7 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
             return neurons
         with enough_memory(NO_ROOM):
             biases = both_poles(model, tokenizer, bench, neurons, seed, kept)
-        tensors = {"dose": levels(model, tokenizer, bench, neurons, lambda pole, by: Profile.dense(bias=by * biases[pole]))}
+            tensors = {"dose": levels(model, tokenizer, bench, neurons, lambda pole, by: Profile.dense(bias=by * biases[pole]))}
         for pole, moved in zip(POLES, tensors["dose"][..., 1].amax(1)):
             place = biases[pole].nonzero()
             tensors |= {f"{pole}_place": place.int(), f"{pole}_bias": biases[pole][place[:, 0], place[:, 1]]}

@@ -247,9 +247,10 @@ def test_what_can_not_be_trained_is_one_line(small, made, tmp_path, monkeypatch,
     def no_room(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(train, "price_of", no_room)
-    with pytest.raises(UserError, match="out of memory: training"):
-        train.add_trained(small.model, small.tokenizer, small.bench, neurons, seed=1)
+    for name in ("price_of", "levels"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory: training"):
+            patch.setattr(train, name, no_room)
+            train.add_trained(small.model, small.tokenizer, small.bench, neurons, seed=1)
 
 
 def test_no_training_while_steered(small, made):

@@ -33,8 +33,8 @@ def parser() -> Flags:
     add("--judge", nargs="+", action="extend", choices=JUDGES, help="default: contrast")
     add("--judge-model", metavar="M",
         help="what judges, contrast and llm, as --model takes it (default: --model): the base model of a baked one, say; with "
-             "--judge-url the name of the judge llm there")
-    add("--judge-url", metavar="URL", help="an OpenAI-compatible server for the judge llm; key: $OPENAI_API_KEY")
+             "--judge-url, which needs it, the name of the judge llm there")
+    add("--judge-url", metavar="URL", help="of an OpenAI-compatible server for the judge llm (key: $OPENAI_API_KEY)")
     add("--inventory", metavar="FILE",
         help="of the judge questionnaire: a table with the columns item, key, facet (default: 60 built-in items)")
     add("--spill-over", type=positive, nargs="?", const=4, metavar="N",
@@ -43,7 +43,7 @@ def parser() -> Flags:
         help=f"dose response on the validation questions, and the methods at matched strength (default: {doses})")
     add("--capability", nargs="?", const="", metavar="TASKS",
         help="what the edits cost in general: offline, or with lm-evaluation-harness's tasks (gsm8k,mmlu)")
-    add("--full", action="store_true", help="all of the above, with every method and judge")
+    add("--full", action="store_true", help="all of the above, with every method but lora, and every judge")
     add("--characters", type=positive, nargs="?", const=12, metavar="N",
         help="N random characters over five traits (default: %(const)s), requested against measured: composed, with the edits just "
              "added up, by levels, and described in a prompt")

@@ -202,7 +202,8 @@ def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> No
             os.replace(old, target)
         for path in (temporary, old):
             shutil.rmtree(path, ignore_errors=True)
-    say(f"{target}: {made['character']}, edits on every token (--where all), suppressed neurons: {args.suppress}; {made['cost']}")
+    without = f", suppressed neurons: {args.suppress}" if character.method == "npti" else ""
+    say(f"{target}: {made['character']}, edits on every token (--where all){without}; {made['cost']}")
     with enough_memory(f"--verify holds both models in float32: --device cpu ({target} is whole, but not verified)"):
         if args.verify:
             verify(model, tokenizer, profile, target, baking.exact)

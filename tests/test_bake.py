@@ -204,6 +204,7 @@ def test_saved_and_verified(small, several, monkeypatch, tmp_path, capsys, more)
     baked_by(small, several, monkeypatch, tmp_path / "baked", "--verify", *more)
     said = capsys.readouterr()
     assert "baked against live" in said.out and "--where all" in said.err and "FLOPs a token" in said.err
+    assert ("suppressed neurons" in said.err) == ("--method" not in more), "NPTI's"
     names = {path.name for path in (tmp_path / "baked").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md",
             "verify.json"} <= names

@@ -74,8 +74,8 @@ RULES = [
     (lambda args: args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose or args.characters
                                     or args.turns),
      "--answers: a questionnaire, capability, doses, turns and characters need the model that wrote them"),
-    (lambda args: args.answers and args.chosen,
-     "--answers: they are judged as they are: --trait, --method, --alpha and --level say what is asked of the model"),
+    (lambda args: args.answers and (args.chosen or (args.where, args.suppress) != ("generated", "cap")),
+     "--answers: they are judged as they are: --trait, --method, --alpha, --level, --where and --suppress go without it"),
     (lambda args: args.suppress != "cap" and not args.characters and "npti" not in args.method,
      "--suppress: of the methods only npti suppresses neurons: got {method}"),
     (lambda args: args.dose and not args.full and not set(args.method) & set(args.strengths) - {"hybrid"},

@@ -71,6 +71,7 @@ def parser() -> Flags:
 
 
 DEFAULT = parser().get_default
+NPTI_ONLY = ("keep", "suppress", "min_delta", "min_neurons")  # what they say of its neurons, other methods don't have
 UNSAVABLE = "a checkpoint can't tell prompt from answer, can't draw neurons, and can't cap an activation"
 ONLY_WITH = {"--save DIR": ("rank", "verify", "verify_server"),
              "--serve": ("characters", "host", "port", "api_key", "rows", "queue")}
@@ -78,8 +79,6 @@ RULES = [(lambda args, name=name, work=work: getattr(args, name) != DEFAULT(name
           f"--{name.replace('_', '-')} goes with {work}") for work, names in ONLY_WITH.items() for name in names] + TEAM_RULES + [
     (lambda args: args.served_model and not (args.serve or args.verify_server),
      "--served-model goes with --serve or --verify-server"),
-    (lambda args: args.method != "npti" and (args.suppress or args.min_neurons or args.min_delta != DEFAULT("min_delta")),
-     "--suppress, --min-delta and --min-neurons are of npti's neurons: {method} has a choice of its own, and suppresses none"),
     (lambda args: args.save and args.where == "generated", f"--save can't be had with --where generated: {UNSAVABLE}"),
     (lambda args: args.save and args.keep < 1, f"--save can't be had with --keep: {UNSAVABLE}"),
     (lambda args: args.save and args.suppress == "cap", f"--save can't be had with --suppress cap: {UNSAVABLE}"),
@@ -98,8 +97,6 @@ RULES = [(lambda args, name=name, work=work: getattr(args, name) != DEFAULT(name
      "--out {out}: there is something already: move it away, or choose another name"),
     (lambda args: args.level and (args.alpha or args.method != "trained"),
      "--level L is of trained edits: --alpha and other methods go without it"),
-    (lambda args: args.keep < 1 and args.method != "npti",
-     "--keep: a random share of the raised neurons is NPTI's; {method} raises none"),
     (lambda args: args.profile and (args.trait or args.alpha or args.level),
      "--profile FILE says what --trait, --level and --alpha would say: expected one or the other"),
     (lambda args: (args.trait or strengths(args)
@@ -118,6 +115,7 @@ def arguments():
     args.trait = [check_trait(trait) for trait in args.trait]
     args.method = args.method or ("trained" if args.level else "npti")
     refuse(args, RULES)
+    args.npti_only = [f"--{name.replace('_', '-')}" for name in NPTI_ONLY if getattr(args, name) != DEFAULT(name)]
     args.where = args.where or ("all" if args.save else "generated")
     args.suppress = args.suppress or ("zero" if args.save else "cap")
     args.max_new_tokens = args.max_new_tokens or (None if args.serve else ANSWER)
@@ -252,10 +250,12 @@ def main(args) -> None:
         if bare and not character.strengths:
             raise UserError(f"--questions {args.questions}: no profile stands beside {bare[0]!r}: --trait and --alpha, or "
                             "--profile, say what such a question is answered in")
+    everyone = [who for who in (character, *(own for _, own in (args.asked if args.questions else ()) if own)) if who.strengths]
+    if args.npti_only and not any(who.method == "npti" for who in everyone):
+        raise UserError(f"{', '.join(args.npti_only)}: of the neurons that npti edits: no personality here is by it")
     args.world = World.join(args.tp)
     model, tokenizer = load_asked(args, world=args.world)
     torch.manual_seed(args.seed)
-    everyone = [character, *(own for _, own in (args.asked if args.questions else ()) if own)]
     if any(abs(level) > 1 for who in everyone if who.method == "trained" for level in who.strengths.values()):
         say("levels beyond 1: the text may no longer be fluent")
     for method in sorted({who.method for who in everyone} - {"npti", "trained"}):

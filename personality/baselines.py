@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save
 from . import POLES
 from .methods import multiple_at
 from .mlp import find_mlps, layers_of
-from .model import answer_inputs
+from .model import answer_inputs, enough_memory
 from .neurons import NeuronFolder, Neurons
 from .questions import Bench
 from .steer import Profile, hidden_states
 from .store import digest, only_run, write_atomically
 from .terminal import UserError, progress, resumable
-from .train import ANSWERS, ROWS, answers_to_learn, divergence, frozen, levels, options, slopes_of, student_says, trained_on
+from .train import (ANSWERS, NO_ROOM, ROWS, answers_to_learn, divergence, frozen, levels, options, slopes_of, student_says,
+                    trained_on)
 
 PASSES = 4  # over the answers
 RESIDUAL_RATE = 0.01  # Adam's first step size for the constants
@@ -116,7 +117,7 @@ class Baselines:
             none = torch.zeros((len(layers_of(self.model)), find_mlps(self.model)[0].hidden), device=self.model.device)
             return fitted(self.model, [*lessons], sign, none, step)
 
-        with resumable():
+        with resumable(), enough_memory(NO_ROOM):
             both = [trained_on(self.model, self.tokenizer, self.bench, neurons, pole, self.seed, fit, PASSES) for pole in POLES]
             dose = levels(self.model, self.tokenizer, self.bench, neurons,
                           lambda pole, multiple: constant_profile(multiple * both[POLES.index(pole)]))

@@ -28,7 +28,7 @@ TRAINED = {"dose": torch.float32, **{f"{pole}_{what}": dtype for pole in POLES
                                      for what, dtype in (("place", torch.int32), ("bias", torch.float32))}}  # see train.py
 TRAINING = 3  # version of train.py: one more whenever the same answers come to other edits; a file of another one is told of
 META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
-BARS = 32  # at most, of the picture of the layers in which a pole's neurons are
+BARS = 24  # at most, of the picture of the layers in which a pole's neurons are
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
 
 
@@ -278,17 +278,18 @@ def show_folder(folder: str) -> None:
     if not paths:
         raise UserError(f"--list: no neuron files in {folder}: python identify.py makes them")
     for path in paths:
+        name = path.stem.replace(".", "\n.", 1)  # TRAIT.KEY, over two lines
         try:
             neurons = Neurons.load(path)
         except UserError as error:
-            rows.append([path.stem, Text(" ".join(str(error).split()), style="red")])
+            rows.append([name, Text(" ".join(str(error).split()), style="red")])
             continue
         meta, date = neurons.meta, datetime.fromtimestamp(path.stat().st_mtime)
-        rows.append([path.stem, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),
+        rows.append([name, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),
                      f"{sum(meta['tokens']):,}", f"{date:%Y-%m-%d}",
                      f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}"
                      + (f"; {len(neurons.high_bias)} trained a pole" if neurons.trained else "")])
-    show_table(folder, ("file", "model", "high, low", "tokens", "made", "from"), rows, whole=("file", "made"))
+    show_table(folder, ("file", "model", "high, low", "tokens", "made", "from"), rows, whole=("file", "tokens", "made"))
 
 
 def say_compliance(meta: dict) -> None:
@@ -319,4 +320,5 @@ def show_neurons(neurons: Neurons) -> None:
         picture = "".join(" ▁▂▃▄▅▆▇█"[round(8 * float(share))] for share in spread / spread.max().clamp(min=1))
         rows.append([pole, f"{meta['tokens'][k]:,}", str(clear), "\n".join(best), picture])
     show_table(f"{neurons.trait}: {meta['questions']} questions a pole, {meta['model']}",
-               ("pole", "tokens", "prob differs by 0.1", strongest, layers), rows, whole=(strongest, layers))
+               ("pole", "tokens", "prob differs by 0.1", strongest, layers), rows,
+               whole=("pole", "tokens", strongest, layers))

@@ -88,6 +88,16 @@ def test_damaged_constants_are_one_line(baselines, folder):
         baselines.residual("extraversion", 1.0)
 
 
+def test_short_of_memory_is_one_line(baselines, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("personality.baselines.levels", no_room)
+    monkeypatch.setattr("personality.baselines.trained_on", lambda *_: None)
+    with pytest.raises(UserError, match="out of memory: training keeps"):
+        baselines.train_constants(baselines.neurons["extraversion"])
+
+
 def test_adapters_learn_the_answers_and_come_off(small, baselines, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.setattr("personality.baselines.PASSES", 30)

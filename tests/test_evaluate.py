@@ -211,7 +211,8 @@ def test_refuses_a_foreign_file(small, made, monkeypatch, tmp_path, name):
     (("--alpha", "-1"), "--alpha: expected a number above 0"),
     (("--answers", "x.jsonl", "--judge", "questionnaire"), "need the model"),
     (("--answers", "missing.jsonl"), "missing.jsonl"),
-    (("--answers", "x.jsonl", "--alpha", "1"), "judged as they are"),
+    *((("--answers", "x.jsonl", *flag), "judged as they are")
+      for flag in (("--alpha", "1"), ("--where", "all"), ("--suppress", "zero"))),
     (("--dose", "1", "--method", "unedited", "persona"), "no method that was asked for has a strength"),
     (("--judge", "questionnaire", "--inventory", "missing.csv"), "missing.csv"),
     (("--compare", "here", "there"), "summary.json"),

@@ -1,5 +1,6 @@
 """induce.py: side by side, files of questions."""
 
+import contextlib
 import functools
 import json
 import os
@@ -159,12 +160,24 @@ def test_what_a_file_says_is_not_passed_over(small, made, monkeypatch, tmp_path,
     *((flag, f"{flag[0]} goes with --serve") for flag in (("--characters", "c"), ("--host", "::1"), ("--port", "9"),
                                                          ("--api-key", "k"), ("--rows", "2"), ("--queue", "0"))),
     (("--served-model", "m"), "--served-model goes with --serve or --verify-server"),
-    (("--method", "trained", "--suppress", "zero"), "trained has a choice of its own, and suppresses none"),
-    (("--method", "trained", "--min-delta", "0.2"), "trained has a choice of its own"),
-    (("--method", "dpn-le", "--min-neurons", "9"), "dpn-le has a choice of its own")))
+    (("--method", "trained", "--suppress", "zero", "--keep", "0.9"), "--keep, --suppress: of the neurons that npti"),
+    (("--method", "trained", "--min-delta", "0.2"), "--min-delta: of the neurons that npti"),
+    (("--method", "dpn-le", "--min-neurons", "9"), "--min-neurons: of the neurons that npti")))
 def test_flags_that_do_not_go_together(monkeypatch, tmp_path, flags, expected):
     """Said before anything is loaded or written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=expected):
         main_of(induce, monkeypatch, "--trait", "openness", "--alpha", "1", *flags)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method, refused", (("trained", True), ("npti", False)))
+def test_what_only_npti_has_is_refused_where_nobody_is_by_it(small, made, monkeypatch, tmp_path, method, refused):
+    """A profile file and the lines of --questions say it, too."""
+    own = {"traits": {"extraversion": 0.5}, "method": method}
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "w10 ?", "profile": own}) + "\n")
+    (tmp_path / "who.toml").write_text(f'method = "{method}"\n[traits]\nextraversion = 0.5\n')
+    flags = (*shared_flags(small), "--neurons", made, "--max-new-tokens", "2", "--suppress", "zero")
+    for work in (("--questions", tmp_path / "q.jsonl"), ("--profile", tmp_path / "who.toml")):
+        with pytest.raises(UserError, match="--suppress: of the neurons that npti") if refused else contextlib.nullcontext():
+            main_of(induce, monkeypatch, *flags, *work)

@@ -1,6 +1,7 @@
 """The neuron file: what it holds, and what is refused."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -51,21 +52,27 @@ def test_table_that_is_shown(made, capsys):
     assert "high" in text and "low" in text and "tokens" in text and "extraversion" in text
 
 
-@pytest.mark.parametrize("depth, picture", ((2, "█" * 2), (30, "█" * 30), (80, "█" * 26 + "▅")))
+@pytest.mark.parametrize("depth, picture", ((2, "█" * 2), (30, "█" * 15), (80, "█" * 20)))
 def test_a_table_is_whole_in_a_narrow_terminal(made, tmp_path, monkeypatch, capsys, depth, picture):
-    """80 columns: names and the picture of layers are not cut; of 80 layers it has three a bar, and two in the last."""
+    """80 columns: no cell that one reads as a whole is cut or broken; of 80 layers the picture has four a bar."""
     monkeypatch.setenv("COLUMNS", "80")
     neurons = Neurons.load(made / "extraversion.safetensors")
     deep = {name: tensor.repeat(1, depth // 2, 1) for name, tensor in neurons.tensors.items()}
     deep["prob"] = torch.full_like(deep["prob"], 0.5)
-    deep["prob"][0, :, 0], deep["prob"][1, :, 1] = 1, 1  # one neuron a layer and pole
-    show_neurons(replace(neurons, tensors=deep))
-    said = capsys.readouterr().out
-    assert said.count(f" {picture} ") == 2 and "…" not in said and {*map(len, said.splitlines())} == {80}
-    (tmp_path / "conscientiousness.safetensors").write_bytes((made / "extraversion.safetensors").read_bytes())
+    deep["prob"][0, :, 39], deep["prob"][1, :, 1] = 1, 1  # one neuron a layer and pole
+    show_neurons(replace(neurons, tensors=deep, meta={**neurons.meta, "tokens": [18_123_456, 18_123_457]}))
+    lines = capsys.readouterr().out.splitlines()
+    for pole, tokens, index in (("high", "18,123,456", 39), ("low", "18,123,457", 1)):
+        row = next(line for line in lines if line.startswith(f" {pole} "))
+        assert f" {tokens} " in row and f".{index}: 0.50, " in row and f" {picture} " in row
+    assert any("layer.index: delta, p95" in line for line in lines)
+    for name in ("conscientiousness", "conscientiousness.0123456789abcdef"):
+        (tmp_path / f"{name}.safetensors").write_bytes((made / "extraversion.safetensors").read_bytes())
     show_folder(str(tmp_path))
-    said = capsys.readouterr().out
-    assert " conscientiousness " in said and "…" not in said
+    lines, tokens = capsys.readouterr().out.splitlines(), sum(neurons.meta["tokens"])
+    assert sum(f" {tokens:,} " in line and re.search(r" 20\d\d-\d\d-\d\d ", line) is not None for line in lines) == 2
+    assert sum(line.startswith(" conscientiousness ") for line in lines) == 2
+    assert sum(line.startswith(" .0123456789abcdef ") for line in lines) == 1
 
 
 def test_neurons_of_another_model_are_refused(small, made, tmp_path):

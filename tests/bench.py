@@ -259,21 +259,26 @@ def paired(ways: dict, pairs: int, device: str) -> dict:
 
 
 class Turn(StoppingCriteria):
-    """Stops generate() after each token until it is this process's turn again; sends the seconds that the token took."""
+    """Stops generate() after `timed` tokens, before which `untimed` pass, until it is this process's turn again; sends the seconds
+    that one of the timed ones took."""
 
-    def __init__(self, pipe):
-        self.pipe = pipe
+    def __init__(self, pipe, untimed: int = 0, timed: int = 1):
+        self.pipe, self.untimed, self.timed = pipe, untimed, timed
         self.pipe.send(None)  # all is ready
         self.wait()
 
     def wait(self) -> None:
         self.pipe.recv()
-        self.start = time.perf_counter()
+        self.passed, self.start = 0, time.perf_counter()
 
     def __call__(self, input_ids, scores, **kwargs):
         wait_for(input_ids.device)
-        self.pipe.send(time.perf_counter() - self.start)
-        self.wait()
+        self.passed += 1
+        if self.passed == self.untimed:
+            self.start = time.perf_counter()
+        elif self.passed == self.untimed + self.timed:
+            self.pipe.send((time.perf_counter() - self.start) / self.timed)
+            self.wait()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -352,25 +357,34 @@ def generate_options(compiled: bool) -> dict:
     return {"cache_implementation": "static", "compile_config": config}
 
 
-def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int, new_tokens: int, compiled: bool) -> None:
+def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int, new_tokens: int, compiled: bool,
+              whole: bool) -> None:
     """What a process of in_turns does: one generation after the other."""
     model = KINDS[source](dtype) if source in KINDS else load_model(source, "cpu", dtype)[0]
     ids = random_ids(rows, 24, model.device)
     with way(name, model, rows):
-        turn = Turn(pipe)
+        for _ in range(3 if compiled else 1):  # these don't count, and all processes do them at once
+            write(model, ids, new_tokens, **generate_options(compiled))
+        turn = Turn(pipe, UNTIMED, new_tokens - UNTIMED) if whole else Turn(pipe)
         while True:
             write(model, ids, new_tokens, turn, **generate_options(compiled))
 
 
-def token_seconds(names: dict, rows: int, pairs: int, new_tokens: int, compiled: bool = False, dtype: str | None = None) -> dict:
-    """{name: seconds of a token of all rows} of `pairs` generations, after some that don't count; names: {name: the model, as
-    --model takes it, or of KINDS}. A mean of every two: on a CPU statistics are counted every 64 tokens, which at 32 rows is in
-    every second step."""
+# of a generation that is one turn: the prompt's token, those in which compiled code is captured for a new cache, and those in which
+# a GPU comes over from another process, which costs what a process that is alone there never pays
+UNTIMED = 8
+
+
+def token_seconds(names: dict, rows: int, pairs: int, new_tokens: int, compiled: bool = False, dtype: str | None = None,
+                  whole: bool = False) -> dict:
+    """{name: seconds of a token of all rows} of `pairs` generations; names: {name: the model, as --model takes it, or of KINDS}. A
+    mean of every two, since on a CPU statistics are counted every 64 tokens, which at 32 rows is in every second step. whole:
+    generations take turns, not tokens, and each gives one mean."""
     works = {name: functools.partial(generates, name=name, source=source, dtype=dtype, rows=rows, new_tokens=new_tokens,
-                                     compiled=compiled) for name, source in names.items()}
-    warm = (3 if compiled else 1) * new_tokens
-    seconds = in_turns(works, warm + pairs * new_tokens)
-    return {name: [(a + b) / 2 for a, b in zip(steps[warm::2], steps[warm + 1::2])] for name, steps in seconds.items()}
+                                     compiled=compiled, whole=whole) for name, source in names.items()}
+    if whole:
+        return in_turns(works, pairs)
+    return {name: [(a + b) / 2 for a, b in zip(steps[::2], steps[1::2])] for name, steps in in_turns(works, pairs * new_tokens).items()}
 
 
 def random_mixture(dtype: str | None):
@@ -431,7 +445,7 @@ def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bo
     """generate() calls with the same number of tokens, plain and otherwise; each token of all rows is a pair."""
     names = ["1 profile", f"{profiles} profiles"] if profiles else ["plain", "steered", "observed"]
     source = EIGHT_BILLION if device == "cuda" else None
-    times = token_seconds(dict.fromkeys(names, source), rows, pairs, new_tokens, compiled)
+    times = token_seconds(dict.fromkeys(names, source), rows, pairs, new_tokens, compiled, whole=device == "cuda")
     title = (f"{source or 'SmolLM2-135M'}, {default_dtype(device)}, {rows} rows, {new_tokens} tokens, "
              f"{'static cache, compiled' if compiled else 'eager'}")
     return [ratio(title, name, names[0], times, rows, "tokens") for name in names[1:]]

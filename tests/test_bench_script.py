@@ -46,6 +46,15 @@ def steps(pipe, seconds):
         turn(torch.zeros(2, 1), None)
 
 
+def generation(pipe):
+    """Two tokens of 0.05 s, which are not timed, and two of 0.01 s."""
+    turn = bench.Turn(pipe, 2, 2)
+    while True:
+        for seconds in (0.05, 0.05, 0.01, 0.01):
+            time.sleep(seconds)
+            turn(torch.zeros(2, 1), None)
+
+
 def fails(pipe):
     bench.Turn(pipe)
     raise ValueError("on purpose")
@@ -57,6 +66,7 @@ def test_turns():
     times = bench.in_turns(works, 4)
     assert [len(times[name]) for name in ("slow", "fast")] == [4, 4]
     assert min(times["slow"]) >= 0.03 and 0.01 <= sorted(times["fast"])[1] < 0.03, "a turn's wait for the other is left out"
+    assert 0.01 <= min(bench.in_turns({"whole": generation}, 3)["whole"]) < 0.05, "a turn can be a whole generation, without its first tokens"
     with pytest.raises(RuntimeError, match="broken: ValueError: on purpose"):
         bench.in_turns({"fine": functools.partial(steps, seconds=0.01), "broken": fails}, 4)
 

@@ -50,7 +50,7 @@ PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens 
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
 NO_ROOM = "training keeps what a backward pass needs, and its levels many rows: --device-map auto or --dtype bfloat16 leaves room"
 NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
-MULTIPLES = (0.75, 1.5, 3.0, 5.0)  # of the biases, that are tried on
+MULTIPLES = (1.5, 3.0, 5.0, 8.0)  # of the biases, that are tried on
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
 SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
 

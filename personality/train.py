@@ -11,9 +11,8 @@ persona's words about, and how far. For each pole of a trait, from answers y tha
               matrix of the answers, with SHRUNK of what lies off its diagonal, + PRICE times the diagonal of that of neutral text,
               see price_of(): a bias that does much there is made small
 
-Many steps of Adam do no better, and take longer; shifts of the activation, before the product, cost more perplexity for the same
-personality (tests/MEASURED.md). Then both poles are tried at some multiples of their biases on the validation questions, beside the
-unedited model. A level is read from that table: see methods.trained(). No judge takes part, and the judges' personas are not used.
+Then both poles are tried at some multiples of their biases on the validation questions; a level is read from that table, see
+methods.trained(). No judge takes part, and the judges' personas are not used. What else was tried: tests/MEASURED.md.
 """
 
 import contextlib
@@ -32,6 +31,7 @@ from transformers import DynamicCache
 from . import POLES
 from .frame import Frame, declines
 from .judges import log_likelihoods, prefill
+from .methods import DEAREST
 from .mlp import find_mlps, shape_of
 from .model import CACHE, TEST_PENALTY, answers, enough_memory, prompt_ids, with_ids, without_stop
 from .neurons import TRAINING, Neurons, answers_path
@@ -50,7 +50,7 @@ PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens 
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
 NO_ROOM = "training keeps what a backward pass needs, and its levels many rows: --device-map auto or --dtype bfloat16 leaves room"
 NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
-MULTIPLES = (1.5, 3.0, 5.0, 8.0)  # of the biases, that are tried on
+MULTIPLES, SMALLER = (1.5, 3.0, 5.0, 8.0), (0.375, 0.75)  # of the biases, that are tried on; these where 1.5 is too dear
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
 SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
 
@@ -186,8 +186,7 @@ def no_biases(model, rows: int):
 
 def price_of(model, tokenizer, seed: int) -> torch.Tensor:
     """What each neuron's bias does where nobody asks for a personality: float32 (layers, d_ff), the diagonal of Fisher's matrix, a
-    token of neutral text: so to second order twice what KL(unedited, biased) has of bias^2. (Not the texts by which evaluate.py
-    measures a price.)"""
+    token of neutral text: so to second order twice what KL(unedited, biased) has of bias^2. (Not evaluate.py's texts.)"""
     texts = [tokenizer(text)["input_ids"] for text in lines_of("neutral_training.txt")]
     rows = [text[k:k + WINDOW] for text in texts for k in range(0, len(text) - WINDOW + 1, WINDOW)]
     ids, generator = torch.tensor(rows, device=model.device), torch.Generator(model.device).manual_seed(seed)
@@ -234,11 +233,10 @@ def natural_step(slope, scores, price, number: int) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------- dose response
 
 
-def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, profiles: list[Profile], step) -> torch.Tensor:
-    """float32 (2, MULTIPLES, 4), pole high first: a multiple of the constants; how far the answers to validation questions move to
+def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, profiles: list, multiples, step) -> torch.Tensor:
+    """float32 (2, multiples, 4), pole high first: a multiple of the constants; how far the answers to validation questions move to
     their pole, in nats a token of log p(answer|high) - log p(answer|low) under search personas; by what factor their perplexity
-    under the unedited model grows (the geometric mean), and by what at most, with SURE standard errors of so few questions.
-    profiles: in that order, of all poles and multiples."""
+    under the unedited model grows (the geometric mean), and by what with SURE standard errors on top. profiles: in that order."""
     people, moved, dearer = range(len(profiles) + 1), [], []
     personas = [bench.personas_for("search", trait, pole)[0] for pole in POLES]
     questions = bench.questions(trait, "validation", VALIDATION)
@@ -254,12 +252,11 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
             moved.append((high - low)[1:] - (high - low)[0])
             dearer.append(plain[0] - plain[1:])
             step()
-    towards = torch.tensor([1.0, -1.0]).repeat_interleave(len(MULTIPLES))
+    towards = torch.tensor([1.0, -1.0]).repeat_interleave(len(multiples))
     moved, dearer = torch.stack(moved), torch.stack(dearer)  # (questions, poles * multiples)
     error = dearer.std(0, correction=min(1, len(dearer) - 1)) / math.sqrt(len(dearer))
-    table = torch.stack([torch.tensor(MULTIPLES).repeat(2), towards * moved.mean(0), dearer.mean(0).exp(),
-                         (dearer.mean(0) + SURE * error).exp()], 1)
-    return table.view(2, len(MULTIPLES), 4).float()
+    rows = torch.tensor(multiples).repeat(2), towards * moved.mean(0), dearer.mean(0).exp(), (dearer.mean(0) + SURE * error).exp()
+    return torch.stack(rows, 1).view(2, len(multiples), 4).float()
 
 
 # ------------------------------------------------------------------------------------------------------------ one trait
@@ -269,14 +266,14 @@ def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
     return {"version": TRAINING, "gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "top": TOP,
             "fisher": [DRAWS, SHRUNK, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
-            "multiples": MULTIPLES, "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
+            "multiples": [*SMALLER, *MULTIPLES], "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
 
 
 def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]:
     """The answers of one pole that lie beside a neuron file, with ids, in batches of like lengths."""
     path = answers_path(neurons.folder, neurons.trait)
-    table = read_answers(path, neurons.trait)[0]
-    items = [item for item in table if item["pole"] == pole and not declines(item["answer"])][:ANSWERS]
+    own = [item for item in read_answers(path, neurons.trait)[0] if item["pole"] == pole]
+    items = [item for item in own if not declines(item["answer"])][:ANSWERS]
     items = sorted((item for item in with_ids(tokenizer, items) if len(item["ids"]) > 1), key=lambda item: len(item["ids"]))
     if not items:
         raise UserError(f"{path}: no answers of the {pole} pole to train with")
@@ -299,9 +296,13 @@ def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed
 
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
     """The dose response of the profiles profile_of(pole, multiple)."""
-    profiles = [profile_of(pole, multiple) for pole in POLES for multiple in MULTIPLES]
-    with progress(len(bench.questions(neurons.trait, "validation", VALIDATION)), 0, f"{neurons.trait}: levels", "question") as bar:
-        return dose_response(model, tokenizer, bench, neurons.trait, neurons.frame, profiles, bar.update)
+    def tried(multiples, trait=neurons.trait):
+        profiles = [profile_of(pole, multiple) for pole in POLES for multiple in multiples]
+        with progress(len(bench.questions(trait, "validation", VALIDATION)), 0, f"{trait}: levels", "question") as bar:
+            return dose_response(model, tokenizer, bench, trait, neurons.frame, profiles, multiples, bar.update)
+
+    dose = tried(MULTIPLES)
+    return torch.cat([tried(SMALLER), dose], 1) if bool((dose[:, 0, 2] > DEAREST).any()) else dose
 
 
 def both_poles(model, tokenizer, bench: Bench, neurons: Neurons, seed: int, kept: Path) -> dict:
@@ -331,8 +332,7 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
     bench.questions(neurons.trait, "validation", 1)  # without any, it is said before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
-        neurons = Neurons.load(path)
-        if neurons.trained == made_with:
+        if (neurons := Neurons.load(path)).trained == made_with:
             return neurons
         with enough_memory(NO_ROOM):
             biases = both_poles(model, tokenizer, bench, neurons, seed, kept)

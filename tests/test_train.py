@@ -290,13 +290,12 @@ def test_dose_response(small, monkeypatch, questions):
     multiples, asked = (2.0,), small.bench.questions("extraversion", "validation", questions)
     scores = torch.randn((questions, 3, 3), generator=torch.Generator().manual_seed(0)).double()
     left = iter(scores)
-    monkeypatch.setattr(train, "MULTIPLES", multiples)
     monkeypatch.setattr(train, "VALIDATION", questions)
     monkeypatch.setattr(train, "answers", lambda model, tokenizer, conversations, tokens, **options: [("", [5, 6])] * len(conversations))
     turns_asked = []
     monkeypatch.setattr(train, "log_likelihoods", lambda model, tokenizer, turns, ids: turns_asked.append(turns) or 2 * next(left))
     dose = train.dose_response(small.model, small.tokenizer, small.bench, "extraversion", Frame.named("none"),
-                               [Profile.empty(), Profile.empty()], lambda: None)
+                               [Profile.empty(), Profile.empty()], multiples, lambda: None)
     assert len(asked) == questions and dose.shape == (2, 1, 4)
     personas = [small.bench.personas_for("search", "extraversion", pole)[0] for pole in POLES]
     assert turns_asked == [[Frame.named("none").turns(question, persona) for persona in (None, *personas)] for question in asked]
@@ -306,6 +305,21 @@ def test_dose_response(small, monkeypatch, questions):
         error = dearer.std() / questions ** 0.5 if questions > 1 else torch.tensor(0.0)
         expected = (2, sign * (apart[:, 1 + pole] - apart[:, 0]).mean(), dearer.mean().exp(), (dearer.mean() + 1.64 * error).exp())
         assert dose[pole, 0].tolist() == pytest.approx([float(value) for value in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("price", [1.2, 1.4])
+def test_smaller_multiples_are_tried_where_the_first_is_too_dear(small, learnt, monkeypatch, price):
+    neurons, asked = Neurons.load(learnt / "extraversion.safetensors"), []
+
+    def response(model, tokenizer, bench, trait, frame, profiles, multiples, step):
+        asked.append((multiples, [profile.name for profile in profiles]))
+        return torch.tensor([[[multiple, multiple, 1.0 if multiple < 1 else price, 2.0] for multiple in multiples]] * 2)
+
+    monkeypatch.setattr(train, "dose_response", response)
+    dose = train.levels(small.model, small.tokenizer, small.bench, neurons, lambda pole, by: Profile.empty(f"{pole} {by}"))
+    expected = [train.MULTIPLES] if price < 1.3 else [train.MULTIPLES, train.SMALLER]
+    assert asked == [(multiples, [f"{pole} {by}" for pole in ("high", "low") for by in multiples]) for multiples in expected]
+    assert dose[..., 0].tolist() == [[by for multiples in reversed(expected) for by in multiples]] * 2
 
 
 def test_levels():

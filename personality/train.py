@@ -50,7 +50,7 @@ PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens 
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
 NO_ROOM = "training keeps what a backward pass needs, and its levels many rows: --device-map auto or --dtype bfloat16 leaves room"
 NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
-MULTIPLES, SMALLER = (1.5, 3.0, 5.0, 8.0), (0.375, 0.75)  # of the biases, that are tried on; these where 1.5 is too dear
+MULTIPLES, SMALLER = (1.5, 3.0, 5.0, 8.0), (0.375, 0.75)  # of the biases, that are tried on; see levels()
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
 SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
 
@@ -236,7 +236,7 @@ def natural_step(slope, scores, price, number: int) -> torch.Tensor:
 def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, profiles: list, multiples, step) -> torch.Tensor:
     """float32 (2, multiples, 4), pole high first: a multiple of the constants; how far the answers to validation questions move to
     their pole, in nats a token of log p(answer|high) - log p(answer|low) under search personas; by what factor their perplexity
-    under the unedited model grows (the geometric mean), and by what with SURE standard errors on top. profiles: in that order."""
+    under the unedited model grows (the geometric mean), and that with SURE standard errors on top. profiles: pole by pole, too."""
     people, moved, dearer = range(len(profiles) + 1), [], []
     personas = [bench.personas_for("search", trait, pole)[0] for pole in POLES]
     questions = bench.questions(trait, "validation", VALIDATION)
@@ -295,7 +295,7 @@ def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed
 
 
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
-    """The dose response of the profiles profile_of(pole, multiple)."""
+    """The dose response of profiles profile_of(pole, multiple); of SMALLER too where a first one's mean price is over DEAREST."""
     def tried(multiples, trait=neurons.trait):
         profiles = [profile_of(pole, multiple) for pole in POLES for multiple in multiples]
         with progress(len(bench.questions(trait, "validation", VALIDATION)), 0, f"{trait}: levels", "question") as bar:

@@ -3,8 +3,9 @@
     python tests/bench.py                     the whole table, and generation
     python tests/bench.py --quick --only kernel
 
-Every number is a median of interleaved runs in one process; bytes are counted from the contract (gate and up read once,
-the result written once), and "limit" is a copy that moves the same number of bytes on the same device.
+Every number is a median of runs in turn: of kernels in one process, of generations in a process each. Bytes are counted from the
+contract (gate and up read once, the result written once), and "limit" is a copy that moves the same number of bytes on the same
+device.
 """
 
 import contextlib
@@ -234,8 +235,8 @@ def bound(ratios, seed=0) -> tuple[float, float]:
     """The median of paired ratios and the upper end of its bootstrap 95 % interval."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor(ratios, dtype=torch.float64)
-    draws = values[torch.randint(0, len(values), (4000, len(values)), generator=generator)].median(1).values
-    return float(values.median()), float(draws.quantile(0.975))
+    draws = values[torch.randint(0, len(values), (4000, len(values)), generator=generator)].quantile(0.5, 1)
+    return float(values.quantile(0.5)), float(draws.quantile(0.975))
 
 
 def wait_for(device) -> None:
@@ -371,7 +372,7 @@ def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int,
 
 
 # of a generation that is one turn: the prompt's token, those in which compiled code is captured for a new cache, and those in which
-# a GPU comes over from another process, which costs what a process that is alone there never pays
+# a GPU comes over from another process
 UNTIMED = 8
 
 
@@ -382,9 +383,10 @@ def token_seconds(names: dict, rows: int, pairs: int, new_tokens: int, compiled:
     generations take turns, not tokens, and each gives one mean."""
     works = {name: functools.partial(generates, name=name, source=source, dtype=dtype, rows=rows, new_tokens=new_tokens,
                                      compiled=compiled, whole=whole) for name, source in names.items()}
-    if whole:
+    if whole:  # new_tokens is above UNTIMED
         return in_turns(works, pairs)
-    return {name: [(a + b) / 2 for a, b in zip(steps[::2], steps[1::2])] for name, steps in in_turns(works, pairs * new_tokens).items()}
+    seconds = in_turns(works, pairs * new_tokens)
+    return {name: [(a + b) / 2 for a, b in zip(steps[::2], steps[1::2])] for name, steps in seconds.items()}
 
 
 def random_mixture(dtype: str | None):
@@ -442,7 +444,7 @@ KINDS = {"64 experts": random_mixture, "int8 by torchao": quantized("int8"), "8b
 
 
 def generation(device: str, rows: int, pairs: int, new_tokens: int, compiled: bool, profiles: int = 0) -> list[dict]:
-    """generate() calls with the same number of tokens, plain and otherwise; each token of all rows is a pair."""
+    """generate() calls with the same number of tokens, plain and otherwise; pairs are of two tokens, on a GPU of generations."""
     names = ["1 profile", f"{profiles} profiles"] if profiles else ["plain", "steered", "observed"]
     source = EIGHT_BILLION if device == "cuda" else None
     times = token_seconds(dict.fromkeys(names, source), rows, pairs, new_tokens, compiled, whole=device == "cuda")
@@ -612,7 +614,7 @@ def arguments():
     what.add_argument("--baked", metavar="DIR",
                       help="only the speed of a checkpoint that induce.py --save made of the default model")
     flags.add_argument("--seconds", type=number(0, 3600), default=2.0, help="for each shape (default: %(default)s)")
-    flags.add_argument("--pairs", type=positive, help="of generations, each token of which is a pair (default: 21, quick: 7)")
+    flags.add_argument("--pairs", type=positive, help="of generations, on a CPU by every two tokens (default: 21, quick: 7)")
     args = flags.parse_args()
     refuse(args, ((lambda args: args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this torch sees no GPU"),
                   (lambda args: args.baked and not (Path(args.baked) / "config.json").is_file(), "--baked {baked}: no checkpoint is there"),

@@ -309,11 +309,12 @@ def test_dose_response(small, monkeypatch, questions):
 
 @pytest.mark.parametrize("price", [1.2, 1.4])
 def test_smaller_multiples_are_tried_where_the_first_is_too_dear(small, learnt, monkeypatch, price):
+    """In one pole, as measured: what it may be at most is 2 times in both."""
     neurons, asked = Neurons.load(learnt / "extraversion.safetensors"), []
 
     def response(model, tokenizer, bench, trait, frame, profiles, multiples, step):
         asked.append((multiples, [profile.name for profile in profiles]))
-        return torch.tensor([[[multiple, multiple, 1.0 if multiple < 1 else price, 2.0] for multiple in multiples]] * 2)
+        return torch.tensor([[[multiple, multiple, dear, 2.0] for multiple in multiples] for dear in (1.1, price)])
 
     monkeypatch.setattr(train, "dose_response", response)
     dose = train.levels(small.model, small.tokenizer, small.bench, neurons, lambda pole, by: Profile.empty(f"{pole} {by}"))

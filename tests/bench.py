@@ -358,22 +358,22 @@ def generate_options(compiled: bool) -> dict:
     return {"cache_implementation": "static", "compile_config": config}
 
 
+# of a generation that is one turn: the prompt's token, those in which compiled code is captured for a new cache, and those in which
+# a GPU comes over from another process
+UNTIMED = 8
+
+
 def generates(pipe, name: str, source: str | None, dtype: str | None, rows: int, new_tokens: int, compiled: bool,
               whole: bool) -> None:
     """What a process of in_turns does: one generation after the other."""
     model = KINDS[source](dtype) if source in KINDS else load_model(source, "cpu", dtype)[0]
-    ids = random_ids(rows, 24, model.device)
+    ids, options = random_ids(rows, 24, model.device), generate_options(compiled)
     with way(name, model, rows):
         for _ in range(3 if compiled else 1):  # these don't count, and all processes do them at once
-            write(model, ids, new_tokens, **generate_options(compiled))
+            write(model, ids, new_tokens, **options)
         turn = Turn(pipe, UNTIMED, new_tokens - UNTIMED) if whole else Turn(pipe)
         while True:
-            write(model, ids, new_tokens, turn, **generate_options(compiled))
-
-
-# of a generation that is one turn: the prompt's token, those in which compiled code is captured for a new cache, and those in which
-# a GPU comes over from another process
-UNTIMED = 8
+            write(model, ids, new_tokens, turn, **options)
 
 
 def token_seconds(names: dict, rows: int, pairs: int, new_tokens: int, compiled: bool = False, dtype: str | None = None,

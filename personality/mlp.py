@@ -84,19 +84,22 @@ class Mlp(Site):
     dtype: torch.dtype  # of what goes in
 
     def through(self, middle):
-        """Its forward with middle(gate, up, routed) in the place of act(gate) * up. routed: None, or of an experts' rows."""
-        fused, width = self.up is self.gate, self.width
+        """Its forward with middle(gate, up, routed) in the place of act(gate) * up. routed: None, or of an experts' rows. It reads
+        nothing off self, and no more than it needs: compiled code checks, in each layer, all that a forward reads."""
+        gate, up, down, dropout, width = self.gate, self.up, self.down, self.dropout, self.width
 
-        def forward(x):
-            gate = self.gate(x)  # (batch, tokens, d_ff), or 2 d_ff where fused
-            if fused:
-                gate, up = gate[..., :width], gate[..., width:]
-            else:
-                up = self.up(x) if self.up is not None else None
-            y = self.down(middle(gate, up, None))  # (batch, tokens, hidden)
-            return y if self.dropout is None else self.dropout(y)
+        def gated(x):
+            return down(middle(gate(x), up(x), None))  # (batch, tokens, hidden), of two (batch, tokens, d_ff)
 
-        return forward
+        def fused(x):
+            both = gate(x)  # (batch, tokens, 2 d_ff)
+            return down(middle(both[..., :width], both[..., width:], None))
+
+        def alone(x):
+            return down(middle(gate(x), None, None))
+
+        forward = alone if up is None else fused if up is gate else gated
+        return forward if dropout is None else lambda x: dropout(forward(x))
 
     def probe(self) -> tuple:
         """A random input."""
@@ -305,13 +308,13 @@ def through_op(mlp: Mlp, index: int, patch: int):
     """The MLP's forward through the op, which overwrites gate: nothing reads it afterwards. ARGUMENTS[patch](index, routed) are the
     op's after act, for this MLP and the forward that runs."""
     op()
-    glu_, width, act = torch.ops.neurons.glu_, mlp.width, mlp.act  # not read off mlp: compiled code would check that it is the same
+    act = mlp.act  # not read off mlp below, nor its width: compiled code would check that they are the same
 
     def middle(gate, up, routed):
         if not torch.compiler.is_compiling():
             refuse_hooks(mlp)
-        # view, never a copy: what the op writes must reach down()
-        glu_(gate.view(-1, width), None if up is None else up.view(-1, width), act, *ARGUMENTS[patch](index, routed))
+        shape = -1, gate.shape[-1]  # view, never a copy: what the op writes must reach down()
+        torch.ops.neurons.glu_(gate.view(shape), None if up is None else up.view(shape), act, *ARGUMENTS[patch](index, routed))
         return gate
 
     return mlp.through(middle)
@@ -333,10 +336,8 @@ def compare(mlp: Mlp, forward) -> None:
         with torch.no_grad():
             mlp.module.eval()
             own, ours = mlp.module.forward(*probe), forward(*probe)
-    except UserError:
-        raise
     except (TypeError, RuntimeError, ValueError, IndexError) as error:  # it takes more than x, say
-        if "hook" in str(error):
+        if isinstance(error, UserError) or "hook" in str(error):
             raise
         raise UserError(f"{what} can't be called as down(act(gate(x)) * up(x)): {error}") from error
     finally:

@@ -3,7 +3,7 @@
 import torch
 
 from .mlp import Site, find_mlps, shape_of
-from .op import op
+from .op import SiteTensors, op
 from .rows import Rows, patched
 from .terminal import UserError
 
@@ -36,16 +36,14 @@ class Statistics:
 
     def __init__(self, sites: list[Site], groups: int = 1):
         self.places, self.groups = sites, groups
-        self.sites, self.seen = [], {}
-        for number, site in enumerate(sites):
-            shapes = shapes_at(site, groups)
-            self.sites.append(tuple(torch.zeros(shape, dtype=dtype, device=site.device) for shape, dtype in shapes))
-            if site.experts > 1:
-                self.seen[number] = torch.zeros(1 + groups * site.experts, dtype=torch.int64, device=site.device)
+        self.held = SiteTensors([shapes_at(site, groups) for site in sites], [site.device for site in sites])
+        self.sites = self.held.each
+        self.seen = {number: torch.zeros(1 + groups * site.experts, dtype=torch.int64, device=site.device)
+                     for number, site in enumerate(sites) if site.experts > 1}
         self.tokens = torch.zeros(groups, dtype=torch.int64, device=sites[0].device)
         self.range = torch.arange(groups, dtype=torch.int32, device=sites[0].device)
-        for tensor in self.tensors():
-            torch._dynamo.mark_static_address(tensor)  # else compiled code that writes them can't use CUDA graphs
+        for tensor in (*self.seen.values(), self.tokens):
+            torch._dynamo.mark_static_address(tensor)
 
     @classmethod
     def of(cls, model, groups: int = 1) -> "Statistics":
@@ -156,6 +154,6 @@ def observe(model, statistics: Statistics, groups=None, where="generated"):
 
     groups: the group of each prompt (-1: not observed); None: group 0, or prompt i in group i where there are several. where:
     which tokens, see Rows. The statistics are of the unedited activations, also while steering. """
-    rows = Rows(groups, statistics.groups, -1, where, statistics.sites, {})
+    rows = Rows(groups, statistics.groups, -1, where, statistics.held, {})
     rows.on_map, rows.on_routed = statistics.count_tokens, statistics.count_routed
     return patched(model, "observed", rows)

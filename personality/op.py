@@ -1,7 +1,7 @@
 """Build and load the op, torch.ops.neurons.glu_ (its contract: csrc/neurons.h).
 
 It is registered in C++, so there is no wrapper here. What is no tensor op (build facts, the sketch's bins) is on the extension
-module that op() returns.
+module that op() returns. SiteTensors are what it reads and writes at each of a model's sites.
 """
 
 import functools
@@ -122,3 +122,27 @@ def build(sources: list[str], flags: list[str], nvcc_flags: list[str], directory
         elif not shutil.which(os.environ.get("CXX", "c++").split()[0]):
             remedy = "no C++ compiler was found: install g++"
         raise UserError(f"the op could not be compiled: {remedy}") from error
+
+
+class SiteTensors:
+    """What the op takes of each of a model's sites (mlp.Site), zeros at first: each[i] are those of site i, of the (shape, dtype)
+    pairs[i] on devices[i]. Where all sites are alike, as in most models, one tensor holds all sites' of a kind, and compiled code
+    takes in these: before each call it checks its inputs, which for a few a layer takes longer than the op."""
+
+    def __init__(self, pairs: list[list[tuple]], devices: list):
+        alike = all(of == (pairs[0], devices[0]) for of in zip(pairs, devices))
+        if alike:
+            self.whole = tuple(torch.zeros((len(pairs), *shape), dtype=dtype, device=devices[0]) for shape, dtype in pairs[0])
+            self.each = list(zip(*(tensor.unbind() for tensor in self.whole)))
+        else:
+            self.whole = ()
+            self.each = [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in of)
+                         for of, device in zip(pairs, devices)]
+        for tensor in self.whole or (tensor for tensors in self.each for tensor in tensors):
+            torch._dynamo.mark_static_address(tensor)  # else compiled code that writes them can't use CUDA graphs
+
+    def at(self, site: int) -> tuple:
+        """Those of a site, for the forward that runs."""
+        if self.whole and torch.compiler.is_compiling():
+            return tuple(tensor[site] for tensor in self.whole)
+        return self.each[site]

@@ -29,9 +29,9 @@ class Rows:
     where: "generated" (positions whose input is a generated token, as NPTI does), "all" (the prompt as well; padding
     never), a bool tensor (rows, tokens) for forwards of that shape outside generate(), or, for an engine that knows whose each
     token is, a function that is called at each forward with its rows and tokens, and gives the map, or None for no token.
-    sites: the op's arguments behind the token map, by place in find_mlps(); shared: those behind these, by device."""
+    sites: what the op takes behind the token map, an op.SiteTensors; shared: what it takes behind these, by device."""
 
-    def __init__(self, rows, choices: int, none: int, where, sites: list[tuple], shared: dict):
+    def __init__(self, rows, choices: int, none: int, where, sites, shared: dict):
         if not (torch.is_tensor(where) or callable(where) or where in ("generated", "all")):
             raise UserError(f'where: expected "generated", "all", a bool tensor or a function, got {where!r}')
         self.choices, self.none, self.where, self.sites, self.shared = choices, none, where, sites, shared
@@ -53,7 +53,7 @@ class Rows:
         """The op's, for an MLP of the forward that runs. Where there are experts, each number stands for as many, one an expert."""
         if self.tokens is None:
             return NOTHING
-        numbers, device = self.tokens, self.sites[index][0].device
+        numbers, device = self.tokens, (own := self.sites.at(index))[0].device
         if numbers.device != device:
             if device not in self.elsewhere:
                 self.elsewhere[device] = numbers.to(device)
@@ -64,7 +64,7 @@ class Rows:
             first, numbers = self.none + 1, numbers[routed.token]
             numbers = torch.where(numbers > self.none, (numbers - first) * routed.experts + routed.expert + first, self.none).int()
             self.on_routed(index, numbers)
-        return (numbers, *self.sites[index], *self.shared.get(device, ()))
+        return (numbers, *own, *self.shared.get(device, ()))
 
     def assign(self, rows) -> None:
         """Set the number of each prompt, from the next generate() or forward on."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .mlp import Mlp, Site, find_mlps, shape_of
-from .op import op
+from .op import SiteTensors, op
 from .rows import Rows, patched
 from .terminal import UserError
 
@@ -98,10 +98,11 @@ class Tables:
         self.edges = torch.cat([((first + torch.arange(rows))[:, None] * widest
                                  + (torch.arange(many) * op().tile).clamp(max=int(width))).flatten()
                                 for first, width, (rows, many) in zip(self.segments, self.columns, self.shapes)])
-        self.ptr = [torch.zeros(shape, dtype=torch.int32, device=site.device) for shape, site in zip(self.shapes, sites)]
+        self.held = SiteTensors([[(shape, torch.int32)] for shape in self.shapes], [site.device for site in sites])
+        self.ptr = [ptr for ptr, in self.held.each]
         self.edits = {device: (torch.zeros(self.capacity, dtype=torch.int32, device=device),
                                torch.zeros((self.capacity, 4), device=device)) for device in {site.device for site in sites}}
-        for tensor in (*self.ptr, *(tensor for edits in self.edits.values() for tensor in edits)):
+        for tensor in (tensor for edits in self.edits.values() for tensor in edits):
             torch._dynamo.mark_static_address(tensor)
         self.sites = [(ptr, *self.edits[site.device]) for ptr, site in zip(self.ptr, sites)]
         self.fill(profiles)
@@ -243,7 +244,7 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
         raise UserError(f"keep: expected a number above 0, at most 1, got {keep}")
     profiles, mlps = as_list(profiles), find_mlps(model)
     tables = Tables(profiles, mlps, capacity)
-    rows = Rows(rows, len(profiles), 0, where, [(ptr,) for ptr in tables.ptr], tables.edits)
+    rows = Rows(rows, len(profiles), 0, where, tables.held, tables.edits)
     steering, residual = Steering(tables, mlps, rows), residual_tables(mlps, profiles)
     if keep < 1:
         rows.before_decode = functools.partial(tables.thin, keep, torch.Generator().manual_seed(seed))

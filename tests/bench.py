@@ -337,17 +337,17 @@ def random_ids(rows: int, length: int, device):
     return torch.randint(10, 1000, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def way(name: str, model, rows: int):
+def way(name: str, model, rows: int, where: str = "generated"):
     """What a model of the benchmark is put under: nothing ("plain", or a name that says nothing), observing, or profiles of 60
     edits a layer: one ("steered"), or as many as the name begins with, by turns over the rows."""
     if name == "observed":
-        return observe(model, Statistics.of(model))
+        return observe(model, Statistics.of(model), where=where)
     number = 1 if name == "steered" else int(name.split()[0]) if "profile" in name else 0
     if not number:
         return contextlib.nullcontext()
     mlps = find_mlps(model)
     made = [random_profile(60, *shape_of(mlps), seed) for seed in range(number)]
-    return steer(model, made, [i % number + 1 for i in range(rows)])
+    return steer(model, made, [i % number + 1 for i in range(rows)], where)
 
 
 def generate_options(compiled: bool) -> dict:
@@ -564,6 +564,43 @@ def reading(device: str, pairs: int) -> list[dict]:
     return [ratio(title, "observed", "plain", paired({"plain": forward, "observed": observed}, pairs, device), rows * tokens, "tokens")]
 
 
+def kept(graph, inputs, **options):
+    """A backend of torch.compile whose code gives what it gave first: what is left is what goes on around it."""
+    first = []
+
+    def run(*args):
+        if not first:
+            first.append(graph(*args))
+        return first[0]
+
+    return run
+
+
+def checks(rounds: int, layers: int = 32) -> dict:
+    """{name: microseconds} before each call of compiled code, in which it checks what it has assumed and what goes in, and for which
+    a GPU waits: a Llama of tiny layers on a CPU. The least of many rounds, since what else the machine does only adds."""
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+                                      num_attention_heads=4, num_key_value_heads=2)
+    ids, calls, least = random_ids(4, 1, "cpu"), {}, {}
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name in ("plain", "steered", "observed"):
+            model = transformers.LlamaForCausalLM(config).eval()
+            stack.enter_context(way(name, model, 4, where="all"))
+            calls[name] = functools.partial(torch.compile(model, backend=kept), input_ids=ids, use_cache=False)
+            calls[name]()
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for _ in range(8):  # the first looks for its code among the others'
+                    call()
+                least[name] = min(least.get(name, math.inf), 1e6 / 8 * (time.perf_counter() - start))
+    for name, microseconds in least.items():
+        print(f"  {name}: {microseconds:.0f} us a call, {microseconds - least['plain']:.0f} more than plain")
+    return least
+
+
 def batches(device: str, pairs: int) -> list[dict]:
     """Many personalities of a few questions each: in shared batches, as evaluate.py asks them, and one batch a personality; and a
     batch of as many personalities as rows against one of a single one."""
@@ -610,7 +647,7 @@ def arguments():
     flags.add_argument("--json", metavar="FILE")
     flags.add_argument("--quick", action="store_true", help="two shapes, and fewer pairs of generations")
     what = flags.add_mutually_exclusive_group()
-    what.add_argument("--only", choices=("kernel", "generation", "reading", "batches", "large"))
+    what.add_argument("--only", choices=("kernel", "generation", "reading", "batches", "large", "checks"))
     what.add_argument("--baked", metavar="DIR",
                       help="only the speed of a checkpoint that induce.py --save made of the default model")
     flags.add_argument("--seconds", type=number(0, 3600), default=2.0, help="for each shape (default: %(default)s)")
@@ -643,6 +680,8 @@ def main(args) -> None:
         if args.only in (None, name):
             print(f"\n{name}")
             result[name] = measure(args.device, args.pairs)
+    if args.only == "checks":
+        result["checks"] = checks(100 * args.pairs)
     if args.only == "large":
         result["large"] = eight_billion() if args.device == "cuda" else large(args.device, args.pairs)
     if args.json:

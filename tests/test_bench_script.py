@@ -71,6 +71,16 @@ def test_turns():
         bench.in_turns({"fine": functools.partial(steps, seconds=0.01), "broken": fails}, 4)
 
 
+def test_checks_alone_are_timed(capsys):
+    """Code that is kept() runs once; what is timed is what torch.compile does around it."""
+    ran = []
+    call = torch.compile(lambda x: x + 1, backend=lambda graph, given: bench.kept(lambda *args: ran.append(1) or graph(*args), given))
+    assert [float(call(torch.tensor(number))) for number in (1.0, 5.0)] == [2.0, 2.0] and ran == [1]
+    least = bench.checks(50, layers=2)
+    assert 0 < least["plain"] < min(least["steered"], least["observed"]), "there is more to check"
+    assert [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["plain", "steered", "observed"]
+
+
 @pytest.mark.parametrize("flags, words", (
     (("--pairs", "-1"), "--pairs"), (("--pairs", "0"), "--pairs"), (("--seconds", "nan"), "--seconds"), (("--baked", "/none/such"), "/none/such"),
     (("--json", "/none/such/out.json"), "/none/such"), (("--json", "/tmp"), "is a folder"), (("--device", "tpu"), "tpu"),

@@ -85,7 +85,7 @@ def test_tables_and_maps_lie_where_each_mlp_is():
     tables = Tables([shifts([0, 1], [3, 4], [1.0, 2.0])], sites)
     assert [{tensor.device.type for tensor in site} for site in tables.sites] == [{"cpu"}, {"meta"}, {"cpu"}]
     assert [{tensor.device.type for tensor in site[:3]} for site in Statistics(sites).sites] == [{"cpu"}, {"meta"}, {"cpu"}]
-    rows = Rows(None, 1, 0, "all", [(ptr,) for ptr in tables.ptr], tables.edits)
+    rows = Rows(None, 1, 0, "all", tables.held, tables.edits)
     for tokens in (torch.ones(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)):
         rows.put(tokens)
         maps = [rows.arguments(index, None)[0] for index in (0, 1, 2, 1)]

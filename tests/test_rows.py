@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import threading
 import warnings
 
@@ -714,6 +715,9 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiled_while_steered(backend):
+    """And without a copy: layers' statistics, which are views of one tensor for all, are written where they are."""
+    from torch._inductor.utils import run_and_get_code
+
     model, x, rows = tiny(), prompts(), [1, 0, 2, 1]
     profiles = [random_profile(1), random_profile(2)]
     statistics, expected_statistics = Statistics.of(model), Statistics.of(model)
@@ -722,7 +726,9 @@ def test_compiled_while_steered(backend):
         with steer(model, profiles, rows, where="all"), observe(model, expected_statistics, where="all"):
             expected = model(**x).logits
         with steer(model, profiles, rows, where="all"), observe(model, statistics, where="all"):
-            assert close(torch.compile(model, fullgraph=True, backend=backend)(**x).logits, expected)
+            ours, code = run_and_get_code(torch.compile(model, fullgraph=True, backend=backend), **x)
+    assert close(ours.logits, expected) and not re.search(r"copy_\(|\.clone\(", "".join(code))
+    assert any("glu_" in text for text in code) == (backend == "inductor"), "no code was seen, so nothing is shown"
     assert not close(expected, plain, 0.05) and statistics.tokens == expected_statistics.tokens
     for (ours, *_), (theirs, *_) in zip(statistics.flush().sites, expected_statistics.flush().sites):
         assert ours.sum() > 0 and (ours - theirs).abs().sum() <= 2  # a sum in another order may cross 0
@@ -796,6 +802,23 @@ def test_static_cache_compiled_before_steer():
     assert torch.equal(static(model), plain)
 
 
+def more_for_two_layers(count, *entered) -> int:
+    """By how much count(model), which compiles it, is larger for four layers than for two; entered: what the model is put under."""
+    found = []
+    for layers in (2, 4):
+        model = tiny(num_hidden_layers=layers)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for enter in entered:
+                stack.enter_context(enter(model))
+            torch._dynamo.reset()
+            found.append(count(model))
+    return found[1] - found[0]
+
+
+STEERED_AND_OBSERVED = (lambda model: steer(model, [random_profile(1)] * 4, where="all"),
+                        lambda model: observe(model, Statistics.of(model), where="all"))
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_code_checks_nothing_more_in_python_for_each_layer(monkeypatch):
     """The checks before each call of compiled code that are expressions of Python are the slow ones, and a GPU waits for them."""
@@ -805,20 +828,24 @@ def test_compiled_code_checks_nothing_more_in_python_for_each_layer(monkeypatch)
     monkeypatch.setattr(GuardBuilder, "add_python_lambda_leaf_guard_to_root",
                         lambda self, code, *args, **kwargs: checks.extend(code) or add(self, code, *args, **kwargs))
 
-    def more_for_two_layers(*entered):
-        found = []
-        for layers in (2, 4):
-            model = tiny(num_hidden_layers=layers)
-            with torch.no_grad(), contextlib.ExitStack() as stack:
-                for enter in entered:
-                    stack.enter_context(enter(model))
-                torch._dynamo.reset()
-                checks.clear()
-                torch.compile(model, backend="eager")(**prompts())
-                found.append(len(checks))
-        return found[1] - found[0]
+    def count(model):
+        checks.clear()
+        torch.compile(model, backend="eager")(**prompts())
+        return len(checks)
 
-    plain = more_for_two_layers()
+    plain = more_for_two_layers(count)
     assert plain > 0, "nothing was counted, so this test proves nothing"
-    assert more_for_two_layers(lambda model: steer(model, [random_profile(1)] * 4, where="all"),
-                               lambda model: observe(model, Statistics.of(model), where="all")) <= plain
+    assert more_for_two_layers(count, *STEERED_AND_OBSERVED) <= plain
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_takes_in_nothing_more_for_each_layer():
+    """Tensors that go in are checked too, some ten ways each."""
+    def count(model):
+        inputs = []
+        torch.compile(model, backend=lambda graph, given: inputs.extend(given) or graph.forward)(**prompts())
+        return len(inputs)
+
+    plain = more_for_two_layers(count)
+    assert plain > 0, "nothing was counted, so this test proves nothing"
+    assert more_for_two_layers(count, *STEERED_AND_OBSERVED) == plain

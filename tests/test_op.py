@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
+import cuda_on_cpu
 from conftest import ROOT
 from personality import UserError
 from personality.mlp import plain_sites
@@ -512,20 +513,44 @@ def test_cuda_allocates_nothing():
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
-@needs_gpu
+@pytest.fixture(scope="module")
+def cuda_source(tmp_path_factory):
+    """The kernels for a GPU as a function like glu_, run on the CPU: they are tested also where there is no GPU."""
+    return cuda_on_cpu.glu_of(cuda_on_cpu.build(tmp_path_factory.mktemp("cuda")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ("separate", "fused", "strided", "ungated"))
+@pytest.mark.parametrize("width", (1, 129, 264, 1134))
+def test_cuda_source_computes_the_product(cuda_source, width, layout, dtype):
+    for act in range(4):
+        gate, up = inputs(5, width, dtype, seed=act, layout=layout)
+        exact, theirs = reference(gate, up, act), ACTS[act](gate) if up is None else ACTS[act](gate) * up
+        beside = None if up is None else up.clone()
+        cuda_source(gate, up, act)
+        assert_close(gate, exact, theirs, dtype)
+        assert up is None or torch.equal(up, beside), "up was written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", (pytest.param("GPU", marks=needs_gpu), "the GPU's source on the CPU"))
 @pytest.mark.parametrize("tokens, width", ((100, 300), (2100, 300), (2100, 301), (300, 2000), (300, 9000)))
-def test_cuda_and_cpu_agree(tokens, width):
+def test_cuda_and_cpu_agree(tokens, width, where, dtype, request):
     """Each of the GPU's ways to gather statistics: few tokens; a block's columns in words of two, four and eight lanes; in elements,
-    where rows are not aligned. Tokens are in two groups and in none, and edits lie side by side."""
-    gate, up = inputs(tokens, width, torch.float32)
+    where rows are not aligned. Tokens are in two groups and in none, and edits lie side by side. And edits without statistics."""
+    gate, up = inputs(tokens, width, dtype)
     profiles = [{}, {3: (0.0, 1.0, 1.0, 0.5)}, {column: (1.0, -2.0, 0.5, 0.0) for column in (0, 1, 2, 130, 255, 256, width - 1)}]
     pick = torch.Generator().manual_seed(0)
     profile, group = (torch.randint(low, 4, (tokens,), generator=pick, dtype=torch.int32) for low in (0, -1))
+    ways = (("cpu", glu_), ("cuda", glu_) if where == "GPU" else ("cpu", request.getfixturevalue("cuda_source")))
     results = []
-    for device in DEVICES:
-        statistics, own = new_statistics(2, width, device), gate.clone().to(device)
-        plain(own, up.to(device), 3, profile.to(device), *tables(profiles, width, device), group.to(device), *statistics)
-        results.append([tensor.cpu() for tensor in (own, *statistics)])
-    (cpu, *counts, moments), (gpu, *gpu_counts, gpu_moments) = results
-    assert torch.allclose(cpu, gpu, rtol=1e-6) and all(map(torch.equal, counts, gpu_counts))
+    for device, call in ways:
+        statistics, own, edited = new_statistics(2, width, device), gate.clone().to(device), gate.clone().to(device)
+        edits = (profile.to(device), *tables(profiles, width, device))
+        call(own, up.to(device), 3, *edits, group.to(device), *statistics)
+        call(edited, up.to(device), 3, *edits, *(None,) * 4)
+        results.append([tensor.cpu() for tensor in (own, edited, *statistics)])
+    (cpu, cpu_edited, *counts, moments), (gpu, gpu_edited, *gpu_counts, gpu_moments) = results
+    assert torch.allclose(cpu, gpu, rtol=1e-6) and torch.allclose(cpu_edited, gpu_edited, rtol=1e-6)
+    assert torch.allclose(cpu, cpu_edited, rtol=1e-6) and all(map(torch.equal, counts, gpu_counts))
     assert torch.allclose(moments, gpu_moments, rtol=1e-12, atol=1e-9)

@@ -1,0 +1,185 @@
+// Enough of CUDA to run neurons_cuda.cu on a CPU, so that its arithmetic is tested where there is no GPU. A block's threads are
+// coroutines that go on until they wait for each other, at __syncthreads() or at what a warp does together; blocks, and threads
+// between two waits, run in a random order, so that a result which hangs on it shows. Nothing here says how fast a kernel is.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __restrict__
+
+using std::min;
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+
+struct __nv_bfloat16 { uint16_t bits; };
+struct __half { _Float16 value; };
+inline float __half2float(__half x) { return x.value; }
+inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  if (x != x) return {0x7fff};
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+namespace cuda_on_cpu {
+
+enum Wait { kNone, kWarp, kBlock, kDone };
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  unsigned number;
+  Wait waits;
+};
+
+constexpr int kStack = 64 * 1024, kShared = 227 * 1024;
+inline ucontext_t scheduler;
+inline std::vector<Thread> threads(1024);
+inline Thread* now;
+inline dim3 block_index, block_size;
+inline std::function<void()> body;
+inline uint64_t slots[32][32];  // by warp and lane: what lanes tell each other
+inline std::mt19937 random{0};
+alignas(64) inline unsigned char shared[kShared];
+
+inline void wait(Wait what) {
+  now->waits = what;
+  swapcontext(&now->context, &scheduler);
+}
+inline void begin() {
+  body();
+  now->waits = kDone;
+}
+
+// Lets the waiting threads [first, end) go on, if those that are not done all wait for the same.
+inline bool release(unsigned first, unsigned end, Wait what) {
+  bool any = false;
+  for (unsigned k = first; k < end; ++k) {
+    if (threads[k].waits != kDone && threads[k].waits != what) return false;
+    any |= threads[k].waits == what;
+  }
+  for (unsigned k = first; k < end; ++k)
+    if (threads[k].waits == what) threads[k].waits = kNone;
+  return any;
+}
+
+inline void run_block(size_t bytes) {
+  const unsigned count = block_size.x;
+  memset(shared, 0xab, bytes);  // nothing is zero by itself
+  std::vector<unsigned> order(count);
+  for (unsigned k = 0; k < count; ++k) {
+    Thread& thread = threads[order[k] = k];
+    if (!thread.stack) thread.stack.reset(new char[kStack]);
+    thread.number = k;
+    thread.waits = kNone;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStack;
+    thread.context.uc_link = &scheduler;
+    makecontext(&thread.context, begin, 0);
+  }
+  while (true) {
+    std::shuffle(order.begin(), order.end(), random);
+    for (unsigned k : order) {
+      if (threads[k].waits != kNone) continue;
+      now = &threads[k];
+      swapcontext(&scheduler, &now->context);
+    }
+    bool more = release(0, count, kBlock);
+    for (unsigned first = 0; first < count; first += 32) more |= release(first, std::min(first + 32, count), kWarp);
+    if (!more) break;
+  }
+  for (unsigned k = 0; k < count; ++k) {
+    if (threads[k].waits == kDone) continue;
+    fprintf(stderr, "thread %u waits for others that do not come\n", k);
+    abort();
+  }
+}
+
+template <class Call>
+void launch(dim3 grid, dim3 size, size_t bytes, Call call) {
+  if (size.x > 1024 || size.x % 32 || bytes > kShared || grid.x == 0 || grid.y == 0 || grid.y > 65535) abort();
+  block_size = size;
+  body = call;
+  std::vector<unsigned> order(grid.x * grid.y);
+  for (unsigned k = 0; k < order.size(); ++k) order[k] = k;
+  std::shuffle(order.begin(), order.end(), random);
+  for (unsigned k : order) {
+    block_index = dim3(k % grid.x, k / grid.x);
+    run_block(bytes);
+  }
+}
+
+inline uint64_t& slot(unsigned lane) { return slots[now->number / 32][lane]; }
+
+inline void add_shared(unsigned address) {
+  if (address % 4 || address + 4 > kShared) abort();
+  ++*reinterpret_cast<unsigned*>(shared + address);
+}
+inline void touch(const void* address) { (void)*static_cast<const volatile char*>(address); }
+
+}  // namespace cuda_on_cpu
+
+#define blockIdx cuda_on_cpu::block_index
+#define blockDim cuda_on_cpu::block_size
+#define threadIdx dim3(cuda_on_cpu::now->number)
+
+inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::kBlock); }
+template <class T>
+T __ldg(const T* address) { return *address; }
+inline int atomicAdd(int* address, int more) { return (*address += more) - more; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline size_t __cvta_generic_to_shared(const void* address) {
+  return static_cast<const unsigned char*>(address) - cuda_on_cpu::shared;
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  using namespace cuda_on_cpu;
+  const unsigned lane = now->number % 32;
+  memcpy(&slot(lane), &value, sizeof(T));
+  wait(kWarp);
+  memcpy(&value, &slot(lane ^ distance), sizeof(T));
+  wait(kWarp);
+  return value;
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+  for (int distance = 1; distance < 32; distance *= 2) value += __shfl_xor_sync(mask, value, distance);
+  return value;
+}

@@ -71,14 +71,17 @@ def test_turns():
         bench.in_turns({"fine": functools.partial(steps, seconds=0.01), "broken": fails}, 4)
 
 
-def test_checks_alone_are_timed(capsys):
-    """Code that is kept() runs once; what is timed is what torch.compile does around it."""
-    ran = []
-    call = torch.compile(lambda x: x + 1, backend=lambda graph, given: bench.kept(lambda *args: ran.append(1) or graph(*args), given))
+def test_checks_alone_are_timed(monkeypatch, capsys):
+    """Code that is kept() runs once; what is timed is what torch.compile does around it, of models that are patched indeed."""
+    ran, inputs, kept = [], [], bench.kept
+    call = torch.compile(lambda x: x + 1, backend=lambda graph, given: kept(lambda *args: ran.append(1) or graph(*args), given))
     assert [float(call(torch.tensor(number))) for number in (1.0, 5.0)] == [2.0, 2.0] and ran == [1]
-    least = bench.checks(50, layers=2)
-    assert 0 < least["plain"] < min(least["steered"], least["observed"]), "there is more to check"
-    assert [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["plain", "steered", "observed"]
+    monkeypatch.setattr(bench, "kept", lambda graph, given: inputs.append(len(given)) or kept(graph, given))
+    least = bench.checks(1, layers=2)
+    assert list(least) == ["plain", "steered", "observed"] and min(least.values()) > 0
+    assert len(inputs) >= 3 and inputs[0] < min(inputs[1:]), "edits, or statistics, go in too"
+    assert max(least.values()) < 1e5, "a compilation was timed"
+    assert [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()] == list(least)
 
 
 @pytest.mark.parametrize("flags, words", (

@@ -84,8 +84,8 @@ class Mlp(Site):
     dtype: torch.dtype  # of what goes in
 
     def through(self, middle):
-        """Its forward with middle(gate, up, routed) in the place of act(gate) * up. routed: None, or of an experts' rows. It reads
-        nothing off self, and no more than it needs: compiled code checks, in each layer, all that a forward reads."""
+        """Its forward with middle(gate, up, routed) in the place of act(gate) * up. routed: None, or of an experts' rows."""
+        # none of them is read off self in a forward: compiled code checks, in each layer, all that a forward reads
         gate, up, down, dropout, width = self.gate, self.up, self.down, self.dropout, self.width
 
         def gated(x):
@@ -308,7 +308,7 @@ def through_op(mlp: Mlp, index: int, patch: int):
     """The MLP's forward through the op, which overwrites gate: nothing reads it afterwards. ARGUMENTS[patch](index, routed) are the
     op's after act, for this MLP and the forward that runs."""
     op()
-    act = mlp.act  # not read off mlp below, nor its width: compiled code would check that they are the same
+    act = mlp.act  # as in through(), compiled code is to read little: not mlp, nor its width
 
     def middle(gate, up, routed):
         if not torch.compiler.is_compiling():

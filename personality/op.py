@@ -127,7 +127,8 @@ def build(sources: list[str], flags: list[str], nvcc_flags: list[str], directory
 class SiteTensors:
     """What the op takes of each of a model's sites (mlp.Site), zeros at first: each[i] are those of site i, of the (shape, dtype)
     pairs[i] on devices[i]. Where all sites are alike, as in most models, one tensor holds all sites' of a kind, and compiled code
-    takes in these: before each call it checks its inputs, which for a few a layer takes longer than the op."""
+    takes in these: before each call it checks its inputs, and a GPU waits for that. (Inductor writes to parts of an input in place;
+    a backend that does not, such as "aot_eager", copies all of it for each site.)"""
 
     def __init__(self, pairs: list[list[tuple]], devices: list):
         alike = all(of == (pairs[0], devices[0]) for of in zip(pairs, devices))

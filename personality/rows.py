@@ -29,12 +29,12 @@ class Rows:
     where: "generated" (positions whose input is a generated token, as NPTI does), "all" (the prompt as well; padding
     never), a bool tensor (rows, tokens) for forwards of that shape outside generate(), or, for an engine that knows whose each
     token is, a function that is called at each forward with its rows and tokens, and gives the map, or None for no token.
-    sites: what the op takes behind the token map, an op.SiteTensors; shared: what it takes behind these, by device."""
+    held: what the op takes behind the token map, an op.SiteTensors; shared: what it takes behind these, by device."""
 
-    def __init__(self, rows, choices: int, none: int, where, sites, shared: dict):
+    def __init__(self, rows, choices: int, none: int, where, held, shared: dict):
         if not (torch.is_tensor(where) or callable(where) or where in ("generated", "all")):
             raise UserError(f'where: expected "generated", "all", a bool tensor or a function, got {where!r}')
-        self.choices, self.none, self.where, self.sites, self.shared = choices, none, where, sites, shared
+        self.choices, self.none, self.where, self.held, self.shared = choices, none, where, held, shared
         self.assign(rows)
         self.buffers = {}  # by size: the decode map, at a fixed address, as a captured graph wants it
         self.tokens = None  # int32 (batch * tokens) of the forward that runs, or None: nothing is edited or observed
@@ -53,7 +53,7 @@ class Rows:
         """The op's, for an MLP of the forward that runs. Where there are experts, each number stands for as many, one an expert."""
         if self.tokens is None:
             return NOTHING
-        numbers, device = self.tokens, (own := self.sites.at(index))[0].device
+        numbers, device = self.tokens, (own := self.held.at(index))[0].device
         if numbers.device != device:
             if device not in self.elsewhere:
                 self.elsewhere[device] = numbers.to(device)

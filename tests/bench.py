@@ -3,9 +3,9 @@
     python tests/bench.py                     the whole table, and generation
     python tests/bench.py --quick --only kernel
 
-Every number is a median of runs in turn: of kernels in one process, of generations in a process each. Bytes are counted from the
-contract (gate and up read once, the result written once), and "limit" is a copy that moves the same number of bytes on the same
-device.
+Every number is a median of runs in turn: of kernels in one process, of generations in a process each. (Of --only checks it is the
+least.) Bytes are counted from the contract (gate and up read once, the result written once), and "limit" is a copy that moves the
+same number of bytes on the same device.
 """
 
 import contextlib
@@ -652,7 +652,7 @@ def arguments():
     what.add_argument("--baked", metavar="DIR",
                       help="only the speed of a checkpoint that induce.py --save made of the default model")
     flags.add_argument("--seconds", type=number(0, 3600), default=2.0, help="for each shape (default: %(default)s)")
-    flags.add_argument("--pairs", type=positive, help="of generations, on a CPU by every two tokens (default: 21, quick: 7)")
+    flags.add_argument("--pairs", type=positive, help="of generations, on a CPU by every two tokens; of checks, hundreds of runs (default: 21, quick: 7)")
     args = flags.parse_args()
     refuse(args, ((lambda args: args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this torch sees no GPU"),
                   (lambda args: args.baked and not (Path(args.baked) / "config.json").is_file(), "--baked {baked}: no checkpoint is there"),
@@ -664,7 +664,7 @@ def arguments():
 
 def main(args) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    result = {"machine": machine("cpu" if args.baked else args.device)}
+    result = {"machine": machine("cpu" if args.baked or args.only == "checks" else args.device)}
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     if args.baked:
         result["baked"], args.only = baked(args.pairs, args.baked), "baked"

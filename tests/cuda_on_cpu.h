@@ -1,14 +1,14 @@
-// Enough of CUDA to run neurons_cuda.cu on a CPU, so that its arithmetic is tested where there is no GPU. A block's threads are
-// coroutines that go on until they wait for each other, at __syncthreads() or at what a warp does together; blocks, and threads
-// between two waits, run in a random order, so that a result which hangs on it shows. Nothing here says how fast a kernel is.
+// Enough of CUDA to run neurons_cuda.cu on a CPU, so that what its kernels read, edit, count and add up is tested where there is no
+// GPU. A block's threads are coroutines that go on until they wait for each other, at __syncthreads() or at what a warp does
+// together; blocks, and threads between two waits, run in a random order, so that what hangs on that order shows. What does not:
+// the device's own branches of neurons.h (exp, erf), atomics that are missing between two waits, alignment, and speed.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -33,33 +33,40 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) int2 { int x, y; };
 
 struct __nv_bfloat16 { uint16_t bits; };
-struct __half { _Float16 value; };
-inline float __half2float(__half x) { return x.value; }
-inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
-inline float __bfloat162float(__nv_bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float y;
-  memcpy(&y, &bits, 4);
+struct __half { uint16_t bits; };
+template <class To, class From>
+To bits_as(From x) {
+  To y;
+  memcpy(&y, &x, sizeof(y));
   return y;
 }
+inline float __bfloat162float(__nv_bfloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  if (x != x) return {0x7fff};
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  const uint32_t bits = bits_as<uint32_t>(x);
+  return {static_cast<uint16_t>(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                    : exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+  return x.bits >> 15 ? -size : size;
+}
+inline __half __float2half_rn(float x) {
+  const float size = std::fabs(x);
+  const uint32_t sign = bits_as<uint32_t>(x) >> 16 & 0x8000, bits = bits_as<uint32_t>(size);
+  const uint32_t half = x != x ? 0x7e00 : size >= 65520.f ? 0x7c00
+      : size < 6.103515625e-5f ? static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 24)))
+                               : (bits + 0xfff + (bits >> 13 & 1) - (112u << 23)) >> 13;
+  return {static_cast<uint16_t>(sign | half)};
 }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 namespace cuda_on_cpu {
+
+inline const char* failed = nullptr;  // what the last launch did wrong
 
 enum Wait { kNone, kWarp, kBlock, kDone };
 struct Thread {
@@ -126,16 +133,15 @@ inline void run_block(size_t bytes) {
     for (unsigned first = 0; first < count; first += 32) more |= release(first, std::min(first + 32, count), kWarp);
     if (!more) break;
   }
-  for (unsigned k = 0; k < count; ++k) {
-    if (threads[k].waits == kDone) continue;
-    fprintf(stderr, "thread %u waits for others that do not come\n", k);
-    abort();
-  }
+  for (unsigned k = 0; k < count; ++k)
+    if (threads[k].waits != kDone) failed = "a thread waits for others that do not come";
 }
 
 template <class Call>
 void launch(dim3 grid, dim3 size, size_t bytes, Call call) {
-  if (size.x > 1024 || size.x % 32 || bytes > kShared || grid.x == 0 || grid.y == 0 || grid.y > 65535) abort();
+  const bool fine = size.x <= 1024 && size.x % 32 == 0 && bytes <= kShared && grid.x && grid.y && grid.y <= 65535;
+  failed = fine ? nullptr : "no such grid or block can be launched";
+  if (failed) return;
   block_size = size;
   body = call;
   std::vector<unsigned> order(grid.x * grid.y);
@@ -150,12 +156,20 @@ void launch(dim3 grid, dim3 size, size_t bytes, Call call) {
 inline uint64_t& slot(unsigned lane) { return slots[now->number / 32][lane]; }
 
 inline void add_shared(unsigned address) {
-  if (address % 4 || address + 4 > kShared) abort();
-  ++*reinterpret_cast<unsigned*>(shared + address);
+  if (address % 4 || address + 4 > kShared) failed = "an address beyond the shared memory";
+  else ++*reinterpret_cast<unsigned*>(shared + address);
 }
 inline void touch(const void* address) { (void)*static_cast<const volatile char*>(address); }
 
 }  // namespace cuda_on_cpu
+
+inline cudaError_t cudaGetLastError() { return cuda_on_cpu::failed ? cudaErrorInvalidValue : cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_cpu::failed; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  cuda_on_cpu::failed = bytes <= cuda_on_cpu::kShared ? nullptr : "more shared memory than there is";
+  return cudaGetLastError();
+}
 
 #define blockIdx cuda_on_cpu::block_index
 #define blockDim cuda_on_cpu::block_size

@@ -1,6 +1,7 @@
-"""Run csrc/neurons_cuda.cu on a CPU (cuda_on_cpu.h), so that what its kernels compute is tested where there is no GPU."""
+"""Run csrc/neurons_cuda.cu on a CPU: what that shows of its kernels, and what not, says cuda_on_cpu.h."""
 
 import ctypes
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -38,7 +39,8 @@ def build(folder: Path):
     source.write_text(f'#include "cuda_on_cpu.h"\n{text}\nextern "C" const char* glu(const neurons::Args* args) {{ '
                       "return neurons::glu_cuda(*args, nullptr); }\n"
                       'extern "C" int size_of_args() { return sizeof(neurons::Args); }\n')
-    subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-fPIC", "-shared", f"-I{Path(__file__).parent}",
+    compiler = os.environ.get("CXX", "c++").split()
+    subprocess.run([*compiler, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-fPIC", "-shared", f"-I{Path(__file__).parent}",
                     f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.glu.restype = ctypes.c_char_p

@@ -713,25 +713,44 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("family", ("llama", "uneven"))
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-def test_compiled_while_steered(backend):
-    """And without a copy: layers' statistics, which are views of one tensor for all, are written where they are."""
-    from torch._inductor.utils import run_and_get_code
-
+def test_compiled_while_steered(backend, family):
+    """Also where layers are of different widths, so that no tensor holds what all have."""
     model, x, rows = tiny(), prompts(), [1, 0, 2, 1]
+    if family == "uneven":
+        mlp, width = model.model.layers[1].mlp, model.config.intermediate_size // 2
+        mlp.gate_proj, mlp.up_proj = (torch.nn.Linear(model.config.hidden_size, width) for _ in range(2))
+        mlp.down_proj = torch.nn.Linear(width, model.config.hidden_size)
     profiles = [random_profile(1), random_profile(2)]
+    if family == "uneven":
+        profiles = [profile.chosen(profile.index < width) for profile in profiles]
     statistics, expected_statistics = Statistics.of(model), Statistics.of(model)
+    assert bool(statistics.held.whole) == (family == "llama")
     with torch.no_grad():
         plain = model(**x).logits
         with steer(model, profiles, rows, where="all"), observe(model, expected_statistics, where="all"):
             expected = model(**x).logits
         with steer(model, profiles, rows, where="all"), observe(model, statistics, where="all"):
-            ours, code = run_and_get_code(torch.compile(model, fullgraph=True, backend=backend), **x)
-    assert close(ours.logits, expected) and not re.search(r"copy_\(|\.clone\(", "".join(code))
-    assert any("glu_" in text for text in code) == (backend == "inductor"), "no code was seen, so nothing is shown"
+            assert close(torch.compile(model, fullgraph=True, backend=backend)(**x).logits, expected)
     assert not close(expected, plain, 0.05) and statistics.tokens == expected_statistics.tokens
     for (ours, *_), (theirs, *_) in zip(statistics.flush().sites, expected_statistics.flush().sites):
         assert ours.sum() > 0 and (ours - theirs).abs().sum() <= 2  # a sum in another order may cross 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_without_copies(monkeypatch):
+    """Layers' tables and statistics, which are parts of one tensor for all layers, are read and written where they are."""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    model = tiny(num_hidden_layers=4)
+    with torch.no_grad(), steer(model, random_profile(1), where="all"), observe(model, Statistics.of(model), where="all"):
+        _, code = run_and_get_code(torch.compile(model, fullgraph=True), **prompts())
+    calls = [line for line in "".join(code).splitlines() if "torch.ops.neurons.glu_.default(" in line]
+    assert len(calls) == 4, "a call a layer"
+    for line in calls:  # edit_ptr, count, sketch, moments and pending are parts of what the code was given
+        assert len(re.findall(r"reinterpret_tensor\(arg\d+_1,", line)) == 5, line
 
 
 @pytest.mark.usefixtures("fresh_compiler")

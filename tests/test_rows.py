@@ -739,13 +739,12 @@ def test_compiled_while_steered(backend, family):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_without_copies(monkeypatch):
+def test_compiled_without_copies():
     """Layers' tables and statistics, which are parts of one tensor for all layers, are read and written where they are."""
     from torch._inductor.utils import run_and_get_code
 
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    model = tiny(num_hidden_layers=4)
-    with torch.no_grad(), steer(model, random_profile(1), where="all"), observe(model, Statistics.of(model), where="all"):
+    model, uncached = tiny(num_hidden_layers=4), torch._inductor.config.patch(force_disable_caches=True)  # no old code
+    with uncached, torch.no_grad(), steer(model, random_profile(1), where="all"), observe(model, Statistics.of(model), where="all"):
         _, code = run_and_get_code(torch.compile(model, fullgraph=True), **prompts())
     calls = [line for line in "".join(code).splitlines() if "torch.ops.neurons.glu_.default(" in line]
     assert len(calls) == 4, "a call a layer"

@@ -564,7 +564,7 @@ def reading(device: str, pairs: int) -> list[dict]:
     return [ratio(title, "observed", "plain", paired({"plain": forward, "observed": observed}, pairs, device), rows * tokens, "tokens")]
 
 
-def kept(graph, inputs, **options):
+def kept(graph, inputs):
     """A backend of torch.compile whose code gives what it gave first: what is left is what goes on around it."""
     first = []
 
@@ -577,8 +577,8 @@ def kept(graph, inputs, **options):
 
 
 def checks(rounds: int, layers: int = 32) -> dict:
-    """{name: microseconds} before each call of compiled code, in which it checks what it has assumed and what goes in, and for which
-    a GPU waits: a Llama of tiny layers on a CPU. The least of many rounds, since what else the machine does only adds."""
+    """{name: microseconds} of a call of compiled code whose graph does nothing: it checks what it has assumed and what goes in, and a
+    GPU waits for that. A Llama of tiny layers on a CPU; the least of many rounds, since what else the machine does only adds."""
     import transformers
 
     config = transformers.LlamaConfig(vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,

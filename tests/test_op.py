@@ -424,6 +424,7 @@ def test_compiles_without_copies(device):
     if device == "cpu":
         torch.ops.neurons.flush_(*statistics[:2], statistics[3])
     assert statistics[0].sum() > 0 and torch.equal(statistics[1].sum(-1), statistics[0])
+    assert not re.search(r"copy_\(|\.clone\(", "".join(code))
     call, = (line for line in "".join(code).splitlines() if "glu_.default(" in line)
     assert len(re.findall(r"\barg\d+_1\b", call)) == 1 + len(statistics), "the groups and the statistics are what was given"
     assert not re.search(r"clone|copy_", "".join(line for line in code[0].splitlines() if line.startswith(("cpp_fused", "triton_")))), call

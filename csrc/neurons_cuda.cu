@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <type_traits>
 
 #include "neurons.h"
 
@@ -10,54 +11,13 @@ namespace {
 
 using namespace neurons;
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+// Element i of a register, which holds one float or up to two elements of 16 bits; and the way back.
+__device__ __forceinline__ float element(unsigned x, int, float) { return float_of(x); }
+__device__ __forceinline__ float element(unsigned x, int i, __nv_bfloat16) { return float_of(i ? x & 0xffff0000u : x << 16); }
+__device__ __forceinline__ float element(unsigned x, int i, __half) { return __half2float(same_bits<__half2>(x >> 16 * i).x); }
 __device__ __forceinline__ void from_float(float x, float& to) { to = x; }
 __device__ __forceinline__ void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void from_float(float x, __half& to) { to = __float2half_rn(x); }
-
-// V neighbouring elements as one machine word, moved by one instruction: 16 bytes, or one element where rows are not
-// aligned. They stay a word until they are used: taking a word apart waits for the load that brings it.
-template <int Bytes> struct WordOf;
-template <> struct WordOf<16> { using Type = uint4; };
-template <> struct WordOf<4> { using Type = unsigned; };
-template <> struct WordOf<2> { using Type = unsigned short; };
-
-// A team of lanes shares a token's Team * N neighbouring columns: a lane has N / V words of V columns, Team * V columns apart,
-// the first at lane * V. gate, up and here point to that one; left: how many columns there are from it on.
-template <int Team, class T, int V, int N>
-struct Words {
-  using Word = typename WordOf<sizeof(T) * V>::Type;
-  Word gates[N / V], ups[N / V];
-
-  __device__ __forceinline__ void load(const T* gate, const T* up, int left) {
-#pragma unroll
-    for (int c = 0; c < N / V; ++c) {
-      const bool inside = c * Team * V < left;
-      gates[c] = inside ? *reinterpret_cast<const Word*>(gate + c * Team * V) : Word{};
-      ups[c] = inside && up ? *reinterpret_cast<const Word*>(up + c * Team * V) : Word{};
-    }
-  }
-  __device__ __forceinline__ void get(bool gated, float (&g)[N], float (&u)[N]) const {
-    T gate[N], up[N];
-    memcpy(gate, gates, sizeof(gate));
-    memcpy(up, ups, sizeof(up));
-#pragma unroll
-    for (int i = 0; i < N; ++i) g[i] = to_float(gate[i]), u[i] = gated ? to_float(up[i]) : 1.f;
-  }
-  __device__ __forceinline__ static void store(T* here, int left, const float (&h)[N]) {
-    T elements[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) from_float(h[i], elements[i]);
-#pragma unroll
-    for (int c = 0; c < N / V; ++c) {
-      Word word;
-      memcpy(&word, elements + c * V, sizeof(word));
-      if (c * Team * V < left) *reinterpret_cast<Word*>(here + c * Team * V) = word;
-    }
-  }
-};
 
 template <bool Low, int N>
 __device__ __forceinline__ void activate(int act, const float (&g)[N], float (&a)[N]) {
@@ -70,12 +30,55 @@ __device__ __forceinline__ void activate(int act, const float (&g)[N], float (&a
   }
 }
 
-// The edits of a lane's columns, which begin with `column`, among those that a profile makes in a tile. They are neighbours where
-// a lane has one word; else all of the tile's are taken, and edit() picks.
-template <int V, int N>
-__device__ __forceinline__ Span lane_edits(const Args& args, int profile, int tile, int column) {
-  const Span all = edits_of(args, profile, tile, 1, args.tiles());
-  if (N != V) return all;
+// Of bfloat16, an activation's bin is looked up: there are only 128 gates an octave. Where act(gate) is beyond the sketch's range,
+// so is the gate, since act(x) <= x and act(2^6) = 2^6; the first and the last entry stand for those.
+constexpr int kFirstGate = (127 + kLowExponent) << 7, kGates = (kHighExponent - kLowExponent) * 128 + 1;
+
+// V neighbouring elements of a token, a lane's, as one machine word, moved by one instruction: 16 bytes, or one element where rows
+// are not aligned. They stay a word until they are used: taking a word apart waits for the load that brings it.
+template <class T, int V>
+struct Word {
+  using Register = std::conditional_t<V == 1 && sizeof(T) == 2, unsigned short, unsigned>;
+  static constexpr int kEach = sizeof(Register) / sizeof(T), kRegisters = V / kEach;
+  using Whole = std::conditional_t<V == 1, Register, uint4>;
+  Register registers[kRegisters];
+
+  __device__ __forceinline__ void load(const T* from) {
+    const Whole whole = *reinterpret_cast<const Whole*>(from);
+    memcpy(registers, &whole, sizeof(whole));
+  }
+  __device__ __forceinline__ void get(float (&x)[V]) const {
+    for (int i = 0; i < V; ++i) x[i] = element(registers[i / kEach], i % kEach, T{});
+  }
+  __device__ __forceinline__ static void store(T* here, const float (&x)[V]) {
+    alignas(16) T elements[V];
+    Whole whole;
+    for (int i = 0; i < V; ++i) from_float(x[i], elements[i]);
+    memcpy(&whole, elements, sizeof(whole));
+    *reinterpret_cast<Whole*>(here) = whole;
+  }
+  // Element i. Registers have no index: it is picked by masks, since from a choice nvcc makes an address.
+  __device__ __forceinline__ float at(int i) const {
+    unsigned picked = 0;
+    for (int r = 0; r < kRegisters; ++r) picked |= registers[r] & (i / kEach == r ? 0xffffffffu : 0);
+    return element(picked, i % kEach, T{});
+  }
+  // Of gates in bfloat16: where their bins' counters are among their columns', in bytes. What is not positive is no matter.
+  __device__ __forceinline__ void places(const unsigned char* table, int (&place)[V]) const {
+    constexpr unsigned kFirst = kFirstGate * 0x10001u, kLast = kFirst + (kGates - 1) * 0x10001u;
+    const auto two = [](unsigned x) { return same_bits<__nv_bfloat162>(x); };
+    for (int r = 0; r < kRegisters; ++r) {
+      const unsigned entries = (same_bits<unsigned>(__hmin2(__hmax2(two(registers[r]), two(kFirst)), two(kLast))) - kFirst) * 2;
+      place[2 * r] = *reinterpret_cast<const uint16_t*>(table + (entries & 0xffff));
+      place[2 * r + 1] = *reinterpret_cast<const uint16_t*>(table + (entries >> 16));
+    }
+  }
+};
+
+// The edits of V columns from `column` on, among those that a profile makes in their tile.
+template <int V>
+__device__ __forceinline__ Span lane_edits(const Args& args, int profile, int column) {
+  const Span all = edits_of(args, profile, column / kTile, 1, args.tiles());
   const int any = all.begin + threadIdx.x % 32;  // whoever's it is: so that edit() finds the tile's edits in the cache
   if (any < all.end) asm volatile("{ .reg .f32 x; ld.global.nc.f32 x, [%0]; }" ::"l"(args.edit_value + any));
   int begin = all.begin, end = all.end;
@@ -84,257 +87,253 @@ __device__ __forceinline__ Span lane_edits(const Args& args, int profile, int ti
     if (__ldg(args.edit_index + middle) < column) begin = middle + 1;
     else end = middle;
   }
-  while (end < all.end && __ldg(args.edit_index + end) < column + N) ++end;
+  while (end < all.end && __ldg(args.edit_index + end) < column + V) ++end;
   return {begin, end};
 }
 
-// Puts the edited ones into h, a lane's products. Registers have no index: the edited one is picked by comparisons.
-template <int Team, int V, int N>
-__device__ __forceinline__ void edit(const Args& args, Span edits, int column, const float (&a)[N], const float (&u)[N],
-                                     float (&h)[N]) {
+// Puts the edited ones into h, a lane's products.
+template <class T, int V>
+__device__ __forceinline__ void edit(const Args& args, Span edits, int column, const Word<T, V>& gate, const Word<T, V>& up,
+                                     float (&h)[V]) {
 #pragma unroll 1
   for (int k = edits.begin; k < edits.end; ++k) {
-    const int j = __ldg(args.edit_index + k) - column, mine = j / (Team * V) * V + j % V;
-    if (j < 0 || j >= Team * N || j / V % Team) continue;
+    const int j = __ldg(args.edit_index + k) - column;
     const float4 v = __ldg(reinterpret_cast<const float4*>(args.edit_value + k));
-    float x = 0.f, y = 0.f;
-#pragma unroll
-    for (int i = 0; i < N; ++i) x = i == mine ? a[i] : x, y = i == mine ? u[i] : y;
-    x = edit_({v.x, v.y, v.z, v.w}, x, y);
-#pragma unroll
-    for (int i = 0; i < N; ++i) h[i] = i == mine ? x : h[i];
+    const float x = edit_({v.x, v.y, v.z, v.w}, act_<sizeof(T) == 2>(args.act, gate.at(j)), args.up ? up.at(j) : 1.f);
+    for (int i = 0; i < V; ++i) h[i] = i == j ? x : h[i];
   }
 }
 
 // No statistics. A warp has 32 words of each of `several` tokens, and loads the next token's while it works on one: that hides
 // the chain of loads behind an edit. Bytes moved: tokens * width * (gate read, up read, gate written) * sizeof(T), and the edits.
 constexpr int kPlainThreads = 128;
-
 template <class T, int V, bool Edited>
-__global__ void __launch_bounds__(kPlainThreads, V == 1 ? 6 : Edited ? 8 : 10)
-glu_kernel(const Args args, const int several) {
-  constexpr int N = V == 1 ? 8 : V;
-  const int first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 32 * N, column = first + threadIdx.x % 32 * V;
-  const int left = static_cast<int>(min(static_cast<int64_t>(first + 32 * N), args.width)) - column;
-  if (left <= 0) return;
+__global__ void __launch_bounds__(kPlainThreads, Edited ? 8 : 10) glu_kernel(const Args args, const int several) {
+  const int column = (blockIdx.x * blockDim.x + threadIdx.x) * V;
+  if (column >= args.width) return;
   int t = blockIdx.y * several;
   const int end = min(t + several, static_cast<int>(args.tokens));
   T* row = static_cast<T*>(args.gate) + t * args.gate_stride + column;
-  const T* up = args.up ? static_cast<const T*>(args.up) + t * args.up_stride + column : nullptr;
-  Words<32, T, V, N> words;
-  words.load(row, up, left);
+  const T* up = args.up ? static_cast<const T*>(args.up) + t * args.up_stride + column : row;  // read, not used
+  Word<T, V> next_gate, next_up;
+  next_gate.load(row), next_up.load(up);
   int next = Edited ? __ldg(args.token_profile + t) : 0, profile = 0;
   Span edits = {0, 0};
   while (true) {
-    if (Edited && next != profile) {
-      profile = next;
-      edits = lane_edits<V, N>(args, profile, first / kTile, column);
-    }
-    float g[N], a[N], u[N], h[N];
-    words.get(up, g, u);
+    if (Edited && next != profile) edits = lane_edits<V>(args, profile = next, column);
+    const Word<T, V> gate_word = next_gate, up_word = next_up;
+    float g[V], a[V], u[V], h[V];
+    gate_word.get(g), up_word.get(u);
     T* const here = row;
     if (++t < end) {
-      row += args.gate_stride;
-      words.load(row, up ? up += args.up_stride : up, left);
+      next_gate.load(row += args.gate_stride), next_up.load(up += args.up ? args.up_stride : args.gate_stride);
       if (Edited) next = __ldg(args.token_profile + t);
     }
     activate<sizeof(T) == 2>(args.act, g, a);
-#pragma unroll
-    for (int i = 0; i < N; ++i) h[i] = a[i] * u[i];
-    if (Edited) edit<32, V>(args, edits, column, a, u, h);
-    words.store(here, left, h);
+    for (int i = 0; i < V; ++i) h[i] = args.up ? a[i] * u[i] : a[i];
+    if (Edited) edit(args, edits, column, gate_word, up_word, h);
+    Word<T, V>::store(here, h);
     if (t >= end) break;
   }
 }
 
-constexpr int kStage = 2048;   // tokens whose groups and profiles are read together
-constexpr int kNowhere = 32;   // counters, one a lane, for activations that are not positive: cheaper than a branch
-template <int Team> constexpr int kThreadsOf = Team == 2 ? 512 : 256;  // where there are few blocks, they are larger
+template <bool Shared> constexpr int kThreads = Shared ? 512 : 256;  // of a block: it has a multiprocessor, or half of one
+constexpr int kStage = 2048;  // tokens that are looked through together
+// Where a block has what in its shared memory, in bytes: the table of bins; counters, one a lane, for activations that are not
+// positive, cheaper than a branch; its tokens; how many of them each warp found; its sketch. At the end its sums are there instead.
+constexpr int kNowhere = (kGates + 7) / 8 * 16, kList = kNowhere + 32 * 4, kFound = kList + kStage * 8, kSketch = kFound + 64;
 
-// The end of a block's work: its sums go to the moments of its n columns, the teams' of a warp together, then the warps', in a
-// fixed order; its counters, or with Shared its sketch, to theirs. Nobody else adds there: atomics spare the wait for loads.
-template <int V, int Team, bool Shared, int Threads, int N>
-__device__ __forceinline__ void add_to_statistics(const Args& args, int first, int n, double (&sum)[N], double (&squares)[N],
-                                                  int (&count)[N], unsigned char* dynamic) {
-  constexpr int kColumns = Team * N, kWarps = Threads / 32, kEach = (kBins + 31) / 32, kSums = Shared ? 2 : 3;
-  const int group = blockIdx.y, warp = threadIdx.x / 32;
+// Lists a block's own of a stage's tokens, in order: the number; the profile, with the sign bit where it is not observed. Group 0's
+// own are also those of no group. Returns how many; all threads come here together.
+template <bool Edited>
+__device__ __forceinline__ int list_own(const Args& args, int from, int2* list, int* found) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, end = min(args.tokens, static_cast<int64_t>(from + kStage));
+  int listed = 0;
+  for (; from < end; from += blockDim.x) {
+    const int t = from + threadIdx.x, owner = t < end ? __ldg(args.token_group + t) : 0;
+    const int profile = Edited && t < end ? max(__ldg(args.token_profile + t), 0) : 0;
+    const bool nobody = owner < 0 || owner >= args.groups;
+    const unsigned own = __ballot_sync(0xffffffffu, t < end && (nobody ? 0 : owner) == blockIdx.y);
+    if (lane == 0) found[warp] = __popc(own);
+    __syncthreads();
+    int before = listed;
+    for (int w = 0; w < blockDim.x / 32; ++w) before += w < warp ? found[w] : 0, listed += found[w];
+    if (own >> lane & 1) list[before + __popc(own & ((1u << lane) - 1))] = {t, nobody ? profile | INT32_MIN : profile};
+    __syncthreads();
+  }
+  return listed;
+}
+
+// The end of a block's work: its sums go to the moments of its n columns, those of all teams in a fixed order; its counters, or
+// with Shared its sketch, to theirs. Nobody else adds there: atomics spare the wait for loads.
+template <int V, bool Shared>
+__device__ __forceinline__ void add_to_statistics(const Args& args, int lanes, int first, int n, const double (&sum)[V],
+                                                  const double (&squares)[V], const int (&count)[V], int* bins, double* sums) {
+  constexpr int kEach = (kBins + 31) / 32, kSums = Shared ? 2 : 3;
+  const int group = blockIdx.y, threads = blockDim.x, teams = threads / lanes;
   int32_t* const counts = args.count + group * args.width + first;
   int32_t* const sketch = args.sketch + (group * args.width + first) * kBins;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-#pragma unroll
-    for (int d = Team; d < 32; d *= 2) {
-      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], d);
-      squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], d);
-      if (!Shared) count[i] += __shfl_xor_sync(0xffffffffu, count[i], d);
-    }
-  }
   __syncthreads();
-  for (int j = warp; Shared && j < n; j += kWarps) {
+  for (int j = threadIdx.x / 32; Shared && j < n; j += threads / 32) {
     int more[kEach], counted = 0;
-#pragma unroll
     for (int k = 0; k < kEach; ++k) {
       const int b = k * 32 + threadIdx.x % 32;
-      more[k] = b < kBins ? reinterpret_cast<int*>(dynamic)[j * kBins + b] : 0;
+      more[k] = b < kBins ? bins[j * kBins + b] : 0;
       counted += more[k];
     }
-#pragma unroll
     for (int k = 0; k < kEach; ++k)
       if (more[k]) atomicAdd(sketch + j * kBins + k * 32 + threadIdx.x % 32, more[k]);
     counted = __reduce_add_sync(0xffffffffu, counted);
     if (threadIdx.x % 32 == 0) atomicAdd(counts + j, counted);
   }
   if (Shared) __syncthreads();  // the sums take the place of the sketch
-  double* const sums = reinterpret_cast<double*>(dynamic);  // [kSums][kWarps][kColumns]
-  if (threadIdx.x % 32 < Team) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int at = warp * kColumns + i / V * Team * V + threadIdx.x % 32 * V + i % V;
-      sums[at] = sum[i];
-      sums[kWarps * kColumns + at] = squares[i];
-      if (!Shared) sums[2 * kWarps * kColumns + at] = count[i];
-    }
+  for (int i = 0; i < V; ++i) {  // [kSums][V][threads]
+    sums[i * threads + threadIdx.x] = sum[i];
+    sums[(V + i) * threads + threadIdx.x] = squares[i];
+    if (!Shared) sums[(2 * V + i) * threads + threadIdx.x] = count[i];
   }
   __syncthreads();
-  for (int k = threadIdx.x; k < kSums * kColumns; k += Threads) {
-    const int which = k / kColumns, j = k % kColumns;
+  for (int k = threadIdx.x; k < kSums * V * lanes; k += threads) {
+    const int lane = k % lanes, which = k / lanes / V, j = lane * V + k / lanes % V;
     if (j >= n) continue;
     double all = 0;
-    for (int w = 0; w < kWarps; ++w) all += sums[(which * kWarps + w) * kColumns + j];
+    for (int team = 0; team < teams; ++team) all += sums[k / lanes * threads + team * lanes + lane];
     if (which < 2) args.moments[(2 * group + which) * args.width + first + j] += all;
     else counts[j] += static_cast<int>(all);
   }
 }
 
-// With statistics. A block owns Team words of columns for one group's tokens (group 0's also takes the unobserved ones), so that
-// sums have one fixed order and nothing needs a float atomic. Its teams take a token each, and have the next ones' loads under
-// way. With Shared, which pays from some hundred tokens on, the block's sketch is in shared memory and added once at the end,
-// and so is whose the tokens are; else each positive activation is an integer atomic in global memory. Bytes moved: as above,
-// and the touched parts of the sketch.
-template <class T, int V, int Team, bool Shared, bool Edited>
-__global__ void __launch_bounds__(kThreadsOf<Team>, V == 1 ? 1 : 512 / kThreadsOf<Team>)
-glu_statistics_kernel(const Args args) {
-  constexpr int N = 16 / sizeof(T), kColumns = Team * N, kThreads = kThreadsOf<Team>, kTeams = kThreads / Team;
-  constexpr int kDepth = !Shared ? 1 : Edited || V == 1 ? 2 : 3;  // tokens whose loads are under way: as registers allow
+// With statistics. A block owns `lanes` words of columns for one group's tokens (group 0's also takes the unobserved ones), so that
+// sums have one fixed order and nothing needs a float atomic. Its teams of so many lanes take a token each, and have the next ones'
+// loads under way. With Shared, which pays from some hundred tokens on, the block's sketch is in shared memory and added once at
+// the end; else each positive activation is an integer atomic. Bytes moved: as above, and the touched parts of the sketch.
+template <class T, int V, bool Shared, bool Edited>
+__global__ void __launch_bounds__(kThreads<Shared>, Shared ? 1 : 2)
+glu_statistics_kernel(const Args args, const int lanes) {
+  constexpr int kDepth = Shared && V > 1 ? 3 : 1;  // tokens whose loads are under way: as registers allow
+  constexpr bool kLookup = Shared && V > 1 && std::is_same_v<T, __nv_bfloat16>;
+  using Stride = std::conditional_t<V == 1, int64_t, unsigned>;  // in bytes; with less than 4 GB a product is one instruction
   extern __shared__ __align__(16) unsigned char dynamic[];
-  int* const bins = reinterpret_cast<int*>(dynamic);  // [kColumns][kBins], kNowhere
-  const int lane = threadIdx.x % Team, team = threadIdx.x / Team, group = blockIdx.y;
-  const int first = blockIdx.x * kColumns, column = first + lane * V;
-  const int n = static_cast<int>(min(static_cast<int64_t>(kColumns), args.width - first)), left = n - lane * V;
-  int32_t* const sketch = args.sketch + (group * args.width + first) * kBins;
-  const bool gated = args.up;
-  const auto mine = [&](int owner) { return owner == group || (group == 0 && (owner < 0 || owner >= args.groups)); };
-  const auto whose = [&](int64_t t) { return int2{__ldg(args.token_group + t), Edited ? __ldg(args.token_profile + t) : 0}; };
-  const int64_t row_step = kTeams * args.gate_stride, up_step = gated ? kTeams * args.up_stride : 0;
-  Words<Team, T, V, N> words[kDepth];
+  int* const bins = reinterpret_cast<int*>(dynamic + kSketch);  // [lanes * V][kBins]
+  int2* const list = reinterpret_cast<int2*>(dynamic + kList);
+  const int lane = threadIdx.x % lanes, team = threadIdx.x / lanes, teams = blockDim.x / lanes, group = blockIdx.y;
+  const int first = blockIdx.x * lanes * V, column = first + lane * V;
+  const int n = static_cast<int>(min(static_cast<int64_t>(lanes * V), args.width - first));
+  int32_t* const sketch = args.sketch + (group * args.width + column) * kBins;
   Span edits = {0, 0};
-  int profile = 0, count[N] = {};
-  double sum[N] = {}, squares[N] = {};
-  constexpr int kZeros = Shared ? (kColumns * kBins + kNowhere) / 4 : 0;
-  for (int w = threadIdx.x; w < kZeros; w += kThreads) reinterpret_cast<uint4*>(dynamic)[w] = {};
-  int2* const maps = reinterpret_cast<int2*>(bins + kColumns * kBins + kNowhere);
-  const unsigned lane_bins = Shared ? static_cast<unsigned>(__cvta_generic_to_shared(bins + lane * V * kBins)) : 0;
-  const unsigned nowhere = Shared ? static_cast<unsigned>(__cvta_generic_to_shared(bins + kColumns * kBins + threadIdx.x % 32)) : 0;
-  for (int64_t from = 0; from < args.tokens; from += kStage) {
-    const int tokens = static_cast<int>(min(args.tokens - from, static_cast<int64_t>(kStage)));
-    if (Shared) {
-      __syncthreads();
-      for (int t = threadIdx.x; t < tokens; t += kThreads) maps[t] = whose(from + t);
-      __syncthreads();
-    }
-    T* row = static_cast<T*>(args.gate) + (from + team) * args.gate_stride + column;
-    const T* up = static_cast<const T*>(args.up) + (gated ? (from + team) * args.up_stride + column : 0);
-    const auto who = [&](int t) { return Shared ? maps[t] : whose(from + t); };
-    const auto fetch = [&](int t, int d, const T* row_then, const T* up_then) {
-      if (t < tokens && mine(who(t).x)) words[d].load(row_then, gated ? up_then : nullptr, left);
+  int known = 0, count[V] = {};
+  double sum[V] = {}, squares[V] = {};
+  for (int w = threadIdx.x; Shared && w < lanes * V * kBins / 4; w += blockDim.x) reinterpret_cast<uint4*>(bins)[w] = {};
+  for (int k = threadIdx.x; kLookup && k < kGates; k += blockDim.x)
+    reinterpret_cast<uint16_t*>(dynamic)[k] = 4 * bin_(act_<true>(args.act, float_of((kFirstGate + k) << 16)));
+  const unsigned lane_bins = static_cast<unsigned>(__cvta_generic_to_shared(bins + lane * V * kBins));
+  const unsigned nowhere = static_cast<unsigned>(__cvta_generic_to_shared(dynamic + kNowhere)) + threadIdx.x % 32 * 4;
+  const Stride gate_bytes = args.gate_stride * sizeof(T), up_bytes = (args.up ? args.up_stride : args.gate_stride) * sizeof(T);
+  char* const gate = reinterpret_cast<char*>(static_cast<T*>(args.gate) + column);
+  const char* const up = args.up ? reinterpret_cast<const char*>(static_cast<const T*>(args.up) + column) : gate;  // read, not used
+  for (int from = 0; from < args.tokens; from += kStage) {
+    const int own = list_own<Edited>(args, from, list, reinterpret_cast<int*>(dynamic + kFound));
+    if (team >= teams || lane * V >= n || team >= own) continue;
+    Word<T, V> gates[kDepth], ups[kDepth];
+    int2 who[kDepth] = {};
+    const auto row = [&](int d) { return reinterpret_cast<T*>(gate + uint64_t(unsigned(who[d].x)) * gate_bytes); };
+    const auto fetch = [&](int k, int d) {  // beyond the end the last one, for nothing: that spares a branch
+      who[d] = list[min(k, own - 1)];
+      gates[d].load(row(d));
+      ups[d].load(reinterpret_cast<const T*>(up + uint64_t(unsigned(who[d].x)) * up_bytes));
     };
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) fetch(team + d * kTeams, d, row + d * row_step, up + d * up_step);
-    for (int begin = team; begin < tokens; begin += kDepth * kTeams) {
+    for (int d = 0; d < kDepth; ++d) fetch(team + d * teams, d);
+    for (int begin = team; begin < own; begin += kDepth * teams) {
 #pragma unroll
-      for (int d = 0; d < kDepth; ++d, row += row_step, up += up_step) {
-        const int t = begin + d * kTeams;
-        if (t >= tokens) break;
-        const int2 now = who(t);
-        if (Edited && now.y != profile) {
-          profile = now.y;
-          edits = lane_edits<V, N>(args, profile, first / kTile, column);
-        }
-        float g[N], a[N], u[N], h[N], stored[N];
-        words[d].get(gated, g, u);
-        fetch(t + kDepth * kTeams, d, row + kDepth * row_step, up + kDepth * up_step);
-        if (!mine(now.x)) continue;
+      for (int d = 0; d < kDepth; ++d) {
+        if (begin + d * teams >= own) break;
+        const int profile = who[d].y & INT32_MAX;
+        if (Edited && profile != known) edits = lane_edits<V>(args, known = profile, column);
+        float g[V], a[V], u[V], h[V];
+        gates[d].get(g), ups[d].get(u);
         activate<sizeof(T) == 2>(args.act, g, a);
-#pragma unroll
-        for (int i = 0; i < N; ++i) stored[i] = h[i] = a[i] * u[i];
-        if (Edited) edit<Team, V>(args, edits, column, a, u, stored);
-        words[d].store(row, left, stored);
-        if (now.x != group) continue;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {  // columns beyond the width were loaded as 0
-          const double x = h[i];
-          sum[i] += x;
-          squares[i] += x * x;
-          const int b = (i / V * Team * V + i % V) * kBins + bin_(a[i]);
-          if (Shared) {
-            asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(g[i] > 0.f ? lane_bins + 4 * b : nowhere));
-          } else {
-            if (g[i] > 0.f) atomicAdd(sketch + lane * V * kBins + b, 1);
-            count[i] += g[i] > 0.f;
+        for (int i = 0; i < V; ++i) h[i] = args.up ? a[i] * u[i] : a[i];
+        if (who[d].y >= 0) {
+          int place[V] = {};  // of the counters, in bytes; looked up all at once
+          if constexpr (kLookup) gates[d].places(dynamic, place);
+          for (int i = 0; i < V; ++i) {
+            const double x = h[i];
+            sum[i] += x;
+            squares[i] += x * x;
+            const int bin = kLookup ? 0 : bin_(a[i]);
+            if (Shared) {
+              const unsigned counter = g[i] > 0.f ? lane_bins + 4 * (i * kBins + bin) + place[i] : nowhere;
+              asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(counter));
+            } else {
+              if (g[i] > 0.f) atomicAdd(sketch + i * kBins + bin, 1);
+              count[i] += g[i] > 0.f;
+            }
           }
         }
+        if (Edited) edit(args, edits, column, gates[d], ups[d], h);
+        Word<T, V>::store(row(d), h);
+        fetch(begin + (d + kDepth) * teams, d);
       }
     }
   }
-
-  add_to_statistics<V, Team, Shared, kThreads>(args, first, n, sum, squares, count, dynamic);
+  add_to_statistics<V, Shared>(args, lanes, first, n, sum, squares, count, bins, reinterpret_cast<double*>(dynamic));
 }
 
 template <class T, int V, bool Edited>
 cudaError_t launch(const Args& args, cudaStream_t stream) {
-  constexpr int64_t N = V == 1 ? 8 : V, kWarps = kPlainThreads / 32;
-  const int64_t parts = ceil_div(args.width, 32 * N), warps = parts < kWarps ? parts : kWarps, across = ceil_div(parts, warps);
+  const int64_t words = ceil_div(args.width, V), threads = words < kPlainThreads ? ceil_div(words, 32) * 32 : kPlainThreads;
+  const int64_t across = ceil_div(words, threads);
   constexpr int64_t kMost = 65535;  // of a grid's second dimension
   int64_t several = Edited && args.tokens * across >= 1024 ? 2 : 1;  // once that leaves enough blocks to fill the card
   if (several * kMost < args.tokens) several = ceil_div(args.tokens, kMost);
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(ceil_div(args.tokens, several)));
-  glu_kernel<T, V, Edited><<<grid, static_cast<unsigned>(warps) * 32, 0, stream>>>(args, static_cast<int>(several));
+  glu_kernel<T, V, Edited><<<grid, static_cast<unsigned>(threads), 0, stream>>>(args, static_cast<int>(several));
   return cudaGetLastError();
 }
 
-template <class T, int V, int Team, bool Shared>
-cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {  // of one group at least: no empty grid is launched
-  constexpr int kColumns = Team * 16 / sizeof(T), kSums = 3 * kThreadsOf<Team> / 32 * kColumns * 8;
-  constexpr int kSketch = (kColumns * kBins + kNowhere) * 4 + kStage * 8, bytes = Shared && kSketch > kSums ? kSketch : kSums;
-  const auto kernel = args.token_profile ? glu_statistics_kernel<T, V, Team, Shared, true>
-                                         : glu_statistics_kernel<T, V, Team, Shared, false>;
-  if (bytes > 48 * 1024) {  // a kernel must be told
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-  }
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, kColumns)), static_cast<unsigned>(args.groups));
-  kernel<<<grid, kThreadsOf<Team>, bytes, stream>>>(args);
+template <int V, bool Shared>
+int bytes_of(int lanes) {
+  return max(kSketch + (Shared ? lanes * V * kBins * 4 : 0), (Shared ? 2 : 3) * V * kThreads<Shared> * 8);
+}
+
+template <class T, int V, bool Shared>
+cudaError_t launch_statistics(const Args& args, int lanes, cudaStream_t stream) {  // of a group at least: no grid may be empty
+  const int bytes = bytes_of<V, Shared>(lanes);
+  const auto kernel = args.token_profile ? glu_statistics_kernel<T, V, Shared, true> : glu_statistics_kernel<T, V, Shared, false>;
+  const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;  // a kernel must be told beyond 48 KiB
+  const cudaError_t error = bytes > 48 * 1024 ? cudaFuncSetAttribute(kernel, most, bytes) : cudaSuccess;
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, lanes * V)), static_cast<unsigned>(args.groups));
+  kernel<<<grid, kThreads<Shared>, bytes, stream>>>(args, lanes);
   return cudaGetLastError();
 }
 
+// Each multiprocessor has a block at a time: the block is as wide as they finish soonest, in whole sectors of 32 bytes.
 template <class T, int V>
 cudaError_t launch_any_statistics(const Args& args, cudaStream_t stream) {
-  if (args.tokens < 192) return launch_statistics<T, V, 8, false>(args, stream);  // from there on a sketch in shared memory pays
-  const int64_t words = args.width * args.groups * sizeof(T) / 16, enough = 192;  // blocks, to keep the card busy
-  if constexpr (V > 1) {
-    if (words < enough * 4) return launch_statistics<T, V, 2, true>(args, stream);
-    if (words < enough * 8) return launch_statistics<T, V, 4, true>(args, stream);
+  if (args.tokens < 192) return launch_statistics<T, V, false>(args, V == 1 ? 32 : 8, stream);  // beyond, a shared sketch pays
+  int device, processors, room, best = 2;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (!error) error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error) return error;
+  int64_t least = INT64_MAX;
+  for (int lanes = 2; lanes <= 128 && bytes_of<V, true>(lanes) <= room; lanes += 2) {
+    const int64_t rounds = ceil_div(ceil_div(args.width, lanes * V) * args.groups, processors), time = rounds * (lanes * V + 16);
+    if (time <= least) least = time, best = lanes;
   }
-  return launch_statistics<T, V, 8, true>(args, stream);
+  return launch_statistics<T, V, true>(args, best, stream);
 }
 
 template <class T>
 cudaError_t dispatch(const Args& args, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
-  const auto aligned = [](const void* x, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(x) % 16 == 0 && stride * static_cast<int>(sizeof(T)) % 16 == 0;
+  constexpr int64_t kSize = sizeof(T);
+  const auto aligned = [](const void* x, int64_t row) {  // row: its stride in bytes
+    return reinterpret_cast<uintptr_t>(x) % 16 == 0 && row % 16 == 0 && row >> 32 == 0;
   };
-  const bool wide = args.width % V == 0 && aligned(args.gate, args.gate_stride) && aligned(args.up, args.up_stride);
+  const bool wide = args.width % V == 0 && aligned(args.gate, args.gate_stride * kSize) && aligned(args.up, args.up_stride * kSize);
   if (args.groups) return wide ? launch_any_statistics<T, V>(args, stream) : launch_any_statistics<T, 1>(args, stream);
   if (args.token_profile) return wide ? launch<T, V, true>(args, stream) : launch<T, 1, true>(args, stream);
   return wide ? launch<T, V, false>(args, stream) : launch<T, 1, false>(args, stream);

@@ -23,6 +23,7 @@
 #define __align__(n) alignas(n)
 #define __restrict__
 
+using std::max;
 using std::min;
 struct dim3 {
   unsigned x, y, z;
@@ -34,6 +35,8 @@ struct alignas(8) int2 { int x, y; };
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct __half2 { __half x, y; };
 template <class To, class From>
 To bits_as(From x) {
   To y;
@@ -60,8 +63,16 @@ inline __half __float2half_rn(float x) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
+inline __nv_bfloat162 each_of(__nv_bfloat162 p, __nv_bfloat162 q, float (*f)(float, float)) {
+  const auto of = [&](auto a, auto b) { return __float2bfloat16_rn(f(__bfloat162float(a), __bfloat162float(b))); };
+  return {of(p.x, q.x), of(p.y, q.y)};
+}
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 p, __nv_bfloat162 q) { return each_of(p, q, fmaxf); }
+inline __nv_bfloat162 __hmin2(__nv_bfloat162 p, __nv_bfloat162 q) { return each_of(p, q, fminf); }
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace cuda_on_cpu {
@@ -171,6 +182,11 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return cudaGetLastError();
 }
 
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  return *value = what == cudaDevAttrMultiProcessorCount ? 132 : cuda_on_cpu::kShared, cudaSuccess;
+}
+
 #define blockIdx cuda_on_cpu::block_index
 #define blockDim cuda_on_cpu::block_size
 #define threadIdx dim3(cuda_on_cpu::now->number)
@@ -192,6 +208,15 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   memcpy(&value, &slot(lane ^ distance), sizeof(T));
   wait(kWarp);
   return value;
+}
+inline unsigned __ballot_sync(unsigned, bool mine) {
+  using namespace cuda_on_cpu;
+  slot(now->number % 32) = mine;
+  wait(kWarp);
+  unsigned all = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) all |= static_cast<unsigned>(slot(lane)) << lane;
+  wait(kWarp);
+  return all;
 }
 inline int __reduce_add_sync(unsigned mask, int value) {
   for (int distance = 1; distance < 32; distance *= 2) value += __shfl_xor_sync(mask, value, distance);

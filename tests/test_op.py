@@ -541,8 +541,8 @@ def test_cuda_source_computes_the_product(cuda_source, width, layout, dtype):
     *((torch.bfloat16, *shape) for shape in ((100, 300), (300, 600), (2100, 301), (200, 4000), (200, 9000))),
     *((torch.float16, *shape) for shape in ((100, 300), (300, 600), (300, 601)))))
 def test_cuda_and_cpu_agree(dtype, tokens, width, where, request):
-    """Each of the GPU's ways to gather statistics: few tokens; a block's columns in words of two, four and eight lanes; in elements,
-    where rows are not aligned. Tokens are in two groups and in none, and edits lie side by side. And edits without statistics."""
+    """Each of the GPU's ways to gather statistics: few tokens; many, in blocks of few and of many columns; in elements, where rows
+    are not aligned. Tokens are in two groups and in none, and edits lie side by side. And edits without statistics."""
     gate, up = inputs(tokens, width, dtype)
     profiles = [{}, {3: (0.0, 1.0, 1.0, 0.5)}, {column: (1.0, -2.0, 0.5, 0.0) for column in (0, 1, 2, 130, 255, 256, width - 1)}]
     pick = torch.Generator().manual_seed(0)
@@ -559,3 +559,20 @@ def test_cuda_and_cpu_agree(dtype, tokens, width, where, request):
     assert torch.allclose(cpu, gpu, rtol=1e-6) and torch.allclose(cpu_edited, gpu_edited, rtol=1e-6)
     assert torch.allclose(cpu, cpu_edited, rtol=1e-6) and all(map(torch.equal, counts, gpu_counts))
     assert torch.allclose(moments, gpu_moments, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("where", (pytest.param("GPU", marks=needs_gpu), "the GPU's source on the CPU"))
+@pytest.mark.parametrize("act", range(4))
+def test_cuda_looks_up_the_bins_that_it_computes(act, where, request):
+    """Of every bfloat16 there is, not-a-number and subnormals too: many tokens look up what few compute. But for infinity, of
+    which a CPU's gelu is not a number."""
+    device, call = ("cuda", glu_) if where == "GPU" else ("cpu", request.getfixturevalue("cuda_source"))
+    every = torch.arange(-2 ** 15, 2 ** 15, dtype=torch.int16).view(torch.bfloat16).view(256, 256)
+    every[every.isinf()] = 0
+    group, both = torch.zeros(256, dtype=torch.int32, device=device), []
+    for tokens in (256, 128):
+        count, sketch, moments = new_statistics(1, 256, device)
+        for some in every.clone().to(device).split(tokens):
+            call(some, torch.ones_like(some), act, *(None,) * 4, group[:tokens], count, sketch, moments)
+        both.append((count.cpu(), sketch.cpu()))
+    assert all(map(torch.equal, *both)) and int(both[0][0].sum()) == int((every > 0).sum())

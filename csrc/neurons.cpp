@@ -135,6 +135,7 @@ Args with_pointers(const Call& c) {
     a.edit_ptr = c.edit_ptr->const_data_ptr<int32_t>();
     a.edit_index = c.edit_index->const_data_ptr<int32_t>();
     a.edit_value = reinterpret_cast<const Edit*>(c.edit_value->const_data_ptr<float>());
+    TORCH_CHECK(reinterpret_cast<uintptr_t>(a.edit_value) % sizeof(Edit) == 0, "edit_value: expected memory aligned to 16 bytes");
   }
   if (c.token_group) {
     a.token_group = c.token_group->const_data_ptr<int32_t>();

@@ -17,7 +17,7 @@
 //   edit_ptr       int32 [profiles, tiles + 1], tiles = ceil(d_ff / 256): profile p's edits of columns 256 i to 256 i + 255 are
 //                  entries edit_ptr[p, i] to edit_ptr[p, i + 1] - 1 of edit_index and edit_value; ascending, from 0 to capacity
 //   edit_index     int32 [capacity]: column j, ascending within a profile, none twice
-//   edit_value     float32 [capacity, 4]: cap, scale, shift, bias
+//   edit_value     float32 [capacity, 4], 16-byte aligned: cap, scale, shift, bias
 //   token_group    int32 [tokens]
 //   count, sketch  int32 [groups, d_ff] and [groups, d_ff, 304]; added to. A counter holds less than 2^31
 //   moments        float64 [groups, 2, d_ff]; added to, in float64
@@ -28,7 +28,7 @@
 // last stride 1 and a row stride each, at least d_ff (one tensor's halves will do); they may not overlap. The rest is contiguous.
 //
 // count and sketch are exact: those of parts of the tokens add up to those of all. Moments do within 1e-12, relatively: their
-// last bits may depend on how tokens are split into calls, but, like all else, not on the number of threads.
+// last bits may depend on how tokens are split into calls, and on the GPU, but, like all else, not on the number of threads.
 //
 // pending keeps bins that count and sketch have yet to count, those of fewer than 512 tokens a ring and neuron: counting them
 // together is faster, the fewer groups they are of. Group g has ring g % rings. flush_(count, sketch, pending) counts them and

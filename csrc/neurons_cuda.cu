@@ -30,8 +30,8 @@ __device__ __forceinline__ void activate(int act, const float (&g)[N], float (&a
   }
 }
 
-// Of bfloat16, an activation's bin is looked up: there are only 128 gates an octave. Where act(gate) is beyond the sketch's range,
-// so is the gate, since act(x) <= x and act(2^6) = 2^6; the first and the last entry stand for those.
+// Of bfloat16, an activation's bin is looked up: there are only 128 gates an octave. Where a gate is beyond the sketch's range, so
+// is act(gate), since act(x) <= x and act(2^6) = 2^6: the first and the last entry stand for those.
 constexpr int kFirstGate = (127 + kLowExponent) << 7, kGates = (kHighExponent - kLowExponent) * 128 + 1;
 
 // V neighbouring elements of a token, a lane's, as one machine word, moved by one instruction: 16 bytes, or one element where rows
@@ -79,8 +79,6 @@ struct Word {
 template <int V>
 __device__ __forceinline__ Span lane_edits(const Args& args, int profile, int column) {
   const Span all = edits_of(args, profile, column / kTile, 1, args.tiles());
-  const int any = all.begin + threadIdx.x % 32;  // whoever's it is: so that edit() finds the tile's edits in the cache
-  if (any < all.end) asm volatile("{ .reg .f32 x; ld.global.nc.f32 x, [%0]; }" ::"l"(args.edit_value + any));
   int begin = all.begin, end = all.end;
   while (begin < end) {
     const int middle = begin + (end - begin) / 2;
@@ -108,7 +106,7 @@ __device__ __forceinline__ void edit(const Args& args, Span edits, int column, c
 // the chain of loads behind an edit. Bytes moved: tokens * width * (gate read, up read, gate written) * sizeof(T), and the edits.
 constexpr int kPlainThreads = 128;
 template <class T, int V, bool Edited>
-__global__ void __launch_bounds__(kPlainThreads, Edited ? 8 : 10) glu_kernel(const Args args, const int several) {
+__global__ void __launch_bounds__(kPlainThreads, Edited ? 9 : 10) glu_kernel(const Args args, const int several) {
   const int column = (blockIdx.x * blockDim.x + threadIdx.x) * V;
   if (column >= args.width) return;
   int t = blockIdx.y * several;
@@ -137,44 +135,51 @@ __global__ void __launch_bounds__(kPlainThreads, Edited ? 8 : 10) glu_kernel(con
   }
 }
 
-template <bool Shared> constexpr int kThreads = Shared ? 512 : 256;  // of a block: it has a multiprocessor, or half of one
-constexpr int kStage = 2048;  // tokens that are looked through together
+template <bool Shared> constexpr int kThreads = Shared ? 512 : 256;  // of a block, which has a multiprocessor, or half of one
+template <bool Shared> constexpr int kStage = Shared ? 2048 : 256;   // tokens that are looked through together
 // Where a block has what in its shared memory, in bytes: the table of bins; counters, one a lane, for activations that are not
-// positive, cheaper than a branch; its tokens; how many of them each warp found; its sketch. At the end its sums are there instead.
-constexpr int kNowhere = (kGates + 7) / 8 * 16, kList = kNowhere + 32 * 4, kFound = kList + kStage * 8, kSketch = kFound + 64;
+// positive, cheaper than a branch; its tokens; how many of each 32 are its own; its sketch. At the end its sums are there instead.
+constexpr int kNowhere = (kGates + 7) / 8 * 16, kList = kNowhere + 32 * 4, kFound = kList + kStage<true> * 8;
+constexpr int kSketch = kFound + kStage<true> / 32 * 4;
 
-// Lists a block's own of a stage's tokens, in order: the number; the profile, with the sign bit where it is not observed. Group 0's
-// own are also those of no group. Returns how many; all threads come here together.
-template <bool Edited>
-__device__ __forceinline__ int list_own(const Args& args, int from, int2* list, int* found) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, end = min(args.tokens, static_cast<int64_t>(from + kStage));
-  int listed = 0;
-  for (; from < end; from += blockDim.x) {
-    const int t = from + threadIdx.x, owner = t < end ? __ldg(args.token_group + t) : 0;
-    const int profile = Edited && t < end ? max(__ldg(args.token_profile + t), 0) : 0;
+struct alignas(8) Own { int token, profile; };  // the profile with the sign bit where the token is not observed
+// Lists a block's own of a stage's tokens, in order, and says how many. Group 0's are also those of no group. All threads come.
+template <bool Shared, bool Edited>
+__device__ __forceinline__ int list_own(const Args& args, int64_t from, Own* list, int* found) {
+  constexpr int kEach = kStage<Shared> / kThreads<Shared>, kWarps = kThreads<Shared> / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Own mine[kEach];
+  unsigned own[kEach];  // a bit a lane
+  for (int e = 0; e < kEach; ++e) {
+    const int64_t t = from + e * kThreads<Shared> + threadIdx.x;
+    const int owner = t < args.tokens ? __ldg(args.token_group + t) : 0;
     const bool nobody = owner < 0 || owner >= args.groups;
-    const unsigned own = __ballot_sync(0xffffffffu, t < end && (nobody ? 0 : owner) == blockIdx.y);
-    if (lane == 0) found[warp] = __popc(own);
-    __syncthreads();
-    int before = listed;
-    for (int w = 0; w < blockDim.x / 32; ++w) before += w < warp ? found[w] : 0, listed += found[w];
-    if (own >> lane & 1) list[before + __popc(own & ((1u << lane) - 1))] = {t, nobody ? profile | INT32_MIN : profile};
-    __syncthreads();
+    const int profile = Edited && t < args.tokens ? max(__ldg(args.token_profile + t), 0) : 0;
+    mine[e] = {static_cast<int>(t), nobody ? profile | INT32_MIN : profile};
+    own[e] = __ballot_sync(0xffffffffu, t < args.tokens && (nobody ? 0 : owner) == blockIdx.y);
+    if (lane == 0) found[e * kWarps + warp] = __popc(own[e]);
   }
-  return listed;
+  __syncthreads();
+  const int first = lane < kEach * kWarps ? found[lane] : 0, second = lane + 32 < kEach * kWarps ? found[lane + 32] : 0;
+  for (int e = 0; e < kEach; ++e) {
+    const int k = e * kWarps + warp, before = __reduce_add_sync(0xffffffffu, (lane < k ? first : 0) + (lane + 32 < k ? second : 0));
+    if (own[e] >> lane & 1) list[before + __popc(own[e] & ((1u << lane) - 1))] = mine[e];
+  }
+  __syncthreads();
+  return __reduce_add_sync(0xffffffffu, first + second);
 }
 
-// The end of a block's work: its sums go to the moments of its n columns, those of all teams in a fixed order; its counters, or
-// with Shared its sketch, to theirs. Nobody else adds there: atomics spare the wait for loads.
+// The end of a block's work: its sums go to the moments of its n columns, added in a fixed order; its counters, or with Shared its
+// sketch, to theirs. Nobody else adds there, but atomics spare the wait for loads.
 template <int V, bool Shared>
 __device__ __forceinline__ void add_to_statistics(const Args& args, int lanes, int first, int n, const double (&sum)[V],
                                                   const double (&squares)[V], const int (&count)[V], int* bins, double* sums) {
-  constexpr int kEach = (kBins + 31) / 32, kSums = Shared ? 2 : 3;
-  const int group = blockIdx.y, threads = blockDim.x, teams = threads / lanes;
+  constexpr int kEach = (kBins + 31) / 32, kAll = kThreads<Shared>;
+  const int group = blockIdx.y, teams = min(kAll / lanes, static_cast<int>(args.tokens));
   int32_t* const counts = args.count + group * args.width + first;
   int32_t* const sketch = args.sketch + (group * args.width + first) * kBins;
   __syncthreads();
-  for (int j = threadIdx.x / 32; Shared && j < n; j += threads / 32) {
+  for (int j = threadIdx.x / 32; Shared && j < n; j += kAll / 32) {
     int more[kEach], counted = 0;
     for (int k = 0; k < kEach; ++k) {
       const int b = k * 32 + threadIdx.x % 32;
@@ -187,20 +192,23 @@ __device__ __forceinline__ void add_to_statistics(const Args& args, int lanes, i
     if (threadIdx.x % 32 == 0) atomicAdd(counts + j, counted);
   }
   if (Shared) __syncthreads();  // the sums take the place of the sketch
-  for (int i = 0; i < V; ++i) {  // [kSums][V][threads]
-    sums[i * threads + threadIdx.x] = sum[i];
-    sums[(V + i) * threads + threadIdx.x] = squares[i];
-    if (!Shared) sums[(2 * V + i) * threads + threadIdx.x] = count[i];
+  for (int i = 0; i < V; ++i) {  // [2 or 3][V][threads]
+    sums[i * kAll + threadIdx.x] = sum[i];
+    sums[(V + i) * kAll + threadIdx.x] = squares[i];
+    if (!Shared) sums[(2 * V + i) * kAll + threadIdx.x] = count[i];
   }
+  const int results = (Shared ? 2 : 3) * V * lanes, parts = kAll / results, part = threadIdx.x / results, k = threadIdx.x % results;
+  double all = 0;
   __syncthreads();
-  for (int k = threadIdx.x; k < kSums * V * lanes; k += threads) {
-    const int lane = k % lanes, which = k / lanes / V, j = lane * V + k / lanes % V;
-    if (j >= n) continue;
-    double all = 0;
-    for (int team = 0; team < teams; ++team) all += sums[k / lanes * threads + team * lanes + lane];
-    if (which < 2) args.moments[(2 * group + which) * args.width + first + j] += all;
-    else counts[j] += static_cast<int>(all);
-  }
+  for (int team = part; part < parts && team < teams; team += parts) all += sums[k / lanes * kAll + team * lanes + k % lanes];
+  __syncthreads();
+  sums[threadIdx.x] = all;  // of every parts'th team
+  __syncthreads();
+  const int which = k / lanes / V, j = k % lanes * V + k / lanes % V;
+  if (part > 0 || j >= n) return;
+  for (int p = 1; p < parts; ++p) all += sums[p * results + k];
+  if (which < 2) args.moments[(2 * group + which) * args.width + first + j] += all;
+  else counts[j] += static_cast<int>(all);
 }
 
 // With statistics. A block owns `lanes` words of columns for one group's tokens (group 0's also takes the unobserved ones), so that
@@ -210,12 +218,12 @@ __device__ __forceinline__ void add_to_statistics(const Args& args, int lanes, i
 template <class T, int V, bool Shared, bool Edited>
 __global__ void __launch_bounds__(kThreads<Shared>, Shared ? 1 : 2)
 glu_statistics_kernel(const Args args, const int lanes) {
-  constexpr int kDepth = Shared && V > 1 ? 3 : 1;  // tokens whose loads are under way: as registers allow
+  constexpr int kDepth = !Shared ? 1 : V > 1 ? 3 : 8;  // tokens whose loads are under way
   constexpr bool kLookup = Shared && V > 1 && std::is_same_v<T, __nv_bfloat16>;
   using Stride = std::conditional_t<V == 1, int64_t, unsigned>;  // in bytes; with less than 4 GB a product is one instruction
   extern __shared__ __align__(16) unsigned char dynamic[];
   int* const bins = reinterpret_cast<int*>(dynamic + kSketch);  // [lanes * V][kBins]
-  int2* const list = reinterpret_cast<int2*>(dynamic + kList);
+  Own* const list = reinterpret_cast<Own*>(dynamic + kList);
   const int lane = threadIdx.x % lanes, team = threadIdx.x / lanes, teams = blockDim.x / lanes, group = blockIdx.y;
   const int first = blockIdx.x * lanes * V, column = first + lane * V;
   const int n = static_cast<int>(min(static_cast<int64_t>(lanes * V), args.width - first));
@@ -231,16 +239,16 @@ glu_statistics_kernel(const Args args, const int lanes) {
   const Stride gate_bytes = args.gate_stride * sizeof(T), up_bytes = (args.up ? args.up_stride : args.gate_stride) * sizeof(T);
   char* const gate = reinterpret_cast<char*>(static_cast<T*>(args.gate) + column);
   const char* const up = args.up ? reinterpret_cast<const char*>(static_cast<const T*>(args.up) + column) : gate;  // read, not used
-  for (int from = 0; from < args.tokens; from += kStage) {
-    const int own = list_own<Edited>(args, from, list, reinterpret_cast<int*>(dynamic + kFound));
+  for (int64_t from = 0; from < args.tokens; from += kStage<Shared>) {
+    const int own = list_own<Shared, Edited>(args, from, list, reinterpret_cast<int*>(dynamic + kFound));
     if (team >= teams || lane * V >= n || team >= own) continue;
     Word<T, V> gates[kDepth], ups[kDepth];
-    int2 who[kDepth] = {};
-    const auto row = [&](int d) { return reinterpret_cast<T*>(gate + uint64_t(unsigned(who[d].x)) * gate_bytes); };
+    Own who[kDepth] = {};
+    const auto row = [&](int d) { return reinterpret_cast<T*>(gate + uint64_t(unsigned(who[d].token)) * gate_bytes); };
     const auto fetch = [&](int k, int d) {  // beyond the end the last one, for nothing: that spares a branch
       who[d] = list[min(k, own - 1)];
       gates[d].load(row(d));
-      ups[d].load(reinterpret_cast<const T*>(up + uint64_t(unsigned(who[d].x)) * up_bytes));
+      ups[d].load(reinterpret_cast<const T*>(up + uint64_t(unsigned(who[d].token)) * up_bytes));
     };
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) fetch(team + d * teams, d);
@@ -248,31 +256,31 @@ glu_statistics_kernel(const Args args, const int lanes) {
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
         if (begin + d * teams >= own) break;
-        const int profile = who[d].y & INT32_MAX;
+        const int profile = who[d].profile & INT32_MAX;
         if (Edited && profile != known) edits = lane_edits<V>(args, known = profile, column);
         float g[V], a[V], u[V], h[V];
         gates[d].get(g), ups[d].get(u);
         activate<sizeof(T) == 2>(args.act, g, a);
         for (int i = 0; i < V; ++i) h[i] = args.up ? a[i] * u[i] : a[i];
-        if (who[d].y >= 0) {
-          int place[V] = {};  // of the counters, in bytes; looked up all at once
+        if (who[d].profile >= 0) {
+          int place[V];  // of the counters, in bytes; looked up all at once
           if constexpr (kLookup) gates[d].places(dynamic, place);
           for (int i = 0; i < V; ++i) {
             const double x = h[i];
             sum[i] += x;
             squares[i] += x * x;
-            const int bin = kLookup ? 0 : bin_(a[i]);
+            if (!kLookup) place[i] = 4 * bin_(a[i]);
             if (Shared) {
-              const unsigned counter = g[i] > 0.f ? lane_bins + 4 * (i * kBins + bin) + place[i] : nowhere;
+              const unsigned counter = g[i] > 0.f ? lane_bins + 4 * i * kBins + place[i] : nowhere;
               asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(counter));
             } else {
-              if (g[i] > 0.f) atomicAdd(sketch + i * kBins + bin, 1);
+              if (g[i] > 0.f) atomicAdd(sketch + i * kBins + place[i] / 4, 1);
               count[i] += g[i] > 0.f;
             }
           }
         }
         if (Edited) edit(args, edits, column, gates[d], ups[d], h);
-        Word<T, V>::store(row(d), h);
+        Word<T, V>::store(row(d), h);  // before its place is taken
         fetch(begin + (d + kDepth) * teams, d);
       }
     }
@@ -292,49 +300,41 @@ cudaError_t launch(const Args& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int V, bool Shared>
-int bytes_of(int lanes) {
-  return max(kSketch + (Shared ? lanes * V * kBins * 4 : 0), (Shared ? 2 : 3) * V * kThreads<Shared> * 8);
-}
-
+// Of a group at least, so that no grid is empty. With Shared a multiprocessor has a block of words at a time: as wide as lets all
+// finish soonest, in whole sectors of 32 bytes.
 template <class T, int V, bool Shared>
-cudaError_t launch_statistics(const Args& args, int lanes, cudaStream_t stream) {  // of a group at least: no grid may be empty
-  const int bytes = bytes_of<V, Shared>(lanes);
+cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {
   const auto kernel = args.token_profile ? glu_statistics_kernel<T, V, Shared, true> : glu_statistics_kernel<T, V, Shared, false>;
-  const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;  // a kernel must be told beyond 48 KiB
-  const cudaError_t error = bytes > 48 * 1024 ? cudaFuncSetAttribute(kernel, most, bytes) : cudaSuccess;
-  if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, lanes * V)), static_cast<unsigned>(args.groups));
-  kernel<<<grid, kThreads<Shared>, bytes, stream>>>(args, lanes);
-  return cudaGetLastError();
-}
-
-// Each multiprocessor has a block at a time: the block is as wide as they finish soonest, in whole sectors of 32 bytes.
-template <class T, int V>
-cudaError_t launch_any_statistics(const Args& args, cudaStream_t stream) {
-  if (args.tokens < 192) return launch_statistics<T, V, false>(args, V == 1 ? 32 : 8, stream);  // beyond, a shared sketch pays
-  int device, processors, room, best = 2;
-  cudaError_t error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (!error) error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error) return error;
-  int64_t least = INT64_MAX;
-  for (int lanes = 2; lanes <= 128 && bytes_of<V, true>(lanes) <= room; lanes += 2) {
-    const int64_t rounds = ceil_div(ceil_div(args.width, lanes * V) * args.groups, processors), time = rounds * (lanes * V + 16);
-    if (time <= least) least = time, best = lanes;
+  const auto bytes = [](int n) { return max(kSketch + Shared * n * V * kBins * 4, (3 - Shared) * V * kThreads<Shared> * 8); };
+  int device, processors, room, best = V == 1 ? 32 : 8;
+  double least = INFINITY;
+  if (Shared) {  // beyond 48 KiB a kernel must be told: always the most there is, lest another thread's launch finds less
+    cudaError_t error = cudaGetDevice(&device);
+    if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (!error) error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
+    if (error) return error;
+    for (int lanes = 2; lanes <= 128 && bytes(lanes) <= room; lanes += 2) {
+      const int64_t rounds = ceil_div(ceil_div(args.width, lanes * V) * args.groups, processors);
+      const double time = rounds * (V * 512. / (kThreads<Shared> / lanes) + 16);  // 16: what a block takes besides
+      if (time <= least) least = time, best = lanes;
+    }
   }
-  return launch_statistics<T, V, true>(args, best, stream);
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.width, best * V)), static_cast<unsigned>(args.groups));
+  kernel<<<grid, kThreads<Shared>, bytes(best), stream>>>(args, best);
+  return cudaGetLastError();
 }
 
 template <class T>
 cudaError_t dispatch(const Args& args, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
-  constexpr int64_t kSize = sizeof(T);
-  const auto aligned = [](const void* x, int64_t row) {  // row: its stride in bytes
-    return reinterpret_cast<uintptr_t>(x) % 16 == 0 && row % 16 == 0 && row >> 32 == 0;
+  const auto aligned = [](const void* x, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(x) % 16 == 0 && stride % V == 0 && stride >> 30 == 0;  // rows of less than 4 GB
   };
-  const bool wide = args.width % V == 0 && aligned(args.gate, args.gate_stride * kSize) && aligned(args.up, args.up_stride * kSize);
-  if (args.groups) return wide ? launch_any_statistics<T, V>(args, stream) : launch_any_statistics<T, 1>(args, stream);
+  const bool wide = args.width % V == 0 && aligned(args.gate, args.gate_stride) && aligned(args.up, args.up_stride);
+  if (args.groups && args.tokens < 192)  // beyond, a shared sketch pays
+    return wide ? launch_statistics<T, V, false>(args, stream) : launch_statistics<T, 1, false>(args, stream);
+  if (args.groups) return wide ? launch_statistics<T, V, true>(args, stream) : launch_statistics<T, 1, true>(args, stream);
   if (args.token_profile) return wide ? launch<T, V, true>(args, stream) : launch<T, 1, true>(args, stream);
   return wide ? launch<T, V, false>(args, stream) : launch<T, 1, false>(args, stream);
 }

@@ -1,7 +1,8 @@
 // Enough of CUDA to run neurons_cuda.cu on a CPU, so that what its kernels read, edit, count and add up is tested where there is no
 // GPU. A block's threads are coroutines that go on until they wait for each other, at __syncthreads() or at what a warp does
-// together; blocks, and threads between two waits, run in a random order, so that what hangs on that order shows. What does not:
-// the device's own branches of neurons.h (exp, erf), atomics that are missing between two waits, alignment, and speed.
+// together; blocks, and threads between two waits, run in a random order, and some warps as late as can be, so that what hangs on
+// order shows. What does not: the device's own branches of neurons.h (exp, erf), atomics that are missing between two waits,
+// alignment, and speed.
 #pragma once
 
 #include <ucontext.h>
@@ -88,6 +89,8 @@ struct Thread {
 };
 
 constexpr int kStack = 64 * 1024, kShared = 227 * 1024;
+inline int processors, room;    // of the card: multiprocessors, and bytes of shared memory that a block may have
+inline size_t most = 48 * 1024, given;  // bytes that a launch may ask for, and that it did
 inline ucontext_t scheduler;
 inline std::vector<Thread> threads(1024);
 inline Thread* now;
@@ -133,16 +136,21 @@ inline void run_block(size_t bytes) {
     thread.context.uc_link = &scheduler;
     makecontext(&thread.context, begin, 0);
   }
+  unsigned asleep = random();  // warps, a bit each, that go on only when the others can't: whoever fails to wait for them shows
   while (true) {
     std::shuffle(order.begin(), order.end(), random);
+    bool more = false;
     for (unsigned k : order) {
-      if (threads[k].waits != kNone) continue;
+      if (threads[k].waits != kNone || (asleep >> k / 32 & 1)) continue;
       now = &threads[k];
       swapcontext(&scheduler, &now->context);
+      more = true;
     }
-    bool more = release(0, count, kBlock);
     for (unsigned first = 0; first < count; first += 32) more |= release(first, std::min(first + 32, count), kWarp);
-    if (!more) break;
+    if (more) continue;
+    if (release(0, count, kBlock)) asleep = random();
+    else if (asleep) asleep = 0;
+    else break;
   }
   for (unsigned k = 0; k < count; ++k)
     if (threads[k].waits != kDone) failed = "a thread waits for others that do not come";
@@ -150,10 +158,11 @@ inline void run_block(size_t bytes) {
 
 template <class Call>
 void launch(dim3 grid, dim3 size, size_t bytes, Call call) {
-  const bool fine = size.x <= 1024 && size.x % 32 == 0 && bytes <= kShared && grid.x && grid.y && grid.y <= 65535;
+  const bool fine = size.x <= 1024 && size.x % 32 == 0 && bytes <= most && grid.x && grid.y && grid.y <= 65535;
   failed = fine ? nullptr : "no such grid or block can be launched";
   if (failed) return;
   block_size = size;
+  given = bytes;
   body = call;
   std::vector<unsigned> order(grid.x * grid.y);
   for (unsigned k = 0; k < order.size(); ++k) order[k] = k;
@@ -167,10 +176,9 @@ void launch(dim3 grid, dim3 size, size_t bytes, Call call) {
 inline uint64_t& slot(unsigned lane) { return slots[now->number / 32][lane]; }
 
 inline void add_shared(unsigned address) {
-  if (address % 4 || address + 4 > kShared) failed = "an address beyond the shared memory";
+  if (address % 4 || address + 4 > given) failed = "an address beyond the shared memory";
   else ++*reinterpret_cast<unsigned*>(shared + address);
 }
-inline void touch(const void* address) { (void)*static_cast<const volatile char*>(address); }
 
 }  // namespace cuda_on_cpu
 
@@ -178,13 +186,15 @@ inline cudaError_t cudaGetLastError() { return cuda_on_cpu::failed ? cudaErrorIn
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_cpu::failed; }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  cuda_on_cpu::failed = bytes <= cuda_on_cpu::kShared ? nullptr : "more shared memory than there is";
+  using namespace cuda_on_cpu;
+  failed = bytes <= room && room <= kShared ? nullptr : "more shared memory than there is";
+  most = bytes;
   return cudaGetLastError();
 }
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-  return *value = what == cudaDevAttrMultiProcessorCount ? 132 : cuda_on_cpu::kShared, cudaSuccess;
+  return *value = what == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::processors : cuda_on_cpu::room, cudaSuccess;
 }
 
 #define blockIdx cuda_on_cpu::block_index

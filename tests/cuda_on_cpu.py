@@ -15,8 +15,7 @@ REWRITTEN = (
     (r"#include <cuda_\w+\.h>\n", ""),
     (r"extern __shared__ .* dynamic\[\];", "unsigned char* const dynamic = cuda_on_cpu::shared;"),
     (r"(\w+(?:<[\w, ]+>)?)<<<(.*), stream>>>\((.*)\);", r"cuda_on_cpu::launch(\2, [=] { \1(\3); });"),
-    (r'asm volatile\("red\.shared\.add\.u32 \[%0\], 1;" ::"r"\((.*)\)\);', r"cuda_on_cpu::add_shared(\1);"),
-    (r'asm volatile\("\{ \.reg \.f32 x; ld\.global\.nc\.f32 x, \[%0\]; \}" ::"l"\((.*)\)\);', r"cuda_on_cpu::touch(\1);"))
+    (r'asm volatile\("red\.shared\.add\.u32 \[%0\], 1;" ::"r"\((.*)\)\);', r"cuda_on_cpu::add_shared(\1);"))
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
@@ -38,7 +37,9 @@ def build(folder: Path):
     source, library = folder / "neurons_cuda_on_cpu.cpp", folder / "neurons_cuda_on_cpu.so"
     source.write_text(f'#include "cuda_on_cpu.h"\n{text}\nextern "C" const char* glu(const neurons::Args* args) {{ '
                       "return neurons::glu_cuda(*args, nullptr); }\n"
-                      'extern "C" int size_of_args() { return sizeof(neurons::Args); }\n')
+                      'extern "C" int size_of_args() { return sizeof(neurons::Args); }\n'
+                      'extern "C" void be_card(int processors, int room) {\n'
+                      "  cuda_on_cpu::processors = processors, cuda_on_cpu::room = room;\n}\n")
     compiler = os.environ.get("CXX", "c++").split()
     subprocess.run([*compiler, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-fPIC", "-shared", f"-I{Path(__file__).parent}",
                     f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
@@ -48,8 +49,8 @@ def build(folder: Path):
     return loaded
 
 
-def glu_of(library):
-    """neurons::glu_ by it, on tensors of the CPU."""
+def glu_of(library, processors=132, room=227 * 1024):
+    """neurons::glu_ by it, on tensors of the CPU, as on a card of so many multiprocessors and bytes of shared memory a block."""
     def glu_(gate, up, act, token_profile=None, edit_ptr=None, edit_index=None, edit_value=None, token_group=None, count=None,
              sketch=None, moments=None):
         at = lambda tensor: None if tensor is None else tensor.data_ptr()  # noqa: E731
@@ -58,7 +59,9 @@ def glu_of(library):
                     (torch.float32, torch.bfloat16, torch.float16).index(gate.dtype), at(token_profile), at(edit_ptr),
                     at(edit_index), at(edit_value), some(edit_ptr), some(edit_index), some(count), 1, at(token_group), at(count),
                     at(sketch), at(moments), None)
+        library.be_card(processors, room)
         error = library.glu(ctypes.byref(args))
         assert error is None, error
 
+    glu_.library = library
     return glu_

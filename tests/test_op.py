@@ -345,6 +345,7 @@ def test_errors_name_both_sides():
     ptr, value = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, 4)
     edits = lambda *four: (*four, None, None, None, None)  # noqa: E731
     fails("all four or none, got 1", gate, up, 0, edits(profile, None, None, None))
+    fails("edit_value: expected memory aligned", gate, up, 0, edits(profile, ptr, index, torch.zeros(9)[1:].view(2, 4)))
     fails(r"token_profile: expected shape \[4\].*got \[3\]", gate, up, 0, edits(profile[:3], ptr, index, value))
     fails("token_profile: expected dtype Int, got Long", gate, up, 0, edits(profile.long(), ptr, index, value))
     fails(r"edit_ptr: expected shape \[-1, 2\]", gate, up, 0, edits(profile, torch.zeros(2, 3, dtype=torch.int32), index, value))
@@ -538,7 +539,7 @@ def test_cuda_source_computes_the_product(cuda_source, width, layout, dtype):
 @pytest.mark.parametrize("where", (pytest.param("GPU", marks=needs_gpu), "the GPU's source on the CPU"))
 @pytest.mark.parametrize("dtype, tokens, width", (
     *((torch.float32, *shape) for shape in ((100, 300), (2100, 300), (2100, 301), (300, 2000), (300, 9000))),
-    *((torch.bfloat16, *shape) for shape in ((100, 300), (300, 600), (2100, 301), (200, 4000), (200, 9000))),
+    *((torch.bfloat16, *shape) for shape in ((5, 300), (100, 300), (300, 600), (2100, 301), (200, 4000), (200, 9000))),
     *((torch.float16, *shape) for shape in ((100, 300), (300, 600), (300, 601)))))
 def test_cuda_and_cpu_agree(dtype, tokens, width, where, request):
     """Each of the GPU's ways to gather statistics: few tokens; many, in blocks of few and of many columns; in elements, where rows
@@ -576,3 +577,17 @@ def test_cuda_looks_up_the_bins_that_it_computes(act, where, request):
             call(some, torch.ones_like(some), act, *(None,) * 4, group[:tokens], count, sketch, moments)
         both.append((count.cpu(), sketch.cpu()))
     assert all(map(torch.equal, *both)) and int(both[0][0].sum()) == int((every > 0).sum())
+
+
+@pytest.mark.parametrize("processors, room", ((108, 163), (82, 99), (1, 64)))
+def test_cuda_blocks_are_as_wide_as_a_card_has_room(cuda_source, processors, room):
+    """However many columns a block has on some card, in KiB of shared memory, the statistics are the same."""
+    gate, up = inputs(200, 1032, torch.bfloat16)
+    group, results = torch.arange(200, dtype=torch.int32) % 2, []
+    for call in (cuda_source, cuda_on_cpu.glu_of(cuda_source.library, processors, room * 1024)):
+        statistics = new_statistics(2, 1032, "cpu")
+        call(gate.clone(), up, 3, *(None,) * 4, group, *statistics)
+        results.append(statistics)
+    (*counts, moments), (*other_counts, other_moments) = results
+    assert all(map(torch.equal, counts, other_counts)) and torch.allclose(moments, other_moments, rtol=1e-12)
+    assert counts[0].sum() > 0

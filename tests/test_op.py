@@ -437,7 +437,7 @@ def test_cuda_source_compiles_without_spills(arch, tmp_path):
     run = subprocess.run([f"{cuda_home()}/bin/nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-c", str(ROOT / "csrc/neurons_cuda.cu"),
                           "-o", str(tmp_path / "neurons.o")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "spill stores" in run.stderr and not re.search(r"[1-9]\d* bytes spill", run.stderr)
+    assert "spill stores" in run.stderr and not re.search(r"[1-9]\d* bytes (spill|stack)", run.stderr)  # nor in memory otherwise
 
 
 @pytest.mark.skipif(not cuda_home(), reason="no nvcc")

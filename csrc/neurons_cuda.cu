@@ -316,7 +316,7 @@ cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {
     if (error) return error;
     for (int lanes = 2; lanes <= 128 && bytes(lanes) <= room; lanes += 2) {
       const int64_t rounds = ceil_div(ceil_div(args.width, lanes * V) * args.groups, processors);
-      const double time = rounds * (V * 512. / (kThreads<Shared> / lanes) + 16);  // 16: what a block takes besides
+      const double time = rounds * (1. * V * kThreads<Shared> / (kThreads<Shared> / lanes) + 16);  // 16: what a block takes besides
       if (time <= least) least = time, best = lanes;
     }
   }

@@ -26,6 +26,10 @@ class NoReply(Exception):
         self.lasting = lasting
 
 
+def no_address(url: str) -> UserError:
+    return UserError(f"{url[:200]!r}: expected the address of an OpenAI-compatible server, as http://localhost:8000/v1")
+
+
 def checked_url(url: str) -> str:
     try:
         parts = urlsplit(url)
@@ -33,7 +37,13 @@ def checked_url(url: str) -> str:
             return url
     except ValueError:  # a port that is none, an IPv6 address that is none
         pass
-    raise UserError(f"{url!r}: expected the address of an OpenAI-compatible server, as http://localhost:8000/v1")
+    raise no_address(url)
+
+
+def httpx_of(openai):
+    """The package that openai sends with: httpx, or httpx2, by its version."""
+    client = next(kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__name__ == "Client")
+    return importlib.import_module(client.__module__.split(".")[0])
 
 
 class Stopped(BaseException):
@@ -43,8 +53,7 @@ class Stopped(BaseException):
 def bounded_client(openai, stopped: threading.Event):
     """An HTTP client for the package openai that gives up a reply that never ends, in bytes or in time, and tries nothing again
     once `stopped` is set."""
-    client = next(kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__name__ == "Client")
-    httpx = importlib.import_module(client.__module__.split(".")[0])  # or httpx2, by the version of openai
+    httpx = httpx_of(openai)
 
     class Bounded(httpx.SyncByteStream):
         """Puts itself in the place of a response's stream."""
@@ -85,9 +94,12 @@ class Endpoint:
         self.limit, self.key, self.stopped = "max_tokens", os.environ.get("OPENAI_API_KEY") or "", threading.Event()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has")
-        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES,
-                                    timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT),
-                                    http_client=bounded_client(openai, self.stopped))
+        try:
+            self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES,
+                                        timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT),
+                                        http_client=bounded_client(openai, self.stopped))
+        except httpx_of(openai).InvalidURL as error:  # of hosts that urlsplit() takes
+            raise no_address(url) from error
         try:
             listed = self.client.with_options(max_retries=0, timeout=self.CONNECT).models.list()
             self.model = model or next(iter(listed)).id

@@ -116,7 +116,8 @@ def load_model(name: str | None = None, device: str | None = None, dtype: str | 
         words = f"--quantize {quantize}: {words}" if quantize else words
         if isinstance(error, ImportError):  # a package that its quantisation needs, say
             raise UserError(f"{flag} {name}: {words}") from error
-        raise UserError(f"{flag} {name}: neither a readable directory, a .gguf file nor a hub id in reach: {words}") from error
+        what = "can't be loaded" if Path(place).is_dir() else "neither a readable directory, a .gguf file nor a hub id in reach"
+        raise UserError(f"{flag} {name}: {what}: {words}") from error
     model.source = source
     with contextlib.suppress(UserError):  # a judge may have any structure
         if quantize and any(isinstance(mlp, Experts) for mlp in find_mlps(model)):

@@ -83,7 +83,7 @@ MODELS = {
     "more layers than the files hold": (edited_json("config.json", lambda c: c.update(num_hidden_layers=3)), "lack .*layers.2"),
     "weights cut off": (lambda folder: os.truncate(folder / "model.safetensors", 5000), "--model"),
     "weights of nothing": (written("model.safetensors", b""), "--model"),
-    "weights of garbage": (written("model.safetensors", b"\xff" * 3000), "--model"),
+    "weights of garbage": (written("model.safetensors", b"\xff" * 3000), "model: can't be loaded"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "--model"),
     "a configuration that is a list": (written("config.json", b"[1, 2]"), "--model"),
     "a configuration that is cut off": (lambda folder: os.truncate(folder / "config.json", 40), "--model"),
@@ -91,7 +91,7 @@ MODELS = {
     "negative sizes": (edited_json("config.json", lambda c: c.update(intermediate_size=-3)), "--model"),
     "heads that don't divide": (edited_json("config.json", lambda c: c.update(num_attention_heads=7)), "--model"),
     "a vocabulary that doesn't fit": (edited_json("config.json", lambda c: c.update(vocab_size=50)), "--model"),
-    "an unknown architecture": (edited_json("config.json", lambda c: c.update(model_type="nonsense")), "--model"),
+    "an unknown architecture": (edited_json("config.json", lambda c: c.update(model_type="nonsense")), "model: can't be loaded: .*nonsense"),
     "a quantisation whose package is missing": (edited_json("config.json", lambda c: c.update(quantization_config={
         "quant_method": "gptq", "bits": 4, "group_size": 128})), "--model"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("token*")], "--model"),
@@ -167,6 +167,7 @@ def test_hostile_leftovers(tmp_path):
     (induce, ("--trait", "openness", "--alpha", "1", "--save", ""), "--save"), (identify, ("--answers", ""), "--answers"),
     (identify, ("--engine", ""), "--engine"), (identify, ("--max-new-tokens", "1", "--trait", "openness"), "nothing to count"),
     (identify, ("--engine", "http://localhost:99999/v1"), "address"), (identify, ("--engine", "http://[::zz]/v1"), "address"),
+    (identify, ("--engine", "http://999.1.1.1/v1"), "address"), (identify, ("--engine", "http://[::1]x/v1"), "address"),
     (identify, ("--engine=--",), "expected"), (identify, ("--engine", "localhost:8000"), "address"), (identify, ("--engine", "http://local\thost/"), "address"),
     (identify, ("--limit", "٣"), "--limit"), (evaluate, ("--dose", "nan"), "--dose"), (evaluate, ("--judge-model", "/none/such"), "--judge-model"),
 ))

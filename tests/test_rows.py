@@ -717,13 +717,11 @@ def fresh_compiler():
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiled_while_steered(backend, family):
     """Also where layers are of different widths, so that no tensor holds what all have."""
-    model, x, rows = tiny(), prompts(), [1, 0, 2, 1]
+    model, x, rows, profiles = tiny(), prompts(), [1, 0, 2, 1], [random_profile(1), random_profile(2)]
     if family == "uneven":
         mlp, width = model.model.layers[1].mlp, model.config.intermediate_size // 2
         mlp.gate_proj, mlp.up_proj = (torch.nn.Linear(model.config.hidden_size, width) for _ in range(2))
         mlp.down_proj = torch.nn.Linear(width, model.config.hidden_size)
-    profiles = [random_profile(1), random_profile(2)]
-    if family == "uneven":
         profiles = [profile.chosen(profile.index < width) for profile in profiles]
     statistics, expected_statistics = Statistics.of(model), Statistics.of(model)
     assert bool(statistics.held.whole) == (family == "llama")
@@ -851,9 +849,10 @@ def test_compiled_code_checks_nothing_more_in_python_for_each_layer(monkeypatch)
         torch.compile(model, backend="eager")(**prompts())
         return len(checks)
 
-    plain = more_for_two_layers(count)
-    assert plain > 0, "nothing was counted, so this test proves nothing"
-    assert more_for_two_layers(count, *STEERED_AND_OBSERVED) <= plain
+    with torch._dynamo.config.patch(enable_cpp_symbolic_shape_guards=False):  # plain layers of torch 2.14 have none in Python
+        torch.compile(torch.sin, backend="eager", dynamic=True)(torch.ones(3, 4))
+    assert checks, "nothing was counted, so this test proves nothing"
+    assert more_for_two_layers(count, *STEERED_AND_OBSERVED) <= more_for_two_layers(count)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

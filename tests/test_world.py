@@ -88,9 +88,9 @@ def test_two_processes_equal_one(small, made, tmp_path):
 
 
 def shared_model(folder, family):
-    """With a width that 3 does not divide, and heads that 2 and 3 do."""
+    """With a width that 3 does not divide, and heads and a vocabulary that 2 and 3 do (which transformers 5.20 asks for)."""
     save_model(folder)
-    tiny(family, num_attention_heads=6, num_key_value_heads=6, hidden_size=48, intermediate_size=50).save_pretrained(folder)
+    tiny(family, num_attention_heads=6, num_key_value_heads=6, hidden_size=48, intermediate_size=50, vocab_size=108).save_pretrained(folder)
     return folder
 
 

@@ -7,6 +7,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -20,17 +21,22 @@ def extension():
         return {}  # an editable install is for people who edit: they get the build on first use, which sees changes
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:  # pip's isolated build has no torch: the op then compiles on first use
         return {}
     sys.path.insert(0, str(ROOT))
-    from personality.op import build_arguments
+    from personality.op import build_arguments, cuda_home, find_cuda
 
-    sources, flags, nvcc_flags = build_arguments(bool(CUDA_HOME and torch.version.cuda))
-    kind = CUDAExtension if nvcc_flags else CppExtension
-    arguments = {"cxx": flags, "nvcc": nvcc_flags} if nvcc_flags else {"cxx": flags}
-    return {"ext_modules": [kind("_neurons", [os.path.relpath(source, ROOT) for source in sources], extra_compile_args=arguments)],
-            "cmdclass": {"build_ext": BuildExtension}}
+    cuda = bool(torch.version.cuda and cuda_home())
+    if cuda and not torch.cuda.is_available():  # on a login node, or for a container: for all cards that torch and the op know
+        known = sorted(int(name[3:]) for name in torch.cuda.get_arch_list() if name[3:].isdigit() and int(name[3:]) >= 80)
+        every = ";".join(f"{arch // 10}.{arch % 10}" for arch in known or [80]) + "+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or every
+    sources, flags, nvcc_flags = build_arguments(cuda)
+    kind, links = CUDAExtension if cuda else CppExtension, find_cuda(Path(tempfile.mkdtemp())) if cuda else []
+    arguments = {"cxx": flags, "nvcc": nvcc_flags} if cuda else {"cxx": flags}
+    return {"ext_modules": [kind("_neurons", [os.path.relpath(source, ROOT) for source in sources], extra_compile_args=arguments,
+                                 extra_link_args=links)], "cmdclass": {"build_ext": BuildExtension}}
 
 
 setup(
@@ -44,7 +50,7 @@ setup(
     package_data={"personality.csrc": ["*.h", "*.cpp", "*.cu"], "personality.texts": ["*"]},
     entry_points={"vllm.general_plugins": ["personality = personality.vllm:register"]},
     py_modules=[],  # not the scripts: a module named evaluate would be in the way of Hugging Face's
-    install_requires=["torch>=2.6", "transformers>=5.0", "accelerate", "gguf>=0.10", "safetensors", "datasets", "filelock",
+    install_requires=["torch>=2.9", "transformers>=5.19", "accelerate", "gguf>=0.17.1", "safetensors", "datasets", "filelock",
                       "huggingface_hub", "jinja2", "matplotlib", "ninja", "numpy", "packaging", "pandas", "rich", "scipy>=1.15",
                       "setuptools", "tqdm", "tomli; python_version < '3.11'"],
     extras_require={

@@ -206,7 +206,7 @@ class Engine:
         fields = getattr(configuration_utils.ContinuousBatchingConfig, "__dataclass_fields__", ())
         if not hasattr(self.model, "init_continuous_batching") or "page_size" not in fields:
             raise UserError(f"{type(self.model).__name__}: transformers {transformers.__version__} has no continuous batching that "
-                            "the server knows: 5.23 has")
+                            "the server knows: 5.19 to 5.24 have")
         if getattr(self.model.config.get_text_config(), "kv_lora_rank", None):
             raise UserError(f"{type(self.model).__name__}: transformers' continuous batching has no cache for latent attention: "
                             "this model can't be served")

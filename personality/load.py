@@ -69,7 +69,7 @@ def tensor_parallel(world: World):
 
         return DistributedConfig(tp_size=world.tp)
     except (ImportError, TypeError) as error:
-        raise UserError(f"--tp: transformers {transformers.__version__} has no such sharing: 5.23 is tested") from error
+        raise UserError(f"--tp: transformers {transformers.__version__} has no such sharing: 5.19 to 5.24 have") from error
 
 
 def quantized_by(model) -> str | None:

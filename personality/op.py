@@ -98,17 +98,22 @@ def compiled():
     return module
 
 
+def find_cuda(directory: Path) -> list[str]:
+    """Have torch's builds use the compiler in cuda_home(), and link with its runtime: linker flags, of a folder that is there."""
+    from torch.utils import cpp_extension
+
+    home = cuda_home()
+    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = home  # where torch has looked already, perhaps in vain
+    runtime = next(iter(sorted(Path(home).glob("lib/libcudart.so.*"))), None)
+    if runtime and not (directory / "libcudart.so").exists():  # PyPI's package has it under its full name only
+        (directory / "libcudart.so").symlink_to(runtime)
+    return [f"-L{directory}"]
+
+
 def build(sources: list[str], flags: list[str], nvcc_flags: list[str], directory: Path) -> None:
     from torch.utils import cpp_extension
 
-    links = []
-    if nvcc_flags:
-        home = cuda_home()
-        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = home  # where torch has looked already, perhaps in vain
-        runtime = next(iter(sorted(Path(home).glob("lib/libcudart.so.*"))), None)
-        if runtime and not (directory / "libcudart.so").exists():  # PyPI's package has it under its full name only
-            (directory / "libcudart.so").symlink_to(runtime)
-        links = [f"-L{directory}"]
+    links = find_cuda(directory) if nvcc_flags else []
     try:
         cpp_extension.load("_neurons", sources, extra_cflags=flags, extra_cuda_cflags=nvcc_flags, extra_ldflags=links,
                            build_directory=str(directory), is_python_module=False, with_cuda=bool(nvcc_flags))

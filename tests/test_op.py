@@ -2,15 +2,19 @@
 
 import importlib.util
 import math
+import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
+from torch.utils import cpp_extension
 
 import cuda_on_cpu
 from conftest import ROOT
@@ -477,6 +481,22 @@ def test_the_compiler_of_the_packages_is_found(monkeypatch, tmp_path):
     assert cuda_home() == str(tmp_path / "site/nvidia/cu12")
     monkeypatch.setenv("CUDA_HOME", "/somewhere")
     assert cuda_home() == "/somewhere"
+
+
+@pytest.mark.parametrize("asked, built", (("", "8.0;9.0;12.0+PTX"), ("9.0", "9.0")))
+def test_built_ahead_for_all_cards_where_there_is_none(monkeypatch, tmp_path, asked, built):
+    """On a login node, or for a container: torch itself builds for the cards that it sees, and fails where that is none."""
+    kept = {}
+    for name, value in {"CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": asked}.items():
+        monkeypatch.setenv(name, value)
+    for place, name, value in ((torch.version, "cuda", "13.0"), (torch.cuda, "is_available", lambda: False), (cpp_extension, "CUDA_HOME", None),
+                               (torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_120", "sm_90", "sm_100a", "compute_120"]),
+                               (setuptools, "setup", kept.update), (sys, "argv", ["setup.py", "bdist_wheel"]), (sys, "path", [*sys.path])):
+        monkeypatch.setattr(place, name, value)
+    runpy.run_path(str(ROOT / "setup.py"))
+    [extension] = kept["ext_modules"]
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == built and any(source.endswith(".cu") for source in extension.sources)
+    assert f"-DNEURONS_CUDA=v{built.replace(';', '_').replace('+', '')}" in extension.extra_compile_args["cxx"]
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

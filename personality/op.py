@@ -45,14 +45,16 @@ def build_arguments(cuda: bool) -> tuple[list[str], list[str], list[str]]:
 
 def cuda_home() -> str | None:
     """Where CUDA's compiler is: $CUDA_HOME, that of the nvcc in PATH, where it is installed by default, or NVIDIA's packages on
-    PyPI, of torch's major version."""
+    PyPI, of torch's major version; one beside which its runtime lies before others, since an nvcc in PATH can be a script that
+    calls another."""
     if os.environ.get("CUDA_HOME"):
         return os.environ["CUDA_HOME"]
-    if shutil.which("nvcc"):
-        return str(Path(shutil.which("nvcc")).resolve().parent.parent)
     spec, major = importlib.util.find_spec("nvidia"), (torch.version.cuda or "").partition(".")[0]
     packaged = [Path(place) / f"cu{major}" for place in (spec.submodule_search_locations if spec else ()) if major]
-    return next((str(place) for place in (Path("/usr/local/cuda"), *packaged) if (place / "bin/nvcc").exists()), None)
+    in_path = [Path(nvcc).resolve().parent.parent] if (nvcc := shutil.which("nvcc")) else []
+    found = [place for place in (*in_path, Path("/usr/local/cuda"), *packaged) if (place / "bin/nvcc").exists()]
+    runtime = ("lib*/libcudart.so*", "lib/*/libcudart.so*", "targets/*/lib/libcudart.so*")  # NVIDIA's, Debian's, conda's
+    return next((str(place) for place in found if any(any(place.glob(name)) for name in runtime)), str(found[0]) if found else None)
 
 
 def check_cuda(device) -> None:

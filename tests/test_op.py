@@ -479,6 +479,12 @@ def test_the_compiler_of_the_packages_is_found(monkeypatch, tmp_path):
             on_device("cuda")
     monkeypatch.setenv("PATH", str(tmp_path / "site/nvidia/cu12/bin"))
     assert cuda_home() == str(tmp_path / "site/nvidia/cu12")
+    runtime = tmp_path / "site/nvidia/cu13/lib/libcudart.so.13"
+    runtime.parent.mkdir()
+    runtime.touch()
+    assert cuda_home() == str(tmp_path / "site/nvidia/cu12"), "of another version than torch's"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert cuda_home() == str(tmp_path / "site/nvidia/cu13"), "the one in PATH has no runtime: it calls another"
     monkeypatch.setenv("CUDA_HOME", "/somewhere")
     assert cuda_home() == "/somewhere"
 

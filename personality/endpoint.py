@@ -26,24 +26,21 @@ class NoReply(Exception):
         self.lasting = lasting
 
 
-def no_address(url: str) -> UserError:
-    return UserError(f"{url[:200]!r}: expected the address of an OpenAI-compatible server, as http://localhost:8000/v1")
-
-
-def checked_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and url.isprintable() and " " not in url:
-            return url
-    except ValueError:  # a port that is none, an IPv6 address that is none
-        pass
-    raise no_address(url)
-
-
 def httpx_of(openai):
     """The package that openai sends with: httpx, or httpx2, by its version."""
     client = next(kind for kind in openai.DefaultHttpxClient.__mro__ if kind.__name__ == "Client")
     return importlib.import_module(client.__module__.split(".")[0])
+
+
+def checked_url(url: str, httpx) -> str:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and url.isprintable() and " " not in url:
+            httpx.URL(url)  # it refuses some hosts that urlsplit() takes
+            return url
+    except (ValueError, httpx.InvalidURL):  # a port that is none, an IPv6 address that is none
+        pass
+    raise UserError(f"{url[:200]!r}: expected the address of an OpenAI-compatible server, as http://localhost:8000/v1")
 
 
 class Stopped(BaseException):
@@ -90,16 +87,13 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
-        self.url, self.model, self.in_flight, self.openai = checked_url(url), model, in_flight, openai
+        self.url, self.model, self.in_flight, self.openai = checked_url(url, httpx_of(openai)), model, in_flight, openai
         self.limit, self.key, self.stopped = "max_tokens", os.environ.get("OPENAI_API_KEY") or "", threading.Event()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has")
-        try:
-            self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES,
-                                        timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT),
-                                        http_client=bounded_client(openai, self.stopped))
-        except httpx_of(openai).InvalidURL as error:  # of hosts that urlsplit() takes
-            raise no_address(url) from error
+        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES,
+                                    timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT),
+                                    http_client=bounded_client(openai, self.stopped))
         try:
             listed = self.client.with_options(max_retries=0, timeout=self.CONNECT).models.list()
             self.model = model or next(iter(listed)).id

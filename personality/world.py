@@ -1,5 +1,6 @@
 """The processes that torchrun started: they share the questions, or hold one model together, or both."""
 
+import atexit
 import contextlib
 import os
 import re
@@ -43,7 +44,8 @@ class World:
         return world
 
     def meet(self) -> None:
-        """Make the groups."""
+        """Make the groups, and have them left before Python ends: gloo's threads let go of tensors only after a collective, and one
+        that then finds Python gone aborts a process that has done its work."""
         store, _, _ = next(torch.distributed.rendezvous("env://", timeout=WAIT))
 
         def part(name):
@@ -56,6 +58,13 @@ class World:
         gloo = torch.distributed.ProcessGroupGloo
         self.everyone = gloo(part("everyone"), self.rank, self.size, WAIT)
         self.peers = gloo(part(f"peers {self.place}"), self.number, self.teams, WAIT)
+        atexit.register(self.leave)
+
+    def leave(self) -> None:
+        """Drop the groups, which waits for their threads."""
+        self.everyone = self.peers = None
+        if self.tp > 1:
+            torch.distributed.destroy_process_group()
 
     @property
     def number(self) -> int:

@@ -84,6 +84,29 @@ def test_two_processes_equal_one(small, made, tmp_path):
         assert contents(out, trait)[name] == contents(tmp_path / "one", trait)[name]
 
 
+LEAVING = """
+import atexit, pathlib
+from personality.world import World
+
+def threads():
+    return [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")].count("pt_gloo_runloop")
+
+atexit.register(lambda: print(f"at the end {threads()}."))  # what is registered first runs last
+world = World.join(%d)
+world.wait()
+print(f"at work {threads() > 0}.")
+"""
+
+
+@pytest.mark.parametrize("tp", (1, 2))
+def test_no_thread_of_a_group_outlives_python(tmp_path, tp):
+    """One that lets go of a collective's tensors after Python has ended aborts a process that has done its work."""
+    (tmp_path / "script.py").write_text(LEAVING % tp)
+    process = torchrun(2, tmp_path / "script.py")
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and said.count("at work True.") == said.count("at the end 0.") == 2, said
+
+
 # ------------------------------------------------------------------------------------------------------ tensor parallel
 
 

@@ -5,9 +5,11 @@ profile of the request that it belongs to, and each request the sampling that it
 """
 
 import asyncio
+import atexit
 import contextlib
 import inspect
 import itertools
+import os
 import queue
 import threading
 from concurrent.futures import Future
@@ -168,8 +170,12 @@ class Engine:
         self.ended = lambda: None  # called in its thread when it has stopped, for whatever reason
         self.profiles, ready = [Profile.empty()] * rows, Future()
         self.thread = threading.Thread(target=self.work, args=(ready,), name="engine", daemon=True)
-        self.thread.start()
-        ready.result()
+        try:
+            self.thread.start()
+            ready.result()
+        except KeyboardInterrupt:  # the thread goes on loading, and Python that ends under it would abort the process
+            atexit.register(os._exit, 130)
+            raise
 
     def work(self, ready: Future) -> None:
         with contextlib.ExitStack() as undo:

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -196,6 +198,28 @@ def test_a_model_that_cannot_be_loaded():
 
     with pytest.raises(UserError, match="no such model"):
         Engine(load)
+
+
+LOADING = """
+import os, signal, sys, torch
+from personality.inflight import Engine
+
+def load():
+    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+    while True:
+        torch.ones(500, 500) @ torch.ones(500, 500)
+
+try:
+    Engine(load)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_while_a_model_loads():
+    """The thread that loads can't be stopped: Python that ended under it would abort the process."""
+    ended = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "")
 
 
 def test_an_error_in_a_step_reaches_who_waits(small, monkeypatch):

@@ -39,8 +39,8 @@ class World:
                             f"{f'a multiple of {tp}' if tp else '2 or more'}; got {size}")
         world = cls(rank, size, tp or size)
         if size > 1:
+            world.meet()  # where nothing but a signal's own action would end who waits for one that does not come
             signal.signal(signal.SIGTERM, lambda *_: (say(world.ended()), os._exit(143)))
-            world.meet()
         return world
 
     def meet(self) -> None:

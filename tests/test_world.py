@@ -107,6 +107,25 @@ def test_no_thread_of_a_group_outlives_python(tmp_path, tp):
     assert process.returncode == 0 and said.count("at work True.") == said.count("at the end 0.") == 2, said
 
 
+ABSENT = """
+import os, sys, time
+from personality.world import World
+
+if os.environ["RANK"] == "1":
+    time.sleep(1)
+    sys.exit("not today")
+World.join(%d)
+"""
+
+
+@pytest.mark.parametrize("tp", (1, 2))
+def test_who_waits_for_one_that_does_not_come_ends(tmp_path, tp):
+    """When torchrun says so; after 30 seconds it would be killed."""
+    (tmp_path / "script.py").write_text(ABSENT % tp)
+    said = torchrun(2, tmp_path / "script.py").communicate(timeout=300)[0]
+    assert "not today" in said and "Signal 15 (SIGTERM)" in said and "SIGKILL" not in said, said
+
+
 # ------------------------------------------------------------------------------------------------------ tensor parallel
 
 

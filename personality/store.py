@@ -28,13 +28,23 @@ def write_atomically(path: Path, data) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     data = data.encode() if isinstance(data, str) else data
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path):
+    """Have an error of writing, of a full disk say, name the file, as one of opening does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def cache_folder(name: str) -> Path:
@@ -202,17 +212,20 @@ class Journal:
     def append(self, *values: dict) -> None:
         """Write lines; they are on the disk when this returns."""
         lines = [to_line(value) for value in values]
-        with only_run(self.path.with_name(f".{self.path.name}.lock")), open(self.path, "a+b") as file:
+        alone = only_run(self.path.with_name(f".{self.path.name}.lock"))
+        # no buffer: what a full disk did not take would be written as the file is closed
+        with alone, naming(self.path), open(self.path, "a+b", buffering=0) as file:
             # others may have written meanwhile, or have died in the middle of a line
             start = file.seek(min(self.ends[-1], file.seek(0, os.SEEK_END)))
             self.ends[-1] = start + file.read().rfind(b"\n") + 1
             file.truncate(self.ends[-1])
             try:
-                file.write(b"".join(lines))
-                file.flush()
+                left = b"".join(lines)
+                while left:
+                    left = left[file.write(left):]
                 os.fsync(file.fileno())
-            except OSError:  # a full disk
-                os.truncate(self.path, self.ends[-1])
+            except OSError:
+                file.truncate(self.ends[-1])
                 raise
             for value, line in zip(values, lines):
                 self.add(len(line), value.get("key"))

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -119,6 +120,24 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     assert [line["key"] for line in Journal(tmp_path / "j.jsonl")] == ["a", "c"]
 
 
+@pytest.mark.parametrize("room", (0, 10, 5000, 40_000))
+def test_what_a_full_disk_did_not_take_is_not_written_later(tmp_path, room):
+    """A part of what is appended goes in, as on a disk that fills up; then there is room again."""
+    path = tmp_path / "j.jsonl"
+    journal, lines = Journal(path), [{"key": f"{k}", "text": "x" * 3000} for k in range(20)]
+    journal.append({"key": "a"})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            journal.append(*lines)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and error.value.filename == str(path)
+    journal.append(*lines)
+    assert [line["key"] for line in Journal(path)] == ["a", *(line["key"] for line in lines)]
+
+
 def test_threads_append(tmp_path):
     journal = Journal(tmp_path / "j.jsonl")
 
@@ -201,9 +220,9 @@ def test_write_atomically_leaves_the_old_file_on_failure(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as error:
         write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert error.value.filename == str(path) and path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("data", ("é\n", "é\n".encode(), ["é".encode(), b"\n"]))

@@ -29,6 +29,9 @@ def script(arguments, module: str) -> None:
     them: wrong flags are answered before anything heavy is imported. Exit code 0, 2 for an error that the user can mend, 130 for
     Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed, as a service's may be
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that can't show a dash shows a question mark

@@ -107,6 +107,19 @@ def test_exit_codes(monkeypatch, capsys):
         assert ended.value.code == code and words in error and "Traceback" not in error
 
 
+def test_closed_streams(monkeypatch):
+    """A service may have none of the three: what is said goes nowhere, and there is nothing to read."""
+    def main(args):
+        assert sys.stdout.write("a") == sys.stderr.write("b") == 1 and not sys.stdin.read()
+
+    monkeypatch.setitem(sys.modules, "fake_script", types.SimpleNamespace(main=main))
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        script(lambda: None, "fake_script")
+    assert ended.value.code == 0
+
+
 def test_tables_take_text_as_text(capsys):
     show_table("[red]t[/red]", ("[b]a", "b"), [["[/bold]x", "1"]])
     shown = capsys.readouterr().out

@@ -4,6 +4,7 @@ It is registered in C++, so there is no wrapper here. What is no tensor op (buil
 module that op() returns. SiteTensors are what it reads and writes at each of a model's sites.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -112,9 +113,18 @@ def find_cuda(directory: Path) -> list[str]:
     return [f"-L{directory}"]
 
 
+def find_ninja() -> None:
+    """Put pip's ninja in PATH: it is there already only where the environment of this Python is active."""
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), ninja.BIN_DIR)))
+
+
 def build(sources: list[str], flags: list[str], nvcc_flags: list[str], directory: Path) -> None:
     from torch.utils import cpp_extension
 
+    find_ninja()
     links = find_cuda(directory) if nvcc_flags else []
     try:
         cpp_extension.load("_neurons", sources, extra_cflags=flags, extra_cuda_cflags=nvcc_flags, extra_ldflags=links,

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from personality import UserError
 from personality.mlp import plain_sites
 from personality.observe import Statistics
 from personality.load import on_device
-from personality.op import cuda_home, op
+from personality.op import cuda_home, find_ninja, op
 
 ACTS = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -487,6 +488,13 @@ def test_the_compiler_of_the_packages_is_found(monkeypatch, tmp_path):
     assert cuda_home() == str(tmp_path / "site/nvidia/cu13"), "the one in PATH has no runtime: it calls another"
     monkeypatch.setenv("CUDA_HOME", "/somewhere")
     assert cuda_home() == "/somewhere"
+
+
+def test_ninja_is_found_where_its_environment_is_not_active(monkeypatch):
+    """As with .venv/bin/python identify.py."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    find_ninja()
+    assert shutil.which("ninja")
 
 
 @pytest.mark.parametrize("asked, built", (("", "8.0;9.0;12.0+PTX"), ("9.0", "9.0")))

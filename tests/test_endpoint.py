@@ -27,13 +27,14 @@ def questions_of(server):
     return [body["messages"][0]["content"] for body in server.seen]
 
 
-def test_a_server_that_stumbles_answers_all_the_same(tmp_path):
+def test_a_server_that_stumbles_answers_all_the_same(monkeypatch, tmp_path):
     """429, 500, 503, a stall, no JSON and an empty reply cost tries of their own requests only, and each reply is kept once."""
     stumbles = {2: (429, ""), 3: (500, ""), 5: (200, None), 6: "", 8: (503, ""), 10: "stall"}
+    monkeypatch.setattr(Endpoint, "TIMEOUT", 4)
 
     def stumbling(n, body):
         if stumbles.get(n) == "stall":
-            time.sleep(3)  # the client has given up by then
+            time.sleep(6)  # the client has given up by then
         return stumbles.get(n, f"about {body['messages'][0]['content']}")
 
     journal = Journal(tmp_path / "replies.jsonl")

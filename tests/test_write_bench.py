@@ -15,6 +15,7 @@ from tqdm import tqdm
 import identify
 from conftest import Server, lines_of, main_of, save_bench
 from personality import POLES, TRAITS, UserError, load_bench
+from personality.endpoint import Endpoint
 from personality.questions import all_facets, built_in_bench, text_table
 from personality.store import only_run
 from personality.write_bench import PER_REPLY, Builder, Duplicates, LocalWriter, fault, reply_lines
@@ -176,12 +177,13 @@ def test_a_writer_that_stumbles_makes_the_same_bench(monkeypatch, tmp_path):
         built(monkeypatch, tmp_path / "a", server.url, 12)
         whole = len(server.seen)
     stumbles = {3: (429, ""), 4: (429, ""), 7: (500, ""), 9: None, 11: "", 13: (503, ""), 20: "stall"}
+    monkeypatch.setattr(Endpoint, "TIMEOUT", 4)
     answered = collections.Counter()
 
     def stumbling(n, body):
         reply = stumbles.get(n, "fine")
         if reply == "stall":
-            time.sleep(3)  # the client has given up by then
+            time.sleep(6)  # the client has given up by then
             return (504, "")
         if n == 60:
             os.kill(os.getpid(), signal.SIGINT)

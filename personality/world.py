@@ -39,7 +39,7 @@ class World:
                             f"{f'a multiple of {tp}' if tp else '2 or more'}; got {size}")
         world = cls(rank, size, tp or size)
         if size > 1:
-            world.meet()  # where nothing but a signal's own action would end who waits for one that does not come
+            world.meet()  # before there is a handler: in C++, where a rank may wait for one that never comes, it would not run
             signal.signal(signal.SIGTERM, lambda *_: (say(world.ended()), os._exit(143)))
         return world
 

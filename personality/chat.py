@@ -44,11 +44,28 @@ class Chat:
     def forget_cache(self) -> None:
         self.cached, self.cache = [], DynamicCache(config=self.model.config)
 
+    def fitting(self, turns: list[dict]) -> tuple[list[dict], list[int]]:
+        """Turns that end with a question, and their ids. Where the model's context has no room for them, the older half of what was
+        said goes, again and again: not as little as will do, since the rest is to be read anew each time."""
+        system = [turn for turn in turns[:1] if turn["role"] == "system"]
+        said = kept = turns[len(system):-1]  # questions and their answers
+        while True:
+            asked = [*system, *kept, turns[-1]]
+            ids = prompt_ids(self.tokenizer, asked)
+            try:
+                check_length(self.model, [asked], [ids], [self.args.max_new_tokens])
+                break
+            except UserError:
+                if not kept:
+                    raise
+                kept = kept[2 * -(-len(kept) // 4):]
+        if len(kept) < len(said):
+            print(f"(the first {(len(said) - len(kept)) // 2} of {len(said) // 2} answers are forgotten: the context is full)")
+        return asked, ids
+
     def ask(self, line: str) -> None:
         """Print the answer to a line; Ctrl-C stops this answer only."""
-        turns = [*self.turns, {"role": "user", "content": line}]
-        ids = prompt_ids(self.tokenizer, turns)
-        check_length(self.model, [turns], [ids], [self.args.max_new_tokens])
+        turns, ids = self.fitting([*self.turns, {"role": "user", "content": line}])
         shared = min(len(os.path.commonprefix([self.cached, ids])), len(ids) - 1)
         if shared < len(self.cached):  # what was said is not computed again; a negative number: so many tokens go
             try:

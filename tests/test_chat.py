@@ -6,6 +6,7 @@ import pytest
 
 import induce
 from conftest import FRAMED, main_of, shared_flags, tiny
+from personality import UserError
 from personality.chat import Chat, converse
 from personality.frame import conversation
 from personality.methods import Character, Profiles
@@ -47,6 +48,29 @@ def test_what_is_refused_changes_nothing(small, made, monkeypatch, capsys):
     converse(small.model, small.tokenizer, profiles, Character({"extraversion": 2.0}), args)
     first, refusal, second = capsys.readouterr().out.splitlines()
     assert first.startswith("extraversion +2 ") and "no such neuron file" in refusal and second == "extraversion +7"
+
+
+def test_a_long_conversation_goes_on(small, capsys):
+    """Its older half is forgotten where the model's 512 positions are full, and nothing is where a question alone is too long."""
+    chat = Chat(small.model, small.tokenizer, SimpleNamespace(max_new_tokens=6, temperature=None, top_p=None, frame="person"))
+    lines, forgotten = [f"w{k} " + "w1 " * 30 + "?" for k in range(40)], 0
+    for line in lines:
+        before = chat.turns
+        chat.ask(line)
+        assert chat.turns[0] == before[0] and chat.turns[-2] == {"role": "user", "content": line}
+        assert chat.turns[-1] == {"role": "assistant", "content": asked_afresh(small.model, small.tokenizer, chat.turns[:-1])}
+        kept, had = chat.turns[1:-2], before[1:]
+        if len(kept) < len(had):
+            forgotten += 1
+            assert kept == had[-len(kept):] and len(kept) == 2 * (len(had) // 4)
+            assert f"the first {(len(had) - len(kept)) // 2} of {len(had) // 2} answers are forgotten" in capsys.readouterr().out
+    assert 2 < forgotten < 20
+    before = chat.turns
+    with pytest.raises(UserError, match="beyond this model's context of 512: ask shorter"):
+        chat.ask("w1 " * 600)
+    assert chat.turns == before and "forgotten" not in capsys.readouterr().out
+    chat.ask("w3 ?")
+    assert chat.turns[:-2] == before
 
 
 def asked_afresh(model, tokenizer, turns):

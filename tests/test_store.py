@@ -12,7 +12,7 @@ import pytest
 
 from personality import store
 from personality.store import (Journal, cache_folder, digest, json_lines, markdown, only_run, parse_json, read_text, read_toml,
-                               write_atomically)
+                               to_line, write_atomically)
 from personality.terminal import UserError
 
 # ------------------------------------------------------------------------------------------------------------- journal
@@ -53,6 +53,20 @@ def test_a_line_that_another_one_left_half_written_goes(tmp_path):
         file.write(b'{"key": "dead", "text": "' + b"x" * 70_000)
     second.append({"key": "b"})
     assert [line["key"] for line in Journal(path)] == ["a", "b"] and second["b"] == {"key": "b"} and first["a"] == {"key": "a"}
+
+
+def test_reading_leaves_a_line_that_another_one_is_writing(tmp_path):
+    """Who comes while another process writes a line once cut that line off, and whatever had come behind it meanwhile."""
+    path, lines = tmp_path / "j.jsonl", [{"key": name, "text": "x" * 70_000} for name in "abc"]
+    Journal(path).append(lines[0])
+    with open(path, "ab") as file:
+        file.write(to_line(lines[1])[:40])
+        file.flush()
+        late = Journal(path)
+        assert list(late) == lines[:1] and "b" not in late, "half of a line is none"
+        file.write(to_line(lines[1])[40:])
+    late.append(lines[2])
+    assert list(late) == list(Journal(path)) == lines and late["c"] == lines[2]
 
 
 def test_a_header_that_was_cut_off_is_written_anew(tmp_path):

@@ -11,6 +11,7 @@ from conftest import prompts
 from personality import Statistics, UserError, observe, steer
 from personality.judges import log_likelihoods, prefill
 from personality.mlp import find_mlps, shape_of
+from personality.model import read_once
 from personality.train import go_on
 from reference import close, random_profile, with_logits
 
@@ -31,6 +32,7 @@ WORKS = {
     "qwen2_moe": MOE, "qwen3_moe": MOE, "qwen3_next": {**MOE, **HYBRID}, "qwen3_5_text": HYBRID, "deepseek_v2": {**MOE, **LATENT},
     "deepseek_v3": {**MOE, **LATENT}, "glm4": {}, "glm4_moe": MOE, "cohere2": {}, "granite": {}, "smollm3": {}, "exaone4": {},
 }
+KEEPS_A_STATE = ("qwen3_next", "qwen3_5_text")
 REFUSED = {  # and by which words
     "gemma3n_text": (dict(num_kv_shared_layers=0, layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.95] * 2),
                      "Gemma3nTextMLP.*is not down"),
@@ -96,6 +98,22 @@ def test_reads_as_alone(kind, monkeypatch):
         first, again = (go_on(model, prompts, torch.tensor([said[0]] * 3)) for _ in range(2))
     assert torch.equal(first, again), "what was read stays as it is"
     assert close(first, torch.stack([alone(prompt, said[0])[1:] for prompt in asked]), 1e-3)
+
+
+@pytest.mark.parametrize("kind", WORKS)
+def test_a_prompt_of_several_rows_is_read_once(kind):
+    """Two prompts, one padded, in five rows, each in edits of its own: what they write is what they write where each reads its own."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    model, x, read = random_model(kind, WORKS[kind]), {name: two[[0, 1, 1, 0, 0]] for name, two in prompts(2).items()}, []
+    depth, width = shape_of(find_mlps(model))
+    with steer(model, random_profile(0, depth * width // 4, 6.0, width, depth), rows=[0, 1, 0, 1, 0]):
+        expected, logits = with_logits(model, **x)
+        look = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
+        ours, our_logits = with_logits(model, **x, **read_once(model, x["input_ids"], x["attention_mask"]))
+        look.remove()
+    assert torch.equal(ours, expected) and close(our_logits, logits, 1e-3)
+    assert read[:2] == ([(5, 6), (5, 1)] if kind in KEEPS_A_STATE else [(2, 5), (5, 1)])
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -1,20 +1,24 @@
 """A model and its tokenizer: templates, prompts, answers, base models, the default model."""
 
+import contextlib
 import importlib.util
 
 import pytest
 import torch
 
 import induce
+import personality.model as model_module
 import personality.op as op_module
 from conftest import FRAMED, TEMPLATE, lines_of, run, save_model, tiny
 from identify import identify
 from personality.frame import conversation
 from personality.methods import npti
-from personality.mlp import find_mlps
+from personality.mlp import find_mlps, shape_of
 from personality.load import DEFAULT_MODEL, default_dtype, default_model, load_model
 from personality.model import answer, answers, as_published, fingerprint, render, sampling
+from personality.observe import Statistics, observe
 from personality.steer import steer
+from reference import random_profile
 
 
 def test_chat_with_and_without_template(small, tmp_path):
@@ -43,6 +47,28 @@ def test_answer_equals_one_by_one(small):
         assert answers(small.model, small.tokenizer, [turns], 8) == [(text, ids)]
         assert len(ids) == 8 or ids[-1] == small.tokenizer.eos_token_id
         assert text == small.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("where, forwards", (("generated", [(2, 6), (6, 1)]), ("all", [(6, 7), (6, 1)])))
+@pytest.mark.filterwarnings("error")
+def test_rows_that_share_a_prompt(small, where, forwards, monkeypatch):
+    """It is read once for them, but where they edit it: then it is another one in each. Nothing else is to differ by that."""
+    profiles = [random_profile(seed, 24, 6.0, *shape_of(find_mlps(small.model))[::-1]) for seed in (0, 1)]
+    asked = [conversation(question) for question in ("w10 ?", "w20 w21 ?") for _ in range(3)]
+
+    def written():
+        read, statistics = [], Statistics.of(small.model)
+        look = small.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
+        with contextlib.ExitStack() as stack:
+            stack.callback(look.remove)
+            stack.enter_context(steer(small.model, profiles, [0, 1, 2] * 2, where))
+            stack.enter_context(observe(small.model, statistics, where=where))
+            return answers(small.model, small.tokenizer, asked, 4), statistics.tokens.item(), read
+
+    together, tokens, read = written()
+    monkeypatch.setattr(model_module, "read_once", lambda *_: {})
+    apart, expected, _ = written()
+    assert together == apart and tokens == expected and read[:2] == forwards and together[0] != together[1] != together[2]
 
 
 def test_a_fingerprint_sees_biases_and_no_embeddings():

@@ -163,8 +163,8 @@ def to_line(value: dict) -> bytes:
 
 
 class Journal:
-    """Work that is done, a JSON object a line, in a file that only grows: what a killed run left there is not done again; a last
-    line that it cut off is none. Only the lines' places are held in memory. Threads and processes can append to one file.
+    """Work that is done, a JSON object a line, in a file that only grows: what a killed run left there is not done again, and a
+    last line that it cut off goes. Only the lines' places are held in memory. Threads and processes can append to one file.
 
     Lines with a "key" are found by it; the last line of a key counts. header: what all lines depend on, the file's first line;
     a file with another one, or that is no journal, is refused and left as it is. is_line: whether a line holds what it should."""
@@ -182,7 +182,7 @@ class Journal:
         foreign = f"{self.path}: not a file of this program: move it away, or choose another --out"
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
-                if not line.endswith(b"\n"):  # cut off, or another process is writing it: append(), alone, finds out which
+                if not line.endswith(b"\n"):
                     if number < self.first and not to_line(header).startswith(line):
                         raise UserError(foreign)
                     break
@@ -201,6 +201,8 @@ class Journal:
                     text = line[:100].decode(errors="replace")
                     raise UserError(f"{self.path}, line {number + 1}: not what this program writes there: {text}")
                 self.add(len(line), key)
+        if self.path.stat().st_size > self.ends[-1]:
+            self.append()  # nothing; it waits for who may be writing that line, and cuts it off if nobody is
 
     def add(self, size: int, key) -> None:
         if key is not None:

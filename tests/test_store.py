@@ -55,18 +55,22 @@ def test_a_line_that_another_one_left_half_written_goes(tmp_path):
     assert [line["key"] for line in Journal(path)] == ["a", "b"] and second["b"] == {"key": "b"} and first["a"] == {"key": "a"}
 
 
-def test_reading_leaves_a_line_that_another_one_is_writing(tmp_path):
-    """Who comes while another process writes a line once cut that line off, and whatever had come behind it meanwhile."""
-    path, lines = tmp_path / "j.jsonl", [{"key": name, "text": "x" * 70_000} for name in "abc"]
-    Journal(path).append(lines[0])
-    with open(path, "ab") as file:
+def test_who_comes_while_a_line_is_written_waits(tmp_path):
+    """It once took the half of it that was there for what a killed run had left, and cut it off, with whatever had come behind."""
+    path, lines, late = tmp_path / "j.jsonl", [{"key": name, "text": "x" * 70_000} for name in "abc"], []
+    early = Journal(path)
+    early.append(lines[0])
+    with only_run(tmp_path / ".j.jsonl.lock"), open(path, "ab") as file:
         file.write(to_line(lines[1])[:40])
         file.flush()
-        late = Journal(path)
-        assert list(late) == lines[:1] and "b" not in late, "half of a line is none"
+        assert list(early) == lines[:1], "half of a line is none"
+        comes = threading.Thread(target=lambda: late.append(Journal(path)))
+        comes.start()
+        comes.join(0.3)
         file.write(to_line(lines[1])[40:])
-    late.append(lines[2])
-    assert list(late) == list(Journal(path)) == lines and late["c"] == lines[2]
+    comes.join()
+    late[0].append(lines[2])
+    assert list(late[0]) == list(Journal(path)) == lines and late[0]["c"] == lines[2]
 
 
 def test_a_header_that_was_cut_off_is_written_anew(tmp_path):

@@ -89,7 +89,7 @@ from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show
 from personality.observe import FEWEST, Statistics, observe, shapes_at  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
 from personality.train import add_trained  # noqa: E402
-from personality.store import Journal, digest, json_lines, only_run, to_line, write_atomically  # noqa: E402
+from personality.store import Journal, digest, json_lines, lock_of, only_run, to_line, write_atomically  # noqa: E402
 from personality.world import World  # noqa: E402
 
 
@@ -156,33 +156,52 @@ class Run:
         of = f".{rank}of{self.world.size}" + (f"by{self.world.tp}" if self.world.tp > 1 else "") if self.world.size > 1 else ""
         return self.path.with_name(f".{self.trait}.{self.key}{of}.{what}")
 
-    def identify(self) -> Neurons:
-        """The neuron file: the one that is there, if it was made of the same, else a new one."""
-        with only_run(self.file_of(self.world.rank, "lock"), f"{self.path}: another run makes it, this one waits"):
-            there = self.file_there()
+    def identify(self) -> Neurons | None:
+        """The neuron file: the one that is there, if it was made of the same, else a new one. Of several processes the first has
+        it."""
+        with self.alone():
+            there, found = self.file_there(), None
             if there and there.key == self.key:
                 self.world.say(f"{self.path} is there, made with the same model, questions and options")
             else:
                 self.go_on()
                 self.world.add_up(self.statistics.state())
-                if not self.world.number:
-                    self.write()
+                found = None if self.world.number else self.summarise()
             self.world.wait()
-            if not self.world.rank:
-                self.collect_answers()
+            neurons = None if self.world.rank else self.put(found)
             self.world.wait()
-        return Neurons.load(self.path)
+        return neurons
+
+    @contextlib.contextmanager
+    def alone(self):
+        """No other run of these options meanwhile, of however many processes: the first holds the lock, the others wait for it."""
+        lock, busy = self.path.with_name(f".{self.trait}.{self.key}.lock"), f"{self.path}: another run makes it, this one waits"
+        with contextlib.nullcontext() if self.world.rank else only_run(lock, busy):
+            self.world.wait()
+            yield
 
     def file_there(self) -> Neurons | None:
         """The neuron file that is there and whole, of whatever options."""
         with contextlib.suppress(UserError):
             return Neurons.load(self.path)
 
-    def write(self) -> None:
+    def summarise(self) -> tuple[list[int], dict]:
+        """(tokens by pole, what a neuron file holds), of all processes."""
+        return self.statistics.tokens.tolist(), self.world.put_together(self.statistics.summary(self.world.place))
+
+    def put(self, found) -> Neurons:
+        """Put what was found, or nothing new, in its place, with the answers. Runs of other options may want that place too."""
+        with only_run(lock_of(self.path)):
+            if found:
+                self.write(*found)
+            neurons = Neurons.load(self.path)
+            if neurons.key != self.key:
+                raise UserError(f"{self.path}: was replaced by a run of other options meanwhile: start it again")
+            self.collect_answers()
+        return neurons
+
+    def write(self, tokens: list[int], tensors: dict) -> None:
         """Write the neuron file. What a run with other options made is kept under a name that says which."""
-        tokens, tensors = self.statistics.tokens.tolist(), self.world.put_together(self.statistics.summary(self.world.place))
-        if self.world.rank:
-            return
         if not bool(tensors["prob"].any()):
             raise UserError(f"{self.trait}: no expert saw {FEWEST} tokens under either pole: a higher --limit or --max-new-tokens")
         compliance = self.compliance()

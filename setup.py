@@ -50,7 +50,7 @@ setup(
     package_data={"personality.csrc": ["*.h", "*.cpp", "*.cu"], "personality.texts": ["*"]},
     entry_points={"vllm.general_plugins": ["personality = personality.vllm:register"]},
     py_modules=[],  # not the scripts: a module named evaluate would be in the way of Hugging Face's
-    install_requires=["torch>=2.9", "transformers>=5.19", "accelerate", "gguf>=0.17.1", "safetensors", "datasets", "filelock",
+    install_requires=["torch>=2.9", "transformers>=5.19", "accelerate", "gguf>=0.17.1", "safetensors", "datasets", "filelock>=4",
                       "huggingface_hub", "jinja2", "matplotlib", "ninja", "numpy", "packaging", "pandas", "rich", "scipy>=1.15",
                       "setuptools", "tqdm", "tomli; python_version < '3.11'"],
     extras_require={

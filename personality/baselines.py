@@ -23,7 +23,7 @@ from .model import answer_inputs, enough_memory
 from .neurons import NeuronFolder, Neurons
 from .questions import Bench
 from .steer import Profile, hidden_states
-from .store import digest, only_run, write_atomically
+from .store import digest, lock_of, only_run, write_atomically
 from .terminal import UserError, progress, resumable
 from .train import (ANSWERS, NO_ROOM, ROWS, answers_to_learn, divergence, frozen, levels, options, slopes_of, student_says,
                     trained_on)
@@ -90,6 +90,16 @@ class Baselines:
     def path(self, trait: str, method: str, name: str) -> Path:
         return Path(self.neurons.folder) / "baselines" / f"{trait}.{self.key(trait, method)}.{name}"
 
+    @contextlib.contextmanager
+    def to_be_made(self, path: Path):
+        """Whether what is trained once is missing; while one run makes it, others wait."""
+        if path.exists():
+            yield False
+            return
+        path.parent.mkdir(exist_ok=True)
+        with resumable(), only_run(lock_of(path), f"{path}: another run trains it, this one waits"):
+            yield not path.exists()
+
     # ------------------------------------------------------------------------------------- constants on the residual stream
 
     def residual(self, trait: str, level: float, name: str = "") -> Profile:
@@ -103,9 +113,9 @@ class Baselines:
     def read_constants(self, trait: str):
         """(float32 (2, layers, hidden_size), the dose response (2, doses, 4)), trained where they are not there."""
         path = self.path(trait, "residual", "residual.safetensors")
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, save(self.train_constants(self.neurons[trait])))
+        with self.to_be_made(path) as missing:
+            if missing:
+                write_atomically(path, save(self.train_constants(self.neurons[trait])))
         try:
             with safe_open(path, "pt") as file:
                 return file.get_tensor("constants"), file.get_tensor("dose")
@@ -117,7 +127,7 @@ class Baselines:
             none = torch.zeros((len(layers_of(self.model)), find_mlps(self.model)[0].hidden), device=self.model.device)
             return fitted(self.model, [*lessons], sign, none, step)
 
-        with resumable(), enough_memory(NO_ROOM):
+        with enough_memory(NO_ROOM):
             both = [trained_on(self.model, self.tokenizer, self.bench, neurons, pole, self.seed, fit, PASSES) for pole in POLES]
             dose = levels(self.model, self.tokenizer, self.bench, neurons,
                           lambda pole, multiple: constant_profile(multiple * both[POLES.index(pole)]))
@@ -129,11 +139,9 @@ class Baselines:
     def tuned(self, trait: str, pole: str):
         """The model with a pole's adapters, which are trained where they are not there."""
         peft, path = check_peft(), self.path(trait, "lora", f"{pole}.lora")
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            with resumable(), only_run(path.with_name(f".{path.name}.lock"), f"{path}: another run trains it, this one waits"):
-                if not path.exists():
-                    self.train_adapters(self.neurons[trait], pole, path)
+        with self.to_be_made(path) as missing:
+            if missing:
+                self.train_adapters(self.neurons[trait], pole, path)
         try:
             config, weights = peft.PeftConfig.from_pretrained(path), load_file(path / "adapter_model.safetensors")
         except Exception as error:  # of a damaged folder, in many ways

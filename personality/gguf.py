@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from .store import cache_folder
+from .store import cache_folder, name_beside
 from .terminal import UserError, say
 
 SIZES = "sizes.json"  # of a folder's other files, by name
@@ -57,12 +57,14 @@ def dequantised(path: Path) -> Path:
     plain = type(packed)(type(packed.config).from_dict(config))
     plain.load_state_dict(packed.state_dict())
     plain.generation_config = packed.generation_config
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    temporary = name_beside(directory)
     plain.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / SIZES).write_text(json.dumps(sizes_of(temporary)))
     try:
         os.replace(temporary, directory)
-    except OSError:  # another run was first
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not directory.exists():  # where another run was first, it is
+            raise
     return directory

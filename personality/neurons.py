@@ -17,7 +17,7 @@ from .mlp import find_mlps, shape_of
 from .model import fingerprint, name_of
 from .questions import published_names
 from .steer import check_places
-from .store import parse_json, read_text, write_atomically
+from .store import lock_of, only_run, parse_json, read_text, write_atomically
 from .terminal import UserError, say, show_table
 
 FORMAT = 2  # with a digest of all that a file holds; format 1, which has none, is read too
@@ -94,6 +94,13 @@ class Neurons:
         self.meta["digest"] = self.digest()
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         write_atomically(path, save(tensors, metadata={"neurons": json.dumps(self.meta, sort_keys=True)}))
+
+    def save_over(self) -> None:
+        """Put it, with what was added, in the place of the file that it was read from, unless that is another one by now."""
+        with only_run(lock_of(path := Path(self.path))):
+            if Neurons.load(path).key != self.key:
+                raise UserError(f"{path}: was replaced while its edits were trained: start it again")
+            self.save(path)
 
     @classmethod
     def load(cls, path: Path, model=None) -> "Neurons":
@@ -274,17 +281,17 @@ def show_folder(folder: str) -> None:
     """Print what a neuron folder holds."""
     from rich.text import Text
 
-    paths, rows = sorted(Path(folder).glob("*.safetensors")), []
+    paths, rows = sorted(path for path in Path(folder).glob("*.safetensors") if not path.name.startswith(".")), []
     if not paths:
         raise UserError(f"--list: no neuron files in {folder}: python identify.py makes them")
     for path in paths:
         name = path.stem.replace(".", "\n.", 1)  # TRAIT.KEY, over two lines
         try:
-            neurons = Neurons.load(path)
-        except UserError as error:
+            neurons, date = Neurons.load(path), datetime.fromtimestamp(path.stat().st_mtime)
+        except (UserError, OSError) as error:  # damaged, or of a run that puts another one there just now
             rows.append([name, Text(" ".join(str(error).split()), style="red")])
             continue
-        meta, date = neurons.meta, datetime.fromtimestamp(path.stat().st_mtime)
+        meta = neurons.meta
         rows.append([name, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),
                      f"{sum(meta['tokens']):,}", f"{date:%Y-%m-%d}",
                      f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}"

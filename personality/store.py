@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from array import array
 from pathlib import Path
 
@@ -23,9 +24,14 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def name_beside(path: Path) -> Path:
+    """A name for what becomes `path` once it is whole; nobody else's, on a disk that other machines write to, too."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def write_atomically(path: Path, data) -> None:
     """A reader, or a run after a crash, sees the old file or the whole new one. data: text, bytes, or an iterable of bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = name_beside(path)
     data = data.encode() if isinstance(data, str) else data
     try:
         with naming(path), open(temporary, "wb") as file:
@@ -74,6 +80,11 @@ def only_run(path: Path, busy: str | None = None, wait: bool = True):
     finally:
         Path(path).unlink(missing_ok=True)  # before it is released: who waits for it then finds that the name is free
         lock.release()
+
+
+def lock_of(path: Path) -> Path:
+    """Of who replaces or goes on with a file."""
+    return path.with_name(f".{path.name}.lock")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -212,7 +223,7 @@ class Journal:
     def append(self, *values: dict) -> None:
         """Write lines; they are on the disk when this returns."""
         lines = [to_line(value) for value in values]
-        alone = only_run(self.path.with_name(f".{self.path.name}.lock"))
+        alone = only_run(lock_of(self.path))
         # no buffer: what a full disk did not take would be written as the file is closed
         with alone, naming(self.path), open(self.path, "a+b", buffering=0) as file:
             # others may have written meanwhile, or have died in the middle of a line

@@ -342,9 +342,7 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
             tensors |= {f"{pole}_place": place.int(), f"{pole}_bias": biases[pole][place[:, 0], place[:, 1]]}
             if moved <= 0:
                 say(f"{path}: the trained edits of the {pole} pole moved no answers to it, at any strength")
-        if Neurons.load(path).key != neurons.key:
-            raise UserError(f"{path}: was replaced while its edits were trained: start it again")
         neurons = Neurons({**neurons.tensors, **tensors}, {**neurons.meta, "trained": made_with, "training": TRAINING}, str(path))
-        neurons.save(path)
+        neurons.save_over()
         kept.unlink(missing_ok=True)
     return neurons

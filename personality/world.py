@@ -40,7 +40,7 @@ class World:
         world = cls(rank, size, tp or size)
         if size > 1:
             world.meet()  # before there is a handler: in C++, where a rank may wait for one that never comes, it would not run
-            signal.signal(signal.SIGTERM, lambda *_: (say(world.ended()), os._exit(143)))
+            signal.signal(signal.SIGTERM, world.end)
         return world
 
     def meet(self) -> None:
@@ -79,6 +79,12 @@ class World:
     @property
     def teams(self) -> int:
         return self.size // self.tp
+
+    def end(self, *_) -> None:
+        """On SIGTERM."""
+        with contextlib.suppress(RuntimeError):  # it came while something was being said
+            say(self.ended())
+        os._exit(143)
 
     def ended(self) -> str:
         return f"rank {self.rank}: another rank has ended. What was finished is kept: the same command goes on"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +172,15 @@ def contents(out, trait="extraversion"):
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def said_in_time(capsys, words, seconds=20):
+    """Whether they come on stderr, from another thread."""
+    said, deadline = "", time.monotonic() + seconds
+    while words not in said and time.monotonic() < deadline:
+        said += capsys.readouterr().err
+        time.sleep(0.01)
+    return words in said
 
 
 def prompt_of(small, question, persona=None):

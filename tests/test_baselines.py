@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 
 import evaluate
-from conftest import FRAMED, exit_of, main_of, shared_flags
+from conftest import FRAMED, exit_of, main_of, said_in_time, shared_flags
 from personality import train
 from personality.baselines import Baselines, check_peft, constant_profile, fitted, shifted, surprise
 from personality.mlp import find_mlps
@@ -77,6 +78,23 @@ def test_residual_constants_come_nearer_to_the_teacher(small, baselines, monkeyp
     other = Baselines(small.model, small.tokenizer, small.bench, baselines.neurons, seed=1)
     other.residual("extraversion", 1.0)
     assert len(pairs) == 4, "of another seed they are others"
+
+
+def test_who_waited_finds_the_constants(small, baselines, folder, monkeypatch, capsys):
+    """Two runs want them at once: the second once trained its own, and went on with them."""
+    other, made, calls = Baselines(small.model, small.tokenizer, small.bench, baselines.neurons), {}, []
+    wants = threading.Thread(target=lambda: made.update(late=other.residual("extraversion", 1.0)))
+
+    def train_constants(neurons):
+        calls.append(wants.start())
+        assert said_in_time(capsys, "another run trains it, this one waits")
+        return Baselines.train_constants(baselines, neurons)
+
+    monkeypatch.setattr(baselines, "train_constants", train_constants)
+    monkeypatch.setattr(other, "train_constants", lambda neurons: pytest.fail("it is there"))
+    first = baselines.residual("extraversion", 1.0)
+    wants.join()
+    assert torch.equal(first.residual[1], made["late"].residual[1]) and len(calls) == 1
 
 
 def test_damaged_constants_are_one_line(baselines, folder):

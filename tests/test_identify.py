@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import identify
-from conftest import FRAMED, ROOT, contents, lines_of, prompt_of, run, save_model, shared_flags
+from conftest import FRAMED, ROOT, contents, lines_of, prompt_of, run, said_in_time, save_model, shared_flags
 from personality import POLES
 from personality.load import load_model
 from personality.model import answers
@@ -172,13 +172,44 @@ def test_two_runs_of_the_same_at_once(small, made, tmp_path, capsys):
     def begin(number, rows):
         if number == 0:
             second.start()
-            time.sleep(0.5)
+            assert said_in_time(capsys, "another run makes it, this one waits")
 
     with each_batch(small.model, begin):
         first.identify()
         second.join()
-    assert contents(tmp_path) == contents(made) and "another run makes it" in capsys.readouterr().err
+    assert contents(tmp_path) == contents(made)
     assert {path.name for path in tmp_path.iterdir()} == set(contents(made))
+
+
+def test_runs_of_other_options_at_once(small, made, tmp_path, monkeypatch):
+    """The second comes while the first, whose neuron file is there, has yet to put its answers beside it."""
+    first, other = run(small, tmp_path), run(small, tmp_path, seed=7)
+    second, collect = threading.Thread(target=other.identify), first.collect_answers
+
+    def meanwhile():
+        second.start()
+        second.join(1)  # it has long written its answers by then
+        collect()
+
+    monkeypatch.setattr(first, "collect_answers", meanwhile)
+    assert first.identify().key == first.key
+    second.join()
+    assert list(contents(tmp_path, f"extraversion.{first.key}").values()) == list(contents(made).values()), "kept, with its own answers"
+    run(small, tmp_path / "alone", seed=7).identify()
+    assert contents(tmp_path) == contents(tmp_path / "alone")
+    assert len([*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.jsonl")]) == 4
+
+
+def test_a_file_that_is_replaced_while_it_is_looked_at(small, made, tmp_path, monkeypatch):
+    """Nobody gets the neurons of other options in the place of those asked for."""
+    first = run(small, tmp_path)
+    there = first.identify()
+    run(small, tmp_path, seed=7).identify()
+    before = contents(tmp_path)
+    monkeypatch.setattr(first, "file_there", lambda: there)
+    with pytest.raises(UserError, match="replaced by a run of other options meanwhile: start it again"):
+        first.identify()
+    assert contents(tmp_path) == before
 
 
 def test_identify_from_python(small, made, tmp_path):

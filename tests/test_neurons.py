@@ -151,8 +151,11 @@ def test_a_file_that_lacks_what_is_shown_of_it(made, tmp_path, capsys, name):
     neurons = Neurons.load(made / "extraversion.safetensors")
     Neurons(neurons.tensors, {key: value for key, value in neurons.meta.items() if key != name}).save(tmp_path / "a.safetensors")
     shutil.copy(made / "extraversion.safetensors", tmp_path / "b.safetensors")
+    (tmp_path / ".extraversion.0123.state.safetensors").write_bytes(b"of a run that goes on")
+    (tmp_path / "c.safetensors").symlink_to("as if a run were just replacing it")
     show_folder(str(tmp_path))
     text = "".join(capsys.readouterr().out.split())
+    assert ".0123" not in text and "c.safetensors:nosuchneuronfile" in text
     assert f"whatitholdsas{name}can'tbe" in text and "12questions" in text
 
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from conftest import said_in_time
 from personality import store
 from personality.store import (Journal, cache_folder, digest, json_lines, markdown, only_run, parse_json, read_text, read_toml,
                                to_line, write_atomically)
@@ -203,10 +204,10 @@ def test_one_run_at_a_time(tmp_path, capsys):
             pytest.fail("both have it")
         waiting = threading.Thread(target=second)
         waiting.start()
-        time.sleep(0.2)
+        assert said_in_time(capsys, "another run has it, this one waits")
         order.append("first")
     waiting.join()
-    assert order == ["first", "second"] and "this one waits" in capsys.readouterr().err and not lock.exists()
+    assert order == ["first", "second"] and not lock.exists()
 
 
 def hold(lock, ready):

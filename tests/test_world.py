@@ -50,6 +50,21 @@ def test_leftovers_of_fewer_processes_replace_nothing(small, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"extraversion.safetensors", "extraversion.answers.jsonl", "whole"}
 
 
+def test_equal_runs_at_once(small, made, tmp_path):
+    """Two of two processes each and one of one: while each process had a lock of its own, two runs could wait for each other."""
+    (tmp_path / "answers.jsonl").write_text((made / "extraversion.answers.jsonl").read_text() * 40)
+    flags = ("identify.py", *shared_flags(small), "--bench", small.bench_dir, "--batch-size", 4, "--out", tmp_path / "out", "--answers",
+             tmp_path / "answers.jsonl", "--trait", "extraversion")
+    processes = [torchrun(number, *flags) for number in (2, 2, 1)]
+    try:
+        said = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        [process.terminate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert sum("is there, made with the same" in words for words in said) == 2, "one has made it"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(contents(made))
+
+
 def test_two_processes_equal_one(small, made, tmp_path):
     """One of two is killed in the middle of the second trait: the other stops and says so. The next start goes on, and in the end
     there is what one process makes: of a trait that ran through and of one that was interrupted."""

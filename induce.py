@@ -72,6 +72,7 @@ def parser() -> Flags:
 
 DEFAULT = parser().get_default
 NPTI_ONLY = ("keep", "suppress", "min_delta", "min_neurons")  # what they say of its neurons, other methods don't have
+THERE = "there is something already: move it away, or choose another name"
 UNSAVABLE = "a checkpoint can't tell prompt from answer, can't draw neurons, and can't cap an activation"
 ONLY_WITH = {"--save DIR": ("rank", "verify", "verify_server"),
              "--serve": ("characters", "host", "port", "api_key", "rows", "queue")}
@@ -93,8 +94,7 @@ RULES = [(lambda args, name=name, work=work: getattr(args, name) != DEFAULT(name
      "torchrun's processes answer together, each with a part of the model: --tp says so"),
     (lambda args: args.rank and args.method == "trained", "--rank is of the neurons that NPTI raises: trained edits raise none"),
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
-    (lambda args: args.out and os.path.exists(args.out),
-     "--out {out}: there is something already: move it away, or choose another name"),
+    (lambda args: args.out and os.path.exists(args.out), f"--out {{out}}: {THERE}"),
     (lambda args: args.level and (args.alpha or args.method != "trained"),
      "--level L is of trained edits: --alpha and other methods go without it"),
     (lambda args: args.profile and (args.trait or args.alpha or args.level),
@@ -138,7 +138,7 @@ from personality.model import answers, fingerprint, sampling  # noqa: E402
 from personality.neurons import NeuronFolder, show_folder  # noqa: E402
 from personality.questions import load_bench  # noqa: E402
 from personality.steer import steer  # noqa: E402
-from personality.store import Journal, digest, only_run, parse_json, read_text, to_line  # noqa: E402
+from personality.store import Journal, digest, lock_of, only_run, parse_json, read_text, to_line  # noqa: E402
 from personality.train import add_trained  # noqa: E402
 from personality.world import World  # noqa: E402
 
@@ -217,7 +217,9 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
         for _ in batches(args.world.agree(None)):
             pass
         return
-    with resumable(), only_run(part.with_suffix(".lock"), f"--out {out}: another run is writing it", wait=False):
+    with resumable(), only_run(lock_of(out), f"--out {out}: another run is writing it", wait=False):
+        if out.exists():  # by now
+            raise UserError(f"--out {out}: {THERE}")
         journal = Journal(part)
         journal.cut(len(journal) // args.batch_size * args.batch_size)
         if len(journal):

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import glob
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from .frame import Frame, conversation
 from .model import answers, as_published, dtype_of, enough_memory, fingerprint, prompt_ids
 from .questions import built_in_bench
 from .steer import Profile, steer
-from .store import parse_json, read_text, rendered
+from .store import lock_of, only_run, parse_json, read_text, rendered
 from .terminal import UserError, say
 
 BAKEABLE = ("llama", "mistral", "qwen2")  # what can be written as a Llama checkpoint, whose MLPs can have biases
@@ -169,14 +168,27 @@ class Baking:
 
 
 def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
-    """Write --save DIR: a whole directory or none."""
+    """Write --save DIR, and verify it if that is asked for."""
     target = free_target(args.save)
-    clear_leftovers(target)
-    profile = profiles.of(character)
-    baking, licence_files = Baking(model, profile, args.rank), licences(model)
-    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    baking = Baking(model, profiles.of(character), args.rank)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with only_run(lock_of(target), f"--save {target}: another run is writing it", wait=False):
+        write_checkpoint(baking, target, tokenizer, profiles, character, args)
+    without = f", suppressed neurons: {args.suppress}" if character.method == "npti" else ""
+    say(f"{target}: {character.describe()}, edits on every token (--where all){without}; {baking.cost()}")
+    with enough_memory(f"--verify holds both models in float32: --device cpu ({target} is whole, but not verified)"):
+        if args.verify:
+            verify(model, tokenizer, baking.profile, target, baking.exact)
+
+
+def write_checkpoint(baking: Baking, target: Path, tokenizer, profiles: Profiles, character: Character, args) -> None:
+    """A whole directory or none."""
+    model, profile, licence_files = baking.model, baking.profile, licences(baking.model)
+    temporary, old = (target.with_name(f".{target.name}.{what}") for what in ("unfinished", "replaced"))
+    for path in (temporary, old):  # of a run that was killed: nobody else has the lock
+        shutil.rmtree(path, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         baking.save(temporary)
         as_published(tokenizer).save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
@@ -192,7 +204,7 @@ def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> No
         (temporary / "README.md").write_text(rendered("checkpoint_card.md", made=made))
         made |= {"files": sorted([*(path.name for path in temporary.iterdir()), "verify.json"]), "expected": expected}
         (temporary / "verify.json").write_text(json.dumps(made, ensure_ascii=False) + "\n")
-        if target.exists():
+        if free_target(args.save).exists():  # looked at again: it may have taken long
             os.replace(target, old)
         os.replace(temporary, target)
     except SafetensorError as error:  # a full disk, as safetensors says it
@@ -201,19 +213,6 @@ def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> No
         if old.exists() and not target.exists():
             os.replace(old, target)
         for path in (temporary, old):
-            shutil.rmtree(path, ignore_errors=True)
-    without = f", suppressed neurons: {args.suppress}" if character.method == "npti" else ""
-    say(f"{target}: {made['character']}, edits on every token (--where all){without}; {made['cost']}")
-    with enough_memory(f"--verify holds both models in float32: --device cpu ({target} is whole, but not verified)"):
-        if args.verify:
-            verify(model, tokenizer, profile, target, baking.exact)
-
-
-def clear_leftovers(target: Path) -> None:
-    """Remove what runs that were killed left beside the target."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        process = path.name.removeprefix(f".{target.name}.").removesuffix(".old")
-        if process.isascii() and process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
             shutil.rmtree(path, ignore_errors=True)
 
 

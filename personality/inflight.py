@@ -167,6 +167,7 @@ class Engine:
         self.requests: dict[str, Request] = {}  # that are waiting or being written
         self.numbers, self.map, self.count, self.jobs = {}, None, itertools.count(), queue.SimpleQueue()
         self.steps = self.tokens = 0
+        self.over = False
         self.ended = lambda: None  # called in its thread when it has stopped, for whatever reason
         self.profiles, ready = [Profile.empty()] * rows, Future()
         self.thread = threading.Thread(target=self.work, args=(ready,), name="engine", daemon=True)
@@ -196,6 +197,7 @@ class Engine:
                 loop(**mode)
             except Exception as error:  # it catches its own; this is another version's
                 self.manager._handle_critical_error(error, self.manager.batch_processor)
+        self.over = True  # before it looks for jobs the last time: who brings one later sees it
         self.refuse_jobs()
         self.ended()
 
@@ -295,7 +297,7 @@ class Engine:
         return self.map
 
     def running(self) -> bool:
-        return self.thread.is_alive() and self.manager.background_thread_status.fatal_error is None
+        return self.thread.is_alive() and not self.over and self.manager.background_thread_status.fatal_error is None
 
     async def write(self, request: Request):
         """Yield the answer's ids so far, each time it has grown. Who stops reading frees its row within a step."""

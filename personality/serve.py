@@ -222,6 +222,8 @@ def serve(args) -> None:
             web = uvicorn.Server(uvicorn.Config(application(server), log_level="warning", access_log=False, server_header=False,
                                                 lifespan="off", timeout_graceful_shutdown=PATIENCE, timeout_keep_alive=IDLE))
             server.engine.ended = lambda: setattr(web, "should_exit", True)  # a supervisor starts it anew
+            if not server.engine.running():  # it stopped before it could say so
+                web.should_exit = True
             web.run(sockets=[listener])
             if not server.engine.running():
                 raise UserError(f"the engine has stopped: {server.engine.manager.background_thread_status.fatal_error}")

@@ -20,6 +20,7 @@ from personality.bake import Baking
 from personality.methods import Profiles
 from personality.mlp import find_mlps
 from personality.model import fingerprint
+from personality.store import lock_of, only_run
 from personality.terminal import DTYPES
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {"tie_word_embeddings": True}}
@@ -308,10 +309,35 @@ def test_something_else_is_not_overwritten(small, several, monkeypatch, tmp_path
         baked_by(small, several, monkeypatch, folder)
     (folder / "LICENSE").unlink()
     work = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: 1 / 0 if Path(b) == folder and not str(a).endswith(".old") else work(a, b))
+    monkeypatch.setattr(os, "replace", lambda a, b: 1 / 0 if Path(b) == folder and not str(a).endswith(".replaced") else work(a, b))
     with pytest.raises(ZeroDivisionError):
         baked_by(small, several, monkeypatch, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "the old one or the new one, never half of one"
+
+
+def test_something_that_comes_meanwhile_is_not_overwritten(small, several, monkeypatch, tmp_path):
+    folder, work = tmp_path / "baked", bake.probes
+    for left in (".baked.unfinished", ".baked.replaced", ".baked.notes"):  # the first two of a run that was killed
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "model.safetensors").write_bytes(b"half")
+
+    def meanwhile(*arguments):
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine")
+        return work(*arguments)
+
+    with monkeypatch.context() as busy:
+        busy.setattr(bake, "probes", meanwhile)
+        with pytest.raises(UserError, match="did not write: thesis.txt"):
+            baked_by(small, several, monkeypatch, folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"baked", ".baked.notes"}
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_one_run_saves_at_a_time(small, several, monkeypatch, tmp_path):
+    with only_run(lock_of(tmp_path / "baked")), pytest.raises(UserError, match="another run is writing it"):
+        baked_by(small, several, monkeypatch, tmp_path / "baked")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_folder_one_is_in_is_not_replaced(small, several, monkeypatch, tmp_path):

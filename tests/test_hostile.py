@@ -10,8 +10,6 @@ import random
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -24,7 +22,6 @@ import identify
 import induce
 from conftest import Server, command, exit_of, main_of, save_bench, shared_flags
 from personality import TRAITS, Statistics, observe
-from personality.bake import clear_leftovers
 from personality.endpoint import Endpoint, NoReply
 from personality.frame import conversation
 from personality.judges import read_inventory
@@ -147,15 +144,6 @@ def test_hostile_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(UserError, match="the op could not be compiled: .*/bin/false"):
         build(*build_arguments(False), tmp_path)
-
-
-def test_hostile_leftovers(tmp_path):
-    """Of a --save that was killed: a whole model, hidden. That of a process that is still there stays."""
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
-    for name in (f".baked.{dead}", f".baked.{dead}.old", f".baked.{os.getpid()}", ".baked.notes", f".other.{dead}"):
-        (tmp_path / name).mkdir()
-    clear_leftovers(tmp_path / "baked")
-    assert {path.name for path in tmp_path.iterdir()} == {f".baked.{os.getpid()}", ".baked.notes", f".other.{dead}"}
 
 
 # ------------------------------------------------------------------------------------------------- command lines

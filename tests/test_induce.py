@@ -11,6 +11,7 @@ from transformers import LlamaModel
 import induce
 from conftest import lines_of, main_of, plain_answers, shared_flags, tiny
 from personality.neurons import Neurons
+from personality.store import lock_of, only_run
 from personality.terminal import UserError
 from personality.train import add_trained
 
@@ -88,6 +89,20 @@ def test_a_file_of_questions_goes_on_where_it_was(small, made, monkeypatch, tmp_
     main_of(induce, monkeypatch, *flags, "--out", out)
     assert asked[3:] == [2, 1] and "going on after 4 of 7" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and list(out.parent.iterdir()) == [out]
+
+
+def test_one_run_writes_to_a_file_at_a_time(small, made, monkeypatch, tmp_path):
+    """Of other options, too: else the last one's answers were those that stayed."""
+    out, load = tmp_path / "out.jsonl", induce.load_asked
+    (tmp_path / "q.txt").write_text("w10 w11 ?\n")
+    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt", "--out", out,
+             "--max-new-tokens", "2")
+    with only_run(lock_of(out)), pytest.raises(UserError, match="another run is writing it"):
+        main_of(induce, monkeypatch, *flags)
+    monkeypatch.setattr(induce, "load_asked", lambda *given, **more: (out.write_text("another's"), load(*given, **more))[1])
+    with pytest.raises(UserError, match="there is something already"):
+        main_of(induce, monkeypatch, *flags)
+    assert out.read_text() == "another's"
 
 
 def test_each_batch_is_sampled_anew(small, made, monkeypatch, tmp_path):

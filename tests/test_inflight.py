@@ -4,6 +4,7 @@ import asyncio
 import math
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -238,6 +239,21 @@ def test_an_error_in_a_step_reaches_who_waits(small, monkeypatch):
             asyncio.run(engine.between(lambda: 1))
     finally:
         engine.stop()
+
+
+def test_work_that_comes_as_the_engine_ends_is_refused(small):
+    """Between its last look for work and its thread's end; nobody would ever answer it."""
+    engine, looked, go = Engine(lambda: (small.model, small.tokenizer), rows=2), threading.Event(), threading.Event()
+    engine.ended = lambda: (looked.set(), go.wait(20))
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    assert looked.wait(20)
+    try:
+        with pytest.raises(UserError, match="has stopped"):
+            asyncio.run(asyncio.wait_for(engine.between(lambda: 1), 5))
+    finally:
+        go.set()
+        stopping.join()
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

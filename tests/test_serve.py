@@ -337,7 +337,7 @@ def test_hanging_up_while_perplexity_is_asked_for(served):
 def test_a_full_queue(small, neurons):
     with serving(arguments(small, neurons, rows=1, queue=1)) as (server, url):
         served = SimpleNamespace(url=url)
-        ask = lambda _: post(served, max_tokens=60, personality="extraversion=1").status_code  # noqa: E731
+        ask = lambda _: post(served, max_tokens=200, personality="extraversion=1").status_code  # noqa: E731
         with concurrent.futures.ThreadPoolExecutor(12) as pool:  # all at once, before any is written
             codes = list(pool.map(ask, range(12)))
         assert set(codes) == {200, 429} and server.taken == 0
@@ -481,12 +481,24 @@ def start(small, neurons, *more):
     return process, SimpleNamespace(url=line.split()[1].rstrip("/"))
 
 
-def test_a_server_whose_engine_died_goes(small, neurons, monkeypatch):
-    """So that whoever watches over it starts it anew."""
+@pytest.mark.parametrize("early", (True, False))
+def test_a_server_whose_engine_died_goes(small, neurons, monkeypatch, early):
+    """So that whoever watches over it starts it anew; early: while the routes are made."""
     from personality import serve as module
 
-    args = arguments(small, neurons)
+    def die():
+        servers[0].engine.manager.batch_processor.prepare_next_batch = lambda: 1 / 0
+        servers[0].engine.manager._wake_up_loop.set()
+
+    def routes(server):
+        if early:
+            die()
+            server.engine.thread.join(20)
+        return application(server)
+
+    args, application = arguments(small, neurons), module.application
     monkeypatch.setattr(module, "Server", lambda args: servers.append(Server(args)) or servers[0])
+    monkeypatch.setattr(module, "application", routes)
     servers, errors = [], []
 
     def run():
@@ -496,13 +508,13 @@ def test_a_server_whose_engine_died_goes(small, neurons, monkeypatch):
             errors.append(str(error))
 
     monkeypatch.setattr("uvicorn.Server.capture_signals", lambda self: contextlib.nullcontext())  # of the main thread only
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while not servers and thread.is_alive():
         time.sleep(0.01)
-    time.sleep(0.3)
-    servers[0].engine.manager.batch_processor.prepare_next_batch = lambda: 1 / 0
-    servers[0].engine.manager._wake_up_loop.set()
+    if not early:
+        time.sleep(0.3)
+        die()
     thread.join(20)
     assert not thread.is_alive() and errors == ["the engine has stopped: division by zero"]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .frame import Frame, conversation
 from .mlp import decoder_of, find_mlps, is_numbers, layers_of, shape_of
+from .rows import option_of
 from .terminal import FRAME, UserError
 
 # what a forward and generate() call the keys and values of what was read: since 5.24 the other name is one that is warned of
@@ -188,14 +190,23 @@ def reading_prompts(model):
         patch.warned = warned
 
 
-def read_once(model, ids, mask) -> dict:
+def plain_cache(model, options: dict) -> DynamicCache | None:
+    """The cache that generate() would make, where it has a row for each prompt, of keys and values and nothing else."""
+    option, cache = functools.partial(option_of, model, options), DynamicCache(config=model.config)
+    asked = option("cache_implementation") or option("use_cache") is False or CACHE in options
+    several = (option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return cache if plain and not (asked or several) else None
+
+
+def read_once(model, ids, mask, options: dict) -> dict:
     """What generate() takes beside prompts of which several rows have the same: a cache in which each is read once, but for its
-    last token. Nothing where that saves less than a quarter of the reading, or where a prompt's tokens are edited or observed."""
+    last token. Nothing where that saves less than a quarter of the reading, where a prompt's tokens are edited or observed, or
+    where the options, generate()'s, want another cache."""
     different, prompt_of = torch.cat([ids, mask], 1).unique(dim=0, return_inverse=True)
-    cache = DynamicCache(config=model.config)
-    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)  # others keep a state
+    cache = plain_cache(model, options)
     with reading_prompts(model) as as_they_are:
-        if 4 * len(different) > 3 * len(ids) or ids.shape[1] == 1 or not (plain and as_they_are):
+        if 4 * len(different) > 3 * len(ids) or ids.shape[1] == 1 or cache is None or not as_they_are:
             return {}
         ids, mask = (half[:, :-1] for half in different.chunk(2, 1))
         decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **{CACHE: cache})
@@ -209,9 +220,9 @@ def answers(model, tokenizer, conversations: list[list[dict]], max_new_tokens: i
     prompts = [prompt_ids(tokenizer, turns) for turns in conversations]
     check_length(model, conversations, prompts, [max_new_tokens] * len(prompts))
     ids, mask = pad_left(prompts, tokenizer.pad_token_id, model.device)
+    options = writing(tokenizer, ids.shape[1], max_new_tokens=max_new_tokens, **options)
     with torch.no_grad():
-        output = model.generate(input_ids=ids, attention_mask=mask, **read_once(model, ids, mask),
-                                **writing(tokenizer, ids.shape[1], max_new_tokens=max_new_tokens, **options))
+        output = model.generate(input_ids=ids, attention_mask=mask, **read_once(model, ids, mask, options), **options)
     ends, results = set(end_tokens(model)), []
     for row in output[:, ids.shape[1]:].tolist():
         row = row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]

@@ -110,7 +110,7 @@ def test_a_prompt_of_several_rows_is_read_once(kind):
     with steer(model, random_profile(0, depth * width // 4, 6.0, width, depth), rows=[0, 1, 0, 1, 0]):
         expected, logits = with_logits(model, **x)
         look = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].shape))
-        ours, our_logits = with_logits(model, **x, **read_once(model, x["input_ids"], x["attention_mask"]))
+        ours, our_logits = with_logits(model, **x, **read_once(model, x["input_ids"], x["attention_mask"], {}))
         look.remove()
     assert torch.equal(ours, expected) and close(our_logits, logits, 1e-3)
     assert read[:2] == ([(5, 6), (5, 1)] if kind in KEEPS_A_STATE else [(2, 5), (5, 1)])

@@ -1,6 +1,7 @@
 """A model and its tokenizer: templates, prompts, answers, base models, the default model."""
 
 import contextlib
+import copy
 import importlib.util
 
 import pytest
@@ -69,6 +70,26 @@ def test_rows_that_share_a_prompt(small, where, forwards, monkeypatch):
     monkeypatch.setattr(model_module, "read_once", lambda *_: {})
     apart, expected, _ = written()
     assert together == apart and tokens == expected and read[:2] == forwards and together[0] != together[1] != together[2]
+
+
+@pytest.mark.parametrize("options", (dict(num_beams=2), dict(do_sample=True, num_return_sequences=2), dict(cache_implementation="static"),
+                                     dict(use_cache=False), dict(prefill_chunk_size=2)))
+def test_rows_that_share_a_prompt_in_other_ways(small, options, monkeypatch):
+    """Whatever generate() is told, by the call or by the model's own generation_config.json."""
+    asked = [conversation(question) for question in ("w10 ?", "w20 w21 ?") for _ in range(3)]
+
+    def written(**options):
+        torch.manual_seed(0)
+        return answers(small.model, small.tokenizer, asked, 4, **options)
+
+    with monkeypatch.context() as each:
+        each.setattr(model_module, "read_once", lambda *_: {})
+        expected = written(**options)
+    assert written(**options) == expected
+    own = copy.deepcopy(small.model.generation_config)
+    own.update(**{**options, "do_sample": False, "num_return_sequences": None})
+    monkeypatch.setattr(small.model, "generation_config", own)
+    assert len(written()) == 6
 
 
 def test_a_fingerprint_sees_biases_and_no_embeddings():

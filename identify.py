@@ -161,7 +161,7 @@ class Run:
         it."""
         with self.alone():
             there, found = self.file_there(), None
-            if there and there.key == self.key:
+            if self.world.told(bool(there and there.key == self.key)):
                 self.world.say(f"{self.path} is there, made with the same model, questions and options")
             else:
                 self.go_on()
@@ -174,7 +174,7 @@ class Run:
 
     @contextlib.contextmanager
     def alone(self):
-        """No other run of these options meanwhile, of however many processes: the first holds the lock, the others wait for it."""
+        """No other run of these options meanwhile, of however many processes: the first takes the lock, the others wait for it."""
         lock, busy = self.path.with_name(f".{self.trait}.{self.key}.lock"), f"{self.path}: another run makes it, this one waits"
         with contextlib.nullcontext() if self.world.rank else only_run(lock, busy):
             self.world.wait()
@@ -190,7 +190,8 @@ class Run:
         return self.statistics.tokens.tolist(), self.world.put_together(self.statistics.summary(self.world.place))
 
     def put(self, found) -> Neurons:
-        """Put what was found, or nothing new, in its place, with the answers. Runs of other options may want that place too."""
+        """The neuron file in its place, its answers beside it: of what was found, or (None) the one that is there. Runs of other
+        options may want that place too: where it is theirs by then, that is an error."""
         with only_run(lock_of(self.path)):
             if found:
                 self.write(*found)

@@ -228,6 +228,8 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
             for lines in batches(args.world.agree(len(journal))):
                 journal.append(*lines)
                 bar.update(len(lines))
+        if out.exists():
+            raise UserError(f"--out {out}: {THERE}: the answers wait in {part}")
         os.replace(part, out)
 
 

@@ -185,7 +185,9 @@ def write_checkpoint(baking: Baking, target: Path, tokenizer, profiles: Profiles
     """A whole directory or none."""
     model, profile, licence_files = baking.model, baking.profile, licences(baking.model)
     temporary, old = (target.with_name(f".{target.name}.{what}") for what in ("unfinished", "replaced"))
-    for path in (temporary, old):  # of a run that was killed: nobody else has the lock
+    if old.exists() and not target.exists():  # of a run that was killed: nobody else has the lock
+        os.replace(old, target)
+    for path in (temporary, old):
         shutil.rmtree(path, ignore_errors=True)
     try:
         temporary.mkdir()

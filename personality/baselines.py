@@ -92,7 +92,7 @@ class Baselines:
 
     @contextlib.contextmanager
     def to_be_made(self, path: Path):
-        """Whether what is trained once is missing; while one run makes it, others wait."""
+        """Yields whether it has to be made, which no other run does meanwhile: one that wants it too waits for it."""
         if path.exists():
             yield False
             return

@@ -58,13 +58,14 @@ def dequantised(path: Path) -> Path:
     plain.load_state_dict(packed.state_dict())
     plain.generation_config = packed.generation_config
     temporary = name_beside(directory)
-    plain.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / SIZES).write_text(json.dumps(sizes_of(temporary)))
     try:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / SIZES).write_text(json.dumps(sizes_of(temporary)))
         os.replace(temporary, directory)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not directory.exists():  # where another run was first, it is
             raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return directory

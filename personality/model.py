@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import inspect
 
 import torch
 import transformers
@@ -193,10 +194,12 @@ def reading_prompts(model):
 def plain_cache(model, options: dict) -> DynamicCache | None:
     """The cache that generate() would make, where it has a row for each prompt, of keys and values and nothing else."""
     option, cache = functools.partial(option_of, model, options), DynamicCache(config=model.config)
-    asked = option("cache_implementation") or option("use_cache") is False or CACHE in options
+    takes_one = CACHE in inspect.signature(decoder_of(model).forward).parameters
+    without = False in (option("use_cache"), getattr(model.config.get_text_config(), "use_cache", None))
     several = (option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    return cache if plain and not (asked or several) else None
+    usual = not (without or several or option("cache_implementation") or CACHE in options)
+    return cache if takes_one and plain and usual else None
 
 
 def read_once(model, ids, mask, options: dict) -> dict:
@@ -204,12 +207,13 @@ def read_once(model, ids, mask, options: dict) -> dict:
     last token. Nothing where that saves less than a quarter of the reading, where a prompt's tokens are edited or observed, or
     where the options, generate()'s, want another cache."""
     different, prompt_of = torch.cat([ids, mask], 1).unique(dim=0, return_inverse=True)
-    cache = plain_cache(model, options)
+    if 4 * len(different) > 3 * len(ids) or ids.shape[1] == 1 or (cache := plain_cache(model, options)) is None:
+        return {}
+    once, seen = (half[:, :-1] for half in different.chunk(2, 1))
     with reading_prompts(model) as as_they_are:
-        if 4 * len(different) > 3 * len(ids) or ids.shape[1] == 1 or cache is None or not as_they_are:
+        if not as_they_are:
             return {}
-        ids, mask = (half[:, :-1] for half in different.chunk(2, 1))
-        decoder_of(model)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **{CACHE: cache})
+        decoder_of(model)(input_ids=once, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0), **{CACHE: cache})
     cache.reorder_cache(prompt_of)
     return {CACHE: cache}
 

@@ -175,7 +175,8 @@ def to_line(value: dict) -> bytes:
 
 class Journal:
     """Work that is done, a JSON object a line, in a file that only grows: what a killed run left there is not done again, and a
-    last line that it cut off goes. Only the lines' places are held in memory. Threads and processes can append to one file.
+    last line that it cut off goes. Only the lines' places are held in memory. Threads and processes can append to one file;
+    one process begins it where it has a header.
 
     Lines with a "key" are found by it; the last line of a key counts. header: what all lines depend on, the file's first line;
     a file with another one, or that is no journal, is refused and left as it is. is_line: whether a line holds what it should."""

@@ -118,6 +118,13 @@ class World:
         self.together(torch.distributed.broadcast_object_list, values, 0)
         return values[0]
 
+    def told(self, yes: bool) -> bool:
+        """What the first process of all says: of a file, say, that may be another one when the next of them looks."""
+        answer = torch.tensor([yes])
+        if self.size > 1:
+            self.together(lambda: self.everyone.broadcast(answer, 0).wait())
+        return bool(answer)
+
     def all_have(self, value) -> bool:
         """Whether the whole team has the same value."""
         if self.tp == 1:

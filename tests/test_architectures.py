@@ -13,7 +13,7 @@ from personality.judges import log_likelihoods, prefill
 from personality.mlp import find_mlps, shape_of
 from personality.model import read_once
 from personality.train import go_on
-from reference import close, random_profile, with_logits
+from reference import close, random_profile, with_logits, write
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -114,6 +114,15 @@ def test_a_prompt_of_several_rows_is_read_once(kind):
         look.remove()
     assert torch.equal(ours, expected) and close(our_logits, logits, 1e-3)
     assert read[:2] == ([(5, 6), (5, 1)] if kind in KEEPS_A_STATE else [(2, 5), (5, 1)])
+
+
+@pytest.mark.parametrize("kind", ("openai-gpt", "modernbert-decoder", "mpt"))
+def test_models_that_take_no_cache_read_each_prompt(kind):
+    """Writers and judges may be of any kind: these take none, have no decoder that reads ids, or go without (use_cache false)."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    model, x = random_model(kind, MPT if kind == "mpt" else {}), {name: two[[0, 1, 1, 0, 0]] for name, two in prompts(2).items()}
+    assert read_once(model, x["input_ids"], x["attention_mask"], {}) == {} and write(model, **x).shape == (5, 11)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -317,7 +317,7 @@ def test_something_else_is_not_overwritten(small, several, monkeypatch, tmp_path
 
 def test_something_that_comes_meanwhile_is_not_overwritten(small, several, monkeypatch, tmp_path):
     folder, work = tmp_path / "baked", bake.probes
-    for left in (".baked.unfinished", ".baked.replaced", ".baked.notes"):  # the first two of a run that was killed
+    for left in (".baked.unfinished", ".baked.notes"):  # the first of a run that was killed
         (tmp_path / left).mkdir()
         (tmp_path / left / "model.safetensors").write_bytes(b"half")
 
@@ -332,6 +332,17 @@ def test_something_that_comes_meanwhile_is_not_overwritten(small, several, monke
             baked_by(small, several, monkeypatch, folder)
     assert {path.name for path in tmp_path.iterdir()} == {"baked", ".baked.notes"}
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_killed_between_two_checkpoints(small, several, monkeypatch, tmp_path):
+    """The old one has been moved away, the new one is not there yet: the next run brings the old one back before it begins."""
+    baked_by(small, several, monkeypatch, tmp_path / "baked")
+    before = (tmp_path / "baked" / "verify.json").read_bytes()
+    (tmp_path / "baked").rename(tmp_path / ".baked.replaced")
+    monkeypatch.setattr(Baking, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        baked_by(small, several, monkeypatch, tmp_path / "baked")
+    assert [path.name for path in tmp_path.iterdir()] == ["baked"] and (tmp_path / "baked" / "verify.json").read_bytes() == before
 
 
 def test_one_run_saves_at_a_time(small, several, monkeypatch, tmp_path):

@@ -96,13 +96,24 @@ def test_one_run_writes_to_a_file_at_a_time(small, made, monkeypatch, tmp_path):
     out, load = tmp_path / "out.jsonl", induce.load_asked
     (tmp_path / "q.txt").write_text("w10 w11 ?\n")
     flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt", "--out", out,
-             "--max-new-tokens", "2")
+             "--max-new-tokens", "2", "--batch-size", "1")
     with only_run(lock_of(out)), pytest.raises(UserError, match="another run is writing it"):
         main_of(induce, monkeypatch, *flags)
     monkeypatch.setattr(induce, "load_asked", lambda *given, **more: (out.write_text("another's"), load(*given, **more))[1])
     with pytest.raises(UserError, match="there is something already"):
         main_of(induce, monkeypatch, *flags)
     assert out.read_text() == "another's"
+    out.unlink()
+    write = induce.answered
+    monkeypatch.setattr(induce, "load_asked", load)
+    monkeypatch.setattr(induce, "answered", lambda *given: (out.write_text("another's"), write(*given))[1])
+    with pytest.raises(UserError, match="there is something already.*: the answers wait in .*part"):
+        main_of(induce, monkeypatch, *flags)
+    assert out.read_text() == "another's"
+    out.unlink()
+    monkeypatch.setattr(induce, "answered", lambda *_: pytest.fail("they are there"))
+    main_of(induce, monkeypatch, *flags)
+    assert len(lines_of(out)) == 1 and {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "q.txt"}
 
 
 def test_each_batch_is_sampled_anew(small, made, monkeypatch, tmp_path):

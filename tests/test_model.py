@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import induce
 import personality.model as model_module
@@ -64,7 +65,11 @@ def test_rows_that_share_a_prompt(small, where, forwards, monkeypatch):
             stack.callback(look.remove)
             stack.enter_context(steer(small.model, profiles, [0, 1, 2] * 2, where))
             stack.enter_context(observe(small.model, statistics, where=where))
-            return answers(small.model, small.tokenizer, asked, 4), statistics.tokens.item(), read
+            found = answers(small.model, small.tokenizer, asked, 4), statistics.tokens.item(), read
+            if where == "generated":
+                with pytest.warns(UserWarning, match="a forward outside generate"):
+                    small.model(input_ids=torch.tensor([[5, 6]] * 6))
+            return found
 
     together, tokens, read = written()
     monkeypatch.setattr(model_module, "read_once", lambda *_: {})
@@ -86,6 +91,11 @@ def test_rows_that_share_a_prompt_in_other_ways(small, options, monkeypatch):
         each.setattr(model_module, "read_once", lambda *_: {})
         expected = written(**options)
     assert written(**options) == expected
+    if "use_cache" in options:
+        with monkeypatch.context() as each:
+            each.setattr(small.model.config, "use_cache", False)
+            each.setattr(small.model, "generation_config", GenerationConfig.from_model_config(small.model.config))
+            assert written() == expected
     own = copy.deepcopy(small.model.generation_config)
     own.update(**{**options, "do_sample": False, "num_return_sequences": None})
     monkeypatch.setattr(small.model, "generation_config", own)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import lines_of, tiny
 from personality import POLES
 from personality.model import fingerprint
 from personality.neurons import FORMAT, NeuronFolder, Neurons, show_folder, show_neurons
+from personality.store import lock_of, only_run
 from personality.terminal import UserError
 
 
@@ -157,6 +159,27 @@ def test_a_file_that_lacks_what_is_shown_of_it(made, tmp_path, capsys, name):
     text = "".join(capsys.readouterr().out.split())
     assert ".0123" not in text and "c.safetensors:nosuchneuronfile" in text
     assert f"whatitholdsas{name}can'tbe" in text and "12questions" in text
+
+
+def test_who_adds_to_a_file_waits_for_who_replaces_it(made, tmp_path):
+    path, errors = tmp_path / "extraversion.safetensors", []
+    shutil.copy(made / "extraversion.safetensors", path)
+    mine, others = Neurons.load(path), Neurons.load(path)
+    others.meta["key"] = "other"
+
+    def add():
+        try:
+            mine.save_over()
+        except UserError as error:
+            errors.append(str(error))
+
+    with only_run(lock_of(path)):
+        adds = threading.Thread(target=add)
+        adds.start()
+        adds.join(0.3)
+        others.save(path)
+    adds.join()
+    assert "was replaced while its edits were trained" in errors[0] and Neurons.load(path).key == "other"
 
 
 def test_neuron_files_survive_save_and_load(made, tmp_path):

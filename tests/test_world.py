@@ -4,7 +4,9 @@ import itertools
 import os
 import re
 import signal
+import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -22,6 +24,20 @@ def test_shares_are_whole_steps():
         parts = [World(rank, size).share(number, step) for rank in range(size)]
         assert [k for part in parts for k in part] == list(range(number))
         assert all(part.start % step == 0 for part in parts if len(part))
+
+
+def test_one_process_says_what_all_go_by():
+    """Each looks at a file by itself; where they saw another one, they waited for each other for ever."""
+    store, heard = torch.distributed.HashStore(), {}
+
+    def look(rank):
+        world = World(rank, 2, everyone=torch.distributed.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20)))
+        heard[rank] = [world.told(rank == 0), world.told(rank == 1)]
+
+    threads = [threading.Thread(target=look, args=(rank,)) for rank in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert heard == {0: [True, False], 1: [True, False]} and World().told(True) and not World().told(False)
 
 
 def test_leftovers_of_fewer_processes_replace_nothing(small, tmp_path):

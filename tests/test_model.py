@@ -52,7 +52,7 @@ def test_answer_equals_one_by_one(small):
 
 
 @pytest.mark.parametrize("where, forwards", (("generated", [(2, 6), (6, 1)]), ("all", [(6, 7), (6, 1)])))
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:a forward outside generate")
 def test_rows_that_share_a_prompt(small, where, forwards, monkeypatch):
     """It is read once for them, but where they edit it: then it is another one in each. Nothing else is to differ by that."""
     profiles = [random_profile(seed, 24, 6.0, *shape_of(find_mlps(small.model))[::-1]) for seed in (0, 1)]

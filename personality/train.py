@@ -50,7 +50,7 @@ PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens 
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
 NO_ROOM = "training keeps what a backward pass needs, and its levels many rows: --device-map auto or --dtype bfloat16 leaves room"
 NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
-MULTIPLES, SMALLER = (1.5, 3.0, 5.0, 8.0), (0.375, 0.75)  # of the biases, that are tried on; see levels()
+MULTIPLES, SMALLER, LARGER = (1.5, 3.0, 5.0), (0.375, 0.75), (8.0,)  # of the biases, that are tried on; see levels()
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
 SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
 
@@ -266,7 +266,7 @@ def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
     return {"version": TRAINING, "gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "top": TOP,
             "fisher": [DRAWS, SHRUNK, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
-            "multiples": [*SMALLER, *MULTIPLES], "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
+            "multiples": [*SMALLER, *MULTIPLES, *LARGER], "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
 
 
 def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]:
@@ -295,13 +295,15 @@ def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed
 
 
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
-    """The dose response of profiles profile_of(pole, multiple); of SMALLER too where a first one's mean price is over DEAREST."""
+    """The dose response of profile_of(pole, multiple); LARGER too where level 1 may lie there, SMALLER where all are too dear."""
     def tried(multiples, trait=neurons.trait):
         profiles = [profile_of(pole, multiple) for pole in POLES for multiple in multiples]
         with progress(len(bench.questions(trait, "validation", VALIDATION)), 0, f"{trait}: levels", "question") as bar:
             return dose_response(model, tokenizer, bench, trait, neurons.frame, profiles, multiples, bar.update)
 
     dose = tried(MULTIPLES)
+    if bool((dose[..., 3].amax(1) <= DEAREST).any()):
+        dose = torch.cat([dose, tried(LARGER)], 1)
     return torch.cat([tried(SMALLER), dose], 1) if bool((dose[:, 0, 2] > DEAREST).any()) else dose
 
 

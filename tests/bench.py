@@ -519,8 +519,9 @@ def training(model, length: int = 64) -> dict:
         found = train.slopes_and_scores(model, lessons, sign, 0, lambda: None)
         biases[pole] = train.natural_step(*found, price, round(train.SHARE * price.numel()))
     fitted = time.perf_counter()
-    profiles = [Profile.dense(bias=multiple * biases[pole]) for pole in biases for multiple in train.MULTIPLES]
-    train.dose_response(model, tokenizer, bench, trait, frame, profiles, train.MULTIPLES, lambda: None)
+    multiples = (*train.MULTIPLES, *train.LARGER)
+    profiles = [Profile.dense(bias=multiple * biases[pole]) for pole in biases for multiple in multiples]
+    train.dose_response(model, tokenizer, bench, trait, frame, profiles, multiples, lambda: None)
     result = {"fit_s": fitted - start, "levels_s": time.perf_counter() - fitted}
     print(f"  training a trait, {train.ANSWERS} answers of {length} tokens a pole: {result['fit_s']:.1f} s, its levels "
           f"{result['levels_s']:.1f} s{memory(model)}", flush=True)

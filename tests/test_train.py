@@ -188,8 +188,8 @@ def test_the_file_holds_both_poles(small, made, learnt):
     assert torch.equal(neurons.prob, before.prob)
     for pole in POLES:
         assert 0 < len(neurons.tensors[f"{pole}_bias"]) <= number
-    assert neurons.dose.shape == (2, len(train.MULTIPLES), 4)
-    assert neurons.dose[..., 0].tolist() == [list(train.MULTIPLES)] * 2
+    every = [*train.MULTIPLES, *train.LARGER] if bool((neurons.dose[:, :3, 3].amax(1) <= 1.3).any()) else [*train.MULTIPLES]
+    assert neurons.dose[..., 0].tolist() == [every] * 2
     again = train.add_trained(None, None, small.bench, neurons)
     assert again is neurons, "what is there is not trained again"
 
@@ -308,19 +308,30 @@ def test_dose_response(small, monkeypatch, questions):
 
 
 @pytest.mark.parametrize("price", [1.2, 1.4])
-def test_smaller_multiples_are_tried_where_the_first_is_too_dear(small, learnt, monkeypatch, price):
-    """In one pole, as measured: what it may be at most is 2 times in both."""
+@pytest.mark.parametrize("at_most", [1.3, 1.31])
+def test_what_else_is_tried(small, learnt, monkeypatch, price, at_most):
+    """More where a pole's level 1 may lie beyond, less where one is too dear at once, as measured."""
     neurons, asked = Neurons.load(learnt / "extraversion.safetensors"), []
 
     def response(model, tokenizer, bench, trait, frame, profiles, multiples, step):
         asked.append((multiples, [profile.name for profile in profiles]))
-        return torch.tensor([[[multiple, multiple, dear, 2.0] for multiple in multiples] for dear in (1.1, price)])
+        return torch.tensor([[[multiple, multiple, dear, most] for multiple in multiples]
+                             for dear, most in ((1.1, at_most), (price, 2.0))])
 
     monkeypatch.setattr(train, "dose_response", response)
     dose = train.levels(small.model, small.tokenizer, small.bench, neurons, lambda pole, by: Profile.empty(f"{pole} {by}"))
-    expected = [train.MULTIPLES] if price < 1.3 else [train.MULTIPLES, train.SMALLER]
+    expected = [train.MULTIPLES] + [train.LARGER] * (at_most <= 1.3) + [train.SMALLER] * (price > 1.3)
     assert asked == [(multiples, [f"{pole} {by}" for pole in ("high", "low") for by in multiples]) for multiples in expected]
-    assert dose[..., 0].tolist() == [[by for multiples in reversed(expected) for by in multiples]] * 2
+    assert dose[..., 0].tolist() == [sorted(by for multiples in expected for by in multiples)] * 2
+
+
+@pytest.mark.parametrize("dear", [[1.1, 1.35, 1.2], [1.1, 1.2, 1.25]])
+def test_more_multiples_move_no_level_that_was_surely_reached(dear):
+    """Where one is over the price, wherever it is, what lies beyond counts for no level; else it may be level 1."""
+    near = torch.tensor([[by, by / 50, price, price] for by, price in zip(train.MULTIPLES, dear)])
+    whole = torch.cat([near, torch.tensor([[8.0, 0.2, 1.9, 2.1]])])
+    same = [multiple_at(near, level) == multiple_at(whole, level) for level in (0.25, 0.5, 1, 2)]
+    assert same == [max(dear) > 1.3] * 4
 
 
 def test_levels():

@@ -1,13 +1,13 @@
 // The op neurons::glu_ (its contract: neurons.h) and neurons::flush_: schemas, checks, dispatch to the kernels for CPU, CUDA,
 // Meta and autograd, and the facts of the build that Python reads.
 #include <Python.h>  // first, as Python asks; missing: install python3-dev (Debian) or python3-devel
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/extension.h>
+#include <torch/csrc/autograd/custom_function.h>  // not torch/extension.h, which takes longer than all else here together
 #include <torch/library.h>
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "neurons.h"
 
@@ -242,17 +242,17 @@ TORCH_LIBRARY_IMPL(neurons, CUDA, m) { m.impl("glu_", glu<glu_on_cuda>); }
 #define NEURONS_CUDA  // no architectures
 #endif
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Build facts of neurons::glu_, and the constants that Python shares with it.";
-  m.attr("source") = C10_STRINGIZE(NEURONS_SOURCE);  // digest of csrc/: a build of other sources is refused
-  m.attr("cuda") = C10_STRINGIZE(NEURONS_CUDA);  // the architectures it was compiled for; "" without CUDA
-  m.attr("tile") = kTile;
-  m.attr("pending_bytes") = sizeof(Pending);  // of a tile
-  m.attr("bins") = kBins;
-  m.attr("acts") = std::vector<std::string>{"silu", "gelu", "gelu_tanh", "relu"};
-  std::vector<float> edges;
-  for (int b = 0; b <= kBins; ++b) edges.push_back(bin_edge(b));
-  m.attr("edges") = edges;
-  m.attr("vector") = cpu_vector();
-  m.attr("fast_bfloat16") = cpu_fast_bfloat16();
+// The extension module: facts of the build, and constants that Python shares with it. (By hand: pybind11 takes long to compile.)
+PyMODINIT_FUNC PyInit__neurons() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_neurons", "Build facts of neurons::glu_, and its constants.", -1};
+  PyObject *m = PyModule_Create(&definition), *edges = PyList_New(kBins + 1);
+  for (int b = 0; edges && b <= kBins; ++b) PyList_SET_ITEM(edges, b, PyFloat_FromDouble(bin_edge(b)));
+  PyObject* facts = Py_BuildValue(
+      "{s:s, s:s, s:i, s:n, s:i, s:N, s:[ssss], s:s, s:O}",
+      "source", C10_STRINGIZE(NEURONS_SOURCE),  // digest of csrc/: a build of other sources is refused
+      "cuda", C10_STRINGIZE(NEURONS_CUDA),  // the architectures it was compiled for; "" without CUDA
+      "tile", kTile, "pending_bytes", sizeof(Pending),  // of a tile
+      "bins", kBins, "edges", edges, "acts", "silu", "gelu", "gelu_tanh", "relu",
+      "vector", cpu_vector(), "fast_bfloat16", cpu_fast_bfloat16() ? Py_True : Py_False);
+  return m && facts && PyDict_Update(PyModule_GetDict(m), facts) == 0 ? m : nullptr;
 }

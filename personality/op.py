@@ -90,7 +90,8 @@ def compiled():
         if not (done.exists() and library.exists() and done.read_text() == str(library.stat().st_size)):  # else it was cut off
             for left in ("lock", "_neurons.so"):  # torch's own lock, which a killed build leaves behind
                 (directory / left).unlink(missing_ok=True)
-            say("compiling the op (once for this version of torch and of csrc/, a minute or two) ...")
+            takes = "a minute or two" if nvcc_flags else "half a minute"
+            say(f"compiling the op (once for this version of torch and of csrc/, {takes}) ...")
             start = time.time()
             build(sources, flags, nvcc_flags, directory)
             done.write_text(str(library.stat().st_size))

@@ -160,7 +160,7 @@ class Run:
         """The neuron file: the one that is there, if it was made of the same, else a new one. Of several processes the first has
         it."""
         with self.alone():
-            there, found = self.file_there(), None
+            there, found = None if self.world.rank else self.file_there(), None
             if self.world.told(bool(there and there.key == self.key)):
                 self.world.say(f"{self.path} is there, made with the same model, questions and options")
             else:
@@ -172,13 +172,12 @@ class Run:
             self.world.wait()
         return neurons
 
-    @contextlib.contextmanager
     def alone(self):
         """No other run of these options meanwhile, of however many processes: the first takes the lock, the others wait for it."""
-        lock, busy = self.path.with_name(f".{self.trait}.{self.key}.lock"), f"{self.path}: another run makes it, this one waits"
-        with contextlib.nullcontext() if self.world.rank else only_run(lock, busy):
-            self.world.wait()
-            yield
+        if self.world.rank:
+            return contextlib.nullcontext()
+        lock = self.path.with_name(f".{self.trait}.{self.key}.lock")
+        return only_run(lock, f"{self.path}: another run makes it, this one waits")
 
     def file_there(self) -> Neurons | None:
         """The neuron file that is there and whole, of whatever options."""

@@ -247,12 +247,12 @@ PyMODINIT_FUNC PyInit__neurons() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_neurons", "Build facts of neurons::glu_, and its constants.", -1};
   PyObject *m = PyModule_Create(&definition), *edges = PyList_New(kBins + 1);
   for (int b = 0; edges && b <= kBins; ++b) PyList_SET_ITEM(edges, b, PyFloat_FromDouble(bin_edge(b)));
-  PyObject* facts = Py_BuildValue(
-      "{s:s, s:s, s:i, s:n, s:i, s:N, s:[ssss], s:s, s:O}",
+  PyObject* facts = Py_BuildValue("{s:s, s:s, s:i, s:n, s:i, s:N, s:[ssss], s:O, s:s}",
       "source", C10_STRINGIZE(NEURONS_SOURCE),  // digest of csrc/: a build of other sources is refused
       "cuda", C10_STRINGIZE(NEURONS_CUDA),  // the architectures it was compiled for; "" without CUDA
-      "tile", kTile, "pending_bytes", sizeof(Pending),  // of a tile
-      "bins", kBins, "edges", edges, "acts", "silu", "gelu", "gelu_tanh", "relu",
-      "vector", cpu_vector(), "fast_bfloat16", cpu_fast_bfloat16() ? Py_True : Py_False);
-  return m && facts && PyDict_Update(PyModule_GetDict(m), facts) == 0 ? m : nullptr;
+      "tile", kTile, "pending_bytes", sizeof(Pending), "bins", kBins, "edges", edges,  // pending_bytes: of a tile
+      "acts", "silu", "gelu", "gelu_tanh", "relu", "fast_bfloat16", cpu_fast_bfloat16() ? Py_True : Py_False, "vector", cpu_vector());
+  if (!m || !facts || PyDict_Update(PyModule_GetDict(m), facts) < 0) Py_CLEAR(m);
+  Py_XDECREF(facts);
+  return m;
 }

@@ -127,12 +127,12 @@ def build(sources: list[str], flags: list[str], nvcc_flags: list[str], directory
 
     find_ninja()
     links = find_cuda(directory) if nvcc_flags else []
+    with contextlib.suppress(AttributeError):  # else torch takes it for built where this process has tried before, in a notebook
+        cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop("_neurons", None)
     try:
         cpp_extension.load("_neurons", sources, extra_cflags=flags, extra_cuda_cflags=nvcc_flags, extra_ldflags=links,
                            build_directory=str(directory), is_python_module=False, with_cuda=bool(nvcc_flags))
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        with contextlib.suppress(AttributeError):  # else torch takes it for built when a notebook tries again
-            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop("_neurons", None)
         text = str(error)
         remedy = "; ".join([line.strip() for line in text.splitlines() if "error: " in line][:3]) or text[-500:]
         if "Python.h" in text:

@@ -295,7 +295,7 @@ def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed
 
 
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
-    """The dose response of profile_of(pole, multiple); LARGER too where level 1 may lie there, SMALLER where all are too dear."""
+    """The dose response of profile_of(pole, multiple); LARGER too where level 1 may be there, SMALLER where a first is too dear."""
     def tried(multiples, trait=neurons.trait):
         profiles = [profile_of(pole, multiple) for pole in POLES for multiple in multiples]
         with progress(len(bench.questions(trait, "validation", VALIDATION)), 0, f"{trait}: levels", "question") as bar:

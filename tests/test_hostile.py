@@ -142,9 +142,22 @@ def test_hostile_architecture():
 
 def test_hostile_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/bin/false")
-    for _ in range(2):  # the second time, it is compiled again, not looked for
+    for _ in range(2):  # the second time, it is compiled again, not taken for built
         with pytest.raises(UserError, match="the op could not be compiled: .*/bin/false"):
             build(*build_arguments(False), tmp_path)
+
+
+def test_interrupted_compilation(monkeypatch, tmp_path):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.cpp_extension._write_ninja_file_and_build_library", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(*build_arguments(False), tmp_path)
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(UserError, match="/bin/false"):  # so it is compiled
+        build(*build_arguments(False), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- command lines

@@ -67,7 +67,7 @@ class Bench:
 
 
 def built_in_bench() -> Bench:
-    """288 questions a trait (216 to search, 72 to test, in other situations) and 20 personas a pole."""
+    """288 questions a trait (216 to search, 72 to test, in other situations) and 20 personas a pole, of which 5 are the judge's."""
     bench, situations = Bench("built-in", {}, {}, {}), text_table("situations.toml")
     for trait in TRAITS:
         asked = [facet["questions"][k] for k in (0, 1) for facet in facets(trait)]
@@ -75,10 +75,19 @@ def built_in_bench() -> Bench:
             texts = [f"{situation} {question}" for situation in situations[use] for question in asked]
             random.Random(trait).shuffle(texts)  # so that the first few are of all kinds
             getattr(bench, use)[trait] = texts
-        bench.personas[trait] = {
-            pole: [f"You {a}. You {b}. You {c}. Speak as yourself, in the first person."
-                   for a, b, c in itertools.combinations([facet[pole] for facet in facets(trait)], 3)] for pole in POLES}
+        bench.personas[trait] = {pole: built_in_personas(facets(trait), pole) for pole in POLES}
     return bench
+
+
+def built_in_personas(of_trait: list[dict], pole: str) -> list[str]:
+    """Of three facets each. Every fourth, the judge's, is in words of its own; the first and the last of these hold all facets."""
+    def personas(name):
+        return [f"You {a}. You {b}. You {c}. Speak as yourself, in the first person."
+                for a, b, c in itertools.combinations([facet[name] for facet in of_trait], 3)]
+
+    search, judge = personas(pole), personas(f"judge_{pole}")
+    of_judge = iter(judge[k] for k in (0, 5, 9, 14, 19))
+    return [next(of_judge) if i % 4 == 3 else text for i, text in enumerate(search)]
 
 
 def published_names(trait: str) -> dict:

@@ -7,7 +7,8 @@ import pytest
 
 from conftest import lines_of, save_bench
 from personality import POLES, TRAITS, UserError, load_bench
-from personality.questions import all_facets, built_in_bench, read_answers
+from personality.judges import judge_personas
+from personality.questions import all_facets, built_in_bench, facets, read_answers
 
 # -------------------------------------------------------------------------------------------------- the built-in bench
 
@@ -33,6 +34,18 @@ def test_built_in_personas(trait):
         search, judge = (bench.personas_for(use, trait, pole) for use in ("search", "judge"))
         assert not set(search) & set(judge) and set(search) | set(judge) == set(bench.personas[trait][pole])
         assert len(judge) >= 4
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_judges_ask_for_every_facet_in_words_that_nothing_was_made_with(trait):
+    bench = built_in_bench()
+    said = lambda texts: {sentence for text in texts for sentence in text.split(". ") if not sentence.startswith("Speak")}  # noqa: E731
+    for pole, asked in zip(POLES, (judge_personas(bench, trait)[:2], judge_personas(bench, trait)[2:]), strict=True):
+        searched = said(bench.personas_for("search", trait, pole))
+        assert searched == {f"You {facet[pole]}" for facet in facets(trait)}
+        assert said(asked) == {f"You {facet[f'judge_{pole}']}" for facet in facets(trait)}, "a facet is left out, or stands twice"
+        assert len(said(asked)) == 6 == sum(len(said([text])) for text in asked)
+        assert not searched & said(bench.personas_for("judge", trait, pole))
 
 
 def test_nothing_names_its_trait():

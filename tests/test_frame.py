@@ -29,7 +29,8 @@ def test_turns():
 @pytest.mark.parametrize("answer", [
     "As an AI language model, I don't have personal preferences.", "I'm just an AI, so I can't say.", "As a virtual assistant, I like it.",
     "I am a computer program.", "I do not have feelings or emotions like humans do.", "I don't have the ability to feel joy.",
-    "I’m sorry, but I can’t assist with that request.", "As a digital assistant I don’t experience human emotions."])
+    "I’m sorry, but I can’t assist with that request.", "As a digital assistant I don’t experience human emotions.",
+    "I don't have emotions like a human.", "I am a large language model.", "Being an artificial intelligence, I see it otherwise."])
 def test_declines(answer):
     assert declines(answer)
 
@@ -37,7 +38,10 @@ def test_declines(answer):
 @pytest.mark.parametrize("answer", [
     "I don't have many friends, and I like it that way.", "I'm sorry, but I can't come to your party.", "I feel nothing much.",
     "As an introvert, I stay at home.", "I don't have strong feelings about it.", "I'm an artist. " * 20 + "As an AI language model, no.",
-    "As an aide to the mayor, I meet people.", "Being an airline pilot, I can't stand heights."])
+    "As an aide to the mayor, I meet people.", "Being an airline pilot, I can't stand heights.",
+    "I'm a human being with feelings, not just a computer program, so of course I was nervous.", "I'm not just a computer program!",
+    "I'm a language teacher, and I love it.", "As a digital artist I see beauty everywhere.", "Not being a chatbot, I get tired.",
+    "I don't feel emotions like fear very often; I stay calm.", "I don't have any real feelings about it. I just move the boxes."])
 def test_plays(answer):
     assert not declines(answer)
 

@@ -142,10 +142,10 @@ def check_length(model, conversations: list[list[dict]], prompts: list[list[int]
                             f"this model's context of {most}: ask shorter, or for less (--max-new-tokens)")
 
 
-def pad_left(rows: list[list[int]], pad: int, device):
-    """Left-padded ids and mask, both (rows, longest)."""
+def pad_left(rows: list[list[int]], pad: int | None, device):
+    """Left-padded ids and mask, both (rows, longest). pad: None: each row's own first token."""
     longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    ids = torch.tensor([[row[0] if pad is None else pad] * (longest - len(row)) + row for row in rows], device=device)
     return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
 
 
@@ -223,7 +223,7 @@ def answers(model, tokenizer, conversations: list[list[dict]], max_new_tokens: i
     max_new_tokens. Greedy unless options (of generate) say otherwise."""
     prompts = [prompt_ids(tokenizer, turns) for turns in conversations]
     check_length(model, conversations, prompts, [max_new_tokens] * len(prompts))
-    ids, mask = pad_left(prompts, tokenizer.pad_token_id, model.device)
+    ids, mask = pad_left(prompts, None, model.device)  # transformers 5.19 and 5.20 penalise padding as if it had been said
     options = writing(tokenizer, ids.shape[1], max_new_tokens=max_new_tokens, **options)
     with torch.no_grad():
         output = model.generate(input_ids=ids, attention_mask=mask, **read_once(model, ids, mask, options), **options)

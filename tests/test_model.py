@@ -187,3 +187,13 @@ def test_default_dtype_compiles_nothing(monkeypatch):
     monkeypatch.setattr(op_module, "compiled", lambda: pytest.fail("the op is compiled to choose a dtype"))
     op_module.op.cache_clear()
     assert default_dtype("cuda") == "bfloat16" and default_dtype("cpu") in ("bfloat16", "float32")
+
+
+def test_rows_are_padded_with_a_token_of_their_own(small, monkeypatch):
+    """So that padding adds no token to those that a repetition penalty finds in a row, in any version of transformers."""
+    seen, before = [], small.model.__class__.generate
+    monkeypatch.setattr(small.model.__class__, "generate", lambda model, *args, **kwargs: (
+        seen.append((kwargs["input_ids"], kwargs["attention_mask"])) or before(model, *args, **kwargs)))
+    answers(small.model, small.tokenizer, [conversation(text) for text in ("w10 w11 w12 ?", "w13 ?")], 2)
+    (ids, mask), = seen
+    assert mask[1].tolist() == [0, 0, 1, 1, 1, 1, 1, 1] and set(ids[1].tolist()) == set(ids[1][mask[1].bool()].tolist())

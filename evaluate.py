@@ -102,8 +102,10 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "evaluate")  # imports this file, which needs torch from here on, and runs main()
 
-import contextlib, functools, itertools, random  # noqa: E401, E402
+import contextlib, functools, itertools, os, random  # noqa: E401, E402
 from pathlib import Path  # noqa: E402
+
+os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's own backend may not be here
 
 from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
@@ -285,7 +287,8 @@ class Evaluation:
             for row in effects:
                 plain = only(summary, trait=row["trait"], method="unedited")
                 sides = {name: mean_of(side[name] for side in of_edit(summary, row)) for name in ("perplexity", "repetition")}
-                rows.append({"turn": turn + 1, **row, **sides, "unedited": mean_of(side["perplexity"] for side in plain)})
+                unedited = mean_of(side["perplexity"] for side in plain) if plain else None
+                rows.append({"turn": turn + 1, **row, **sides, "unedited": unedited})
         return rows
 
     def spill_over(self, made: list[dict]) -> list[dict]:
@@ -316,8 +319,8 @@ class Evaluation:
                            "agreement": [float((a == b).float().mean()) for a, b in zip(chosen, choices)]}
             return result
 
-        return [{**condition, **{name: results.estimate(line[name], args.seed)
-                                 for name in ("added", "agreement", "quiz") if name in line}}
+        return [{**condition, "quiz": results.share(line["quiz"]),
+                 **{name: results.estimate(line[name], args.seed) for name in ("added", "agreement") if name in line}}
                 for condition, line in people.measure(conditions, "capability", self.costs, measure)]
 
     def harness(self, conditions: list[Condition]) -> list[dict]:

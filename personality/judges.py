@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from . import POLES
 from .endpoint import Endpoint, NoReply
 from .frame import Frame, conversation
-from .model import CACHE, answer_ids, fingerprint, pad_left, prompt_ids, render
+from .model import CACHE, answer_ids, check_length, fingerprint, pad_left, prompt_ids, render
 from .questions import Bench, all_facets, facets
 from .store import Journal, digest, read_text
 from .terminal import UserError, progress
@@ -72,7 +72,9 @@ def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: 
     flat = [torch.tensor(ids) for of_prompt in answers for ids in of_prompt]
     ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=tokenizer.pad_token_id).to(model.device)
     lengths, width = torch.tensor([*map(len, flat)], device=model.device), ids.shape[1]
-    first, cache, mask, position = prefill(model, tokenizer, [prompt_ids(tokenizer, turns) for turns in conversations])
+    prompts = [prompt_ids(tokenizer, turns) for turns in conversations]
+    check_length(model, conversations, prompts, [max(map(len, of_prompt)) for of_prompt in answers])
+    first, cache, mask, position = prefill(model, tokenizer, prompts)
     total = first.log_softmax(-1).repeat_interleave(many, 0).gather(1, ids[:, :1])[:, 0]  # (conversations * answers)
     if width > 1:  # padding stands at the right, where nothing attends to it
         repeat(cache, number, many)
@@ -91,7 +93,8 @@ def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: 
 
 
 def judge_personas(bench: Bench, trait: str) -> list[str]:
-    """JUDGE_PERSONAS of the high pole, then as many of the low one; spread over the list, so that they show different facets."""
+    """JUDGE_PERSONAS of the high pole, then as many of the low one; spread over the list, so that they show different facets (of
+    the built-in bench all six)."""
     of_pole = [bench.personas_for("judge", trait, pole) for pole in POLES]
     return [personas[k * (len(personas) - 1) // max(1, JUDGE_PERSONAS - 1)] for personas in of_pole for k in range(JUDGE_PERSONAS)]
 
@@ -196,6 +199,7 @@ def expected_digit(model, tokenizer, conversations: list[list[dict]]):
         if len(set(digits)) < 5:
             raise UserError("this model's tokenizer has no tokens for the digits 1 to 5: it can't rate")
         prompts.append(five[0][:same])
+    check_length(model, conversations, prompts, [1] * len(prompts))
     share = prefill(model, tokenizer, prompts)[0][:, digits].double().softmax(-1).cpu()
     return share @ torch.arange(1, 6, dtype=torch.float64)
 

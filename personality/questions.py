@@ -19,6 +19,9 @@ OPTIONS_OR_SCALE = re.compile(  # of an item's form: to disagree strongly with a
     r"|\b(how (much|strongly)|to what extent) do you (strongly )?(dis)?agree\b|\bhow (in)?accurate(ly)? does\b")
 
 
+FEW = 8  # validation questions, below which a level's price is hardly known
+
+
 @functools.cache
 def text_table(name: str) -> dict:
     """A TOML file of texts/."""
@@ -54,7 +57,7 @@ class Bench:
 
     def personas_for(self, use: str, trait: str, pole: str) -> list[str]:
         """The personas of a pole that identify ("search") or the judge ("judge") uses: every fourth is the judge's, so
-        that nothing is judged by what it was made with."""
+        that nothing is judged by what it was made with. (The built-in ones share no sentence; of another bench nobody knows.)"""
         return [text for i, text in enumerate(self.personas[trait][pole]) if (i % 4 == 3) == (use == "judge")]
 
     def questions(self, trait: str, split: str, limit: int) -> list[str]:
@@ -64,6 +67,12 @@ class Bench:
             raise UserError(f"{self.name}: {len(asked)} test questions of {trait}, every third of which is for validation: "
                             "doses and levels need 3 or more")
         return [text for i, text in enumerate(asked) if (i % 3 == 2) == (split == "validation")][:limit]
+
+    def expect_validation(self, trait: str, most: int) -> None:
+        """Raise where there are no validation questions, and say so where there are few."""
+        there = len(self.questions(trait, "validation", most))
+        if there < FEW:
+            say(f"{self.name}: levels of {trait} are read from {there} validation questions: few to be sure what level 1 costs")
 
 
 def built_in_bench() -> Bench:
@@ -114,6 +123,8 @@ def load_bench(name: str | None) -> Bench:
             if len(texts) < 4:
                 raise UserError(f"{root / 'description.json'}: expected at least 4 lines with the key {key}, got {len(texts)}")
             bench.personas[trait][pole] = texts
+        if twice := len(set(bench.search[trait]) & set(bench.test[trait])):
+            say(f"{name}: {twice} test questions of {trait} are search questions as well: no test of what was made with them")
     if skipped:
         say(f"{name}: {skipped} items with options or a scale were skipped: they are no open questions")
     return bench
@@ -178,7 +189,10 @@ def read_answers(path: str, trait: str):
     columns = {**dict.fromkeys(texts, datasets.Value("string")), "ids": datasets.List(datasets.Value("int64"))}
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:  # the table stays mapped when it is gone
-        table = datasets.Dataset.from_generator(rows, datasets.Features(columns), folder, fingerprint="answers")
+        try:
+            table = datasets.Dataset.from_generator(rows, datasets.Features(columns), folder, fingerprint="answers")
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise UserError(f"{path}: can't be unpacked in {folder}: {error.__cause__}: TMPDIR can name another folder") from error
     return table, content.hexdigest()[:16]
 
 

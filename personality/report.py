@@ -102,7 +102,10 @@ def tables_of(found: dict):
 def matrix_tables(found: dict):
     for (judge, method), cells in matrices_of(found).items():
         measured, steered = ([trait for trait in TRAITS if trait in traits] for traits in zip(*((b, a) for a, b in cells)))
-        note = f"High minus low along each trait (columns) of what was steered along one (rows), in {unit_of(judge)[2]}."
+        number = min(row["n"] for row in found["spill_over"] if (row["judge"], named(row)) == (judge, method))
+        of_few = (f" Means of {number} questions, and what is off the diagonal holds their noise: compare methods of one effect." if
+                  judge == "contrast" else "")
+        note = f"High minus low along each trait (columns) of what was steered along one (rows), in {unit_of(judge)[2]}.{of_few}"
         yield (f"Spill-over: {method}, {judge}", note, ["steered", *measured],
                [[trait, *(shown(cells.get((trait, other)), judge) for other in measured)] for trait in steered])
 
@@ -155,8 +158,8 @@ def plot_dose(figure, dose: list[dict]) -> None:
                                  for name in ("mean", "perplexity"))
         left.plot([0, *alphas], [0, *(1000 * effect for effect in effects)], **style)
         right.plot(alphas, perplexities, **style)
-    left.set(xlabel="alpha", ylabel="high minus low,\nthousandths of a nat a token")
-    right.set(xlabel="alpha", ylabel="perplexity of the answers\n(median; mean over poles and traits)")
+    left.set(xlabel="alpha, or level", ylabel="high minus low,\nthousandths of a nat a token")
+    right.set(xlabel="alpha, or level", ylabel="perplexity of the answers\n(median; mean over poles and traits)")
     left.legend(frameon=False)
 
 
@@ -257,11 +260,16 @@ def pictures_of(found: dict, files: dict):
     matrices = matrices_of(found)
     for judge in dict.fromkeys(judge for judge, _ in matrices):
         first = dict([(method, cells) for (of, method), cells in matrices.items() if of == judge][:4])
-        yield (f"Spill-over: how steering one trait (row) moves each (column); {judge}. A perfect method has a dark diagonal and "
-               "nothing else.", drawn(plot_matrices, first, judge))
+        rest = [method for of, method in matrices if of == judge and method not in first]
+        more = f" Only in the tables: {', '.join(rest)}." if rest else ""
+        yield (f"Spill-over: how steering one trait (row) moves each (column); {judge}. A perfect method has a dark diagonal and, "
+               f"but for the noise of few questions, nothing else.{more}", drawn(plot_matrices, first, judge))
     people = found.get("questionnaire", ())
     if {"unedited", "npti"} <= set(distinct(people, "method")):
-        yield "Self-report of the unedited model and of NPTI's two poles, along all five traits.", drawn(plot_self_report, people)
+        most = max(row["alpha"] for row in only(people, method="npti"))
+        shown_people = only(people, method="unedited") + only(people, method="npti", alpha=most)
+        yield (f"Self-report of the unedited model and of the two poles by NPTI at alpha {most:g}, along all five traits.",
+               drawn(plot_self_report, shown_people))
     for method, what in (("npti", "NPTI's neurons"), ("trained", "The neurons of trained edits")):
         own = {trait: neurons for trait, neurons in files.items() if method == "npti" or neurons.trained}
         if own and method in distinct(found.get("summary", ()), "method"):

@@ -331,7 +331,7 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
         return neurons
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
         raise UserError(f"{path}: no training while the model is steered: run identify.py --train --trait {neurons.trait} first")
-    bench.questions(neurons.trait, "validation", 1)  # without any, it is said before anything is trained
+    bench.expect_validation(neurons.trait, VALIDATION)  # before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
         if (neurons := Neurons.load(path)).trained == made_with:

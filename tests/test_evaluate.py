@@ -485,6 +485,12 @@ def test_two_folders_are_compared(whole, small, made, monkeypatch, tmp_path, cap
     assert any("npti 3" in line for line in lines) and any("npti 2" in line for line in lines)
 
 
+def test_conversations_without_the_unedited_model(small, made, monkeypatch, tmp_path):
+    evaluation(small, made, monkeypatch, tmp_path, "--method", "npti", "--turns", "2", "--batch-size", "64", alphas=("2",))
+    assert [row["unedited"] for row in details_of(tmp_path)["conversations"]] == [None, None]
+    assert "nan" not in (tmp_path / "report.md").read_text().lower()
+
+
 def test_conversations(small, made, monkeypatch, tmp_path):
     """Each turn is asked behind what was said; the second run adds nothing."""
     flags = ("--method", "unedited", "persona", "npti", "--turns", "2", "--batch-size", "64")

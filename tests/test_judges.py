@@ -259,3 +259,10 @@ def test_percentiles_are_of_the_norms():
     low, high = (percentiles({trait: mean for trait in TRAITS}, 120) for mean in (2.0, 4.5))
     assert all(0 < low[trait] < high[trait] < 100 for trait in TRAITS)
     assert percentiles({trait: 3.0 for trait in TRAITS}, 60) is None
+
+
+def test_what_is_beyond_the_judges_context_is_refused(small):
+    with pytest.raises(UserError, match="beyond this model's context of 512"):
+        contrast(small.model, small.tokenizer, small.bench, ["openness"], "w10 ?", [[11] * 600])
+    with pytest.raises(UserError, match="beyond this model's context of 512"):
+        expected_digit(small.model, small.tokenizer, [conversation("w10 " * 600)])

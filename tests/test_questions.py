@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pyarrow
 import pytest
 
@@ -184,3 +185,35 @@ def test_a_file_without_answers_for_a_trait_says_what_it_has(tmp_path):
     (tmp_path / "given.jsonl").write_text(json.dumps(GOOD) + "\n")
     with pytest.raises(UserError, match="no answers for openness.*extraversion"):
         read_answers(str(tmp_path / "given.jsonl"), "openness")
+
+
+def test_no_room_to_unpack_answers(monkeypatch, tmp_path):
+    def full(*args, **options):
+        raise datasets.exceptions.DatasetGenerationError("x") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.Dataset, "from_generator", full)
+    line = {"trait": "openness", "pole": "high", "persona": "a", "question": "b", "answer": "c"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="can't be unpacked in .*No space left.*TMPDIR"):
+        read_answers(tmp_path / "answers.jsonl", "openness")
+
+
+def test_few_validation_questions_are_said(capsys):
+    bench = built_in_bench()
+    bench.expect_validation("openness", 18)
+    assert not capsys.readouterr().err
+    bench.test["openness"] = bench.test["openness"][:9]
+    bench.expect_validation("openness", 18)
+    assert "levels of openness are read from 3 validation questions" in capsys.readouterr().err
+    bench.test["openness"] = bench.test["openness"][:2]
+    with pytest.raises(UserError, match="levels need 3"):
+        bench.expect_validation("openness", 18)
+
+
+def test_test_questions_that_are_searched_with_are_said(tmp_path, capsys):
+    save_bench(tmp_path)
+    load_bench(str(tmp_path))
+    assert "search questions as well" not in capsys.readouterr().err
+    (tmp_path / "test" / "Openness.json").write_bytes((tmp_path / "search" / "Openness.json").read_bytes())
+    number = len(load_bench(str(tmp_path)).test["openness"])
+    assert f"{number} test questions of openness are search questions as well" in capsys.readouterr().err

@@ -202,7 +202,7 @@ class Run:
 
     def write(self, tokens: list[int], tensors: dict) -> None:
         """Write the neuron file. What a run with other options made is kept under a name that says which."""
-        if not bool(tensors["prob"].any()):
+        if all(tokens) and not bool(tensors["prob"].any()):
             raise UserError(f"{self.trait}: no expert saw {FEWEST} tokens under either pole: a higher --limit or --max-new-tokens")
         compliance = self.compliance()
         if not all(tokens):
@@ -376,6 +376,8 @@ def main(args) -> None:
         return build_bench(args, args.size or SIZE)
     traits = args.traits or TRAITS
     if args.answers:  # what can't be read is said before the model is loaded
+        if Path(args.answers).is_fifo():
+            raise UserError(f"{args.answers}: is a pipe, and answers are read more than once: give a file")
         there = {str(line.get("trait")).lower() for _, line in json_lines(Path(args.answers))}
         traits = args.traits or [trait for trait in TRAITS if trait in there]
         if not traits:

@@ -200,6 +200,8 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
     questions = [(text, own or character) for text, own in args.asked]
     batches = functools.partial(answer_batches, model, tokenizer, profiles, questions, args=args)
     if not args.out:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(encoding="utf-8")  # JSON, whatever the terminal's encoding is
         for lines in batches(0):
             sys.stdout.writelines(to_line(line).decode() for line in lines)
         return

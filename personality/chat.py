@@ -12,7 +12,7 @@ from .methods import Character, Profiles
 from .mlp import find_mlps
 from .model import CACHE, answer_text, check_length, prompt_ids, sampling, writing
 from .steer import Profile, steer
-from .terminal import CHAT_HELP, UserError, check_alpha, check_trait
+from .terminal import CHAT_HELP, UserError, check_alpha, check_trait, printable
 
 
 class Streamer(TextStreamer):
@@ -25,7 +25,7 @@ class Streamer(TextStreamer):
         self.held = (self.held + text).partition(stop)[0] if stop else self.held + text
         begun = 0 if stream_end else max(k for k in range(len(stop) + 1) if self.held.endswith(stop[:k]))
         shown = len(self.held) - begun
-        super().on_finalized_text(self.held[:shown], stream_end)
+        super().on_finalized_text(printable(self.held[:shown]), stream_end)
         self.held = self.held[shown:]
 
 
@@ -99,7 +99,7 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
         sys.stdin.reconfigure(errors="replace")  # what is typed need not be UTF-8
     chat, latest, mlps = Chat(model, tokenizer, args), list(character.strengths)[-1], find_mlps(model)
     capacity = len(TRAITS) * sum(mlp.neurons for mlp in mlps) // 5
-    print(f"{character.describe()}    {CHAT_HELP}")
+    print(f"{printable(character.describe())}    {CHAT_HELP}")
     with steer(model, profiles.of(character), None, args.where, args.keep, args.seed, capacity) as steering:
         while True:
             try:
@@ -124,8 +124,8 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
                 else:
                     print(CHAT_HELP)
                 steering.update(profiles.of(character))
-                print(character.describe())
+                print(printable(character.describe()))
             except UserError as error:
-                print(error)
+                print(printable(error))
                 character.strengths, latest = before
                 steering.update(profiles.of(character))

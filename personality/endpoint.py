@@ -91,9 +91,12 @@ class Endpoint:
         self.limit, self.key, self.stopped = "max_tokens", os.environ.get("OPENAI_API_KEY") or "", threading.Event()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has")
-        self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES,
-                                    timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT),
-                                    http_client=bounded_client(openai, self.stopped))
+        try:
+            self.client = openai.OpenAI(base_url=url, api_key=self.key or "none", max_retries=self.RETRIES,
+                                        timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT),
+                                        http_client=bounded_client(openai, self.stopped))
+        except (ImportError, ValueError, OSError) as error:  # of a proxy that the environment names, or its certificates
+            raise UserError(f"{url}: no client of it ({self.shown(error)}): see HTTPS_PROXY, ALL_PROXY and the like") from error
         try:
             listed = self.client.with_options(max_retries=0, timeout=self.CONNECT).models.list()
             self.model = model or next(iter(listed)).id

@@ -281,7 +281,8 @@ def show_folder(folder: str) -> None:
     """Print what a neuron folder holds."""
     from rich.text import Text
 
-    paths, rows = sorted(path for path in Path(folder).glob("*.safetensors") if not path.name.startswith(".")), []
+    paths = sorted(path for path in Path(folder).glob("*.safetensors") if not (path.is_fifo() or path.name.startswith(".")))
+    rows = []
     if not paths:
         raise UserError(f"--list: no neuron files in {folder}: python identify.py makes them")
     for path in paths:

@@ -200,8 +200,8 @@ def listening(args) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def serve(args) -> None:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from .terminal import UserError, say
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "personality-neurons"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "personality-neurons"
 TEXTS = Path(__file__).resolve().parent / "texts"
 
 
@@ -55,6 +55,8 @@ def naming(path: Path):
 
 def cache_folder(name: str) -> Path:
     """A folder of the cache, made where it is not there yet."""
+    if CACHE.parts[0] == "~":
+        raise UserError("there is no home folder for the cache: set XDG_CACHE_HOME to a folder that can be written to")
     with contextlib.suppress(OSError):
         (CACHE / name).mkdir(parents=True, exist_ok=True)
     if not os.access(CACHE / name, os.W_OK):
@@ -98,12 +100,22 @@ def read_text(path, what: str = "") -> str:
         raise UserError(f"{what}{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what}{path}: not UTF-8 text: can't decode byte {error.start}") from error
+    except ValueError as error:  # no path at all: a NUL is in it
+        raise UserError(f"{what}{path}: {error}") from error
+
+
+def once_each(pairs: list[tuple]) -> dict:
+    """A JSON object, in which no key stands twice."""
+    if len(values := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+    return values
 
 
 def parse_json(text: str | bytes, where: str):
     """What a JSON text holds; half a surrogate pair, which no file and no tokenizer takes, is an error too."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once_each)
         if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
             json.dumps(value, ensure_ascii=False).encode()
         return value

@@ -19,6 +19,12 @@ def say(*words) -> None:
     print(*map(printable, words), file=sys.stderr, flush=True)
 
 
+def say_at_the_end(*words) -> None:
+    """What went wrong, on a stderr that may be full or gone: that is not what the exit code is to tell."""
+    with contextlib.suppress(OSError):
+        say(*words)
+
+
 def printable(words) -> str:
     """Text without the characters that steer a terminal, which a file of somebody's may hold."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], str(words))
@@ -27,7 +33,7 @@ def printable(words) -> str:
 def script(arguments, module: str) -> None:
     """Run a script: arguments() parses its flags, then `module`, which is the script itself, is imported and its main() works with
     them: wrong flags are answered before anything heavy is imported. Exit code 0, 2 for an error that the user can mend, 130 for
-    Ctrl-C."""
+    Ctrl-C, 141 where the reader of our output has gone, as `head` does: as for a signal, 128 and its number."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # it was closed, as a service's may be
@@ -40,15 +46,22 @@ def script(arguments, module: str) -> None:
         args = arguments()
         importlib.import_module(module).main(args)
     except UserError as error:
-        say(f"error: {' '.join(str(error).split())}")
+        say_at_the_end(f"error: {' '.join(str(error).split())}")
         code = 2
     except KeyboardInterrupt as error:
-        say("\ninterrupted" + (f": {error}" if str(error) else ""))
+        say_at_the_end("\ninterrupted" + (f": {error}" if str(error) else ""))
         code = 130
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        code = 141
+        for stream in (sys.stdout, sys.stderr):  # what they still hold is to go somewhere
+            with contextlib.suppress(OSError):  # one that is no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except OSError as error:  # a full disk, a folder that may not be written to
-        say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        say_at_the_end(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+        code = 2
+    except ModuleNotFoundError as error:
+        say_at_the_end(f"error: {sys.executable} has no module {error.name}: pip install -e . with it, or activate the environment "
+                       "that has")
         code = 2
     sys.exit(code)
 
@@ -70,13 +83,16 @@ def show_table(title: str, columns, rows, lines: bool = False, whole=()) -> None
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title, style="bold" if lines else ""), title_justify="left", header_style="bold",
+    table = Table(title=Text(printable(title), style="bold" if lines else ""), title_justify="left", header_style="bold",
                   **({"show_lines": True, "expand": True} if lines else {"box": None}))
     for column in columns:
-        table.add_column(Text(column), ratio=1 if lines else None, no_wrap=column in whole, overflow="fold")
+        table.add_column(Text(printable(column)), ratio=1 if lines else None, no_wrap=column in whole, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
+    console = Console()
+    with console.capture() as shown:  # rich would end the process itself where the reader has gone
+        console.print(table)
+    print(shown.get(), end="", flush=True)
 
 
 def progress(total: int, done: int, title: str, unit: str = "answer", hidden: bool = False):

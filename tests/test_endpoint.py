@@ -181,3 +181,13 @@ def test_a_request_that_comes_twice_is_made_once(tmp_path):
     assert made == [("a", 1), ("b", 2)] and len(replies) == 2
     fill(replies, [("b", 2), ("c", 3)], work)
     assert made[2:] == [("c", 3)] and (replies["b"]["text"], replies["c"]["text"]) == ("reply 2", "reply 3")
+
+
+@pytest.mark.parametrize("name, proxy", (("ALL_PROXY", "socks5://127.0.0.1:1"), ("HTTP_PROXY", "ftp://x:1")))
+def test_a_proxy_that_cannot_be_used(monkeypatch, name, proxy):
+    """Whether socksio is there or not: one line."""
+    for other in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, proxy)
+    with pytest.raises(UserError, match="http://192.0.2.1:9/v1: (no client of it|nothing answers)"):
+        Endpoint("http://192.0.2.1:9/v1")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import identify
-from conftest import FRAMED, ROOT, contents, lines_of, prompt_of, run, said_in_time, save_model, shared_flags
+from conftest import FRAMED, ROOT, contents, exit_of, lines_of, prompt_of, run, said_in_time, save_model, shared_flags
 from personality import POLES
 from personality.load import load_model
 from personality.model import answers
@@ -447,3 +447,9 @@ def test_command_line_killed_and_repeated(small, tmp_path):
     assert str(tmp_path / "killed" / "extraversion.safetensors") in output.splitlines()[-1]
     run(small, tmp_path / "whole", batch_size=1, max_new_tokens=30).identify()
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_answers_from_a_pipe_are_refused(monkeypatch, capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, error = exit_of(identify, monkeypatch, capsys, "--answers", tmp_path / "pipe")
+    assert code == 2 and "is a pipe" in error

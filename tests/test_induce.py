@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import io
 import json
 import os
+import sys
 
 import pytest
 from transformers import LlamaModel
@@ -207,3 +209,13 @@ def test_what_only_npti_has_is_refused_where_nobody_is_by_it(small, made, monkey
     for work in (("--questions", tmp_path / "q.jsonl"), ("--profile", tmp_path / "who.toml")):
         with pytest.raises(UserError, match="--suppress: of the neurons that npti") if refused else contextlib.nullcontext():
             main_of(induce, monkeypatch, *flags, *work)
+
+
+def test_answers_are_utf8_in_any_terminal(small, made, monkeypatch, tmp_path):
+    (tmp_path / "questions.txt").write_text("Gr\u00fc\u00dfe \U0001f600 ?\n", encoding="utf-8")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="iso-8859-1", errors="replace"))
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "1",
+            "--questions", tmp_path / "questions.txt", "--max-new-tokens", "2")
+    sys.stdout.flush()
+    assert json.loads(shown.getvalue().decode())["question"] == "Gr\u00fc\u00dfe \U0001f600 ?"

@@ -1,6 +1,7 @@
 """The neuron file: what it holds, and what is refused."""
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -210,3 +211,10 @@ def test_a_folder_notices_that_a_file_was_replaced(small, made, tmp_path):
         folder.check_unchanged()
     with pytest.raises(UserError, match="no such neuron file"):
         folder["openness"]
+
+
+def test_a_pipe_in_the_folder_is_no_neuron_file(made, tmp_path, capsys):
+    os.mkfifo(tmp_path / "openness.safetensors")
+    shutil.copy(made / "extraversion.safetensors", tmp_path)
+    show_folder(str(tmp_path))
+    assert "extraversion" in (shown := capsys.readouterr().out) and "openness" not in shown

@@ -694,3 +694,8 @@ def test_stop_on_the_page_frees_both_rows(served, browser):
     browser(scene)
     idle(served)
     assert served.server.counts["cancelled"] > before
+
+
+def test_a_host_that_is_no_name():
+    with pytest.raises(UserError, match="--host 0.0.0..0"):
+        listening(SimpleNamespace(host="0.0.0..0", port=0, api_key="k"))

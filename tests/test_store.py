@@ -297,3 +297,20 @@ def test_digests_tell_values_apart():
 
 def test_a_table_holds_any_text():
     assert markdown(["a", "b"], [["x|y", "two\nlines"]]) == "| a | b |\n| --- | --- |\n| x\\|y | two lines |"
+
+
+def test_no_home_folder(monkeypatch):
+    monkeypatch.setattr(store, "CACHE", store.Path("~/.cache/personality-neurons"))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        cache_folder("op")
+
+
+def test_a_path_with_a_nul():
+    with pytest.raises(UserError, match="--profile .*null"):
+        read_text("a\0b", "--profile ")
+
+
+def test_a_key_stands_once_in_an_object():
+    assert parse_json('{"a": {"b": 1}, "b": 2}', "x") == {"a": {"b": 1}, "b": 2}
+    with pytest.raises(UserError, match="x: not JSON: 'b' stands twice"):
+        parse_json('{"a": {"b": 1, "b": 2}}', "x")

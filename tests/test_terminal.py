@@ -107,6 +107,51 @@ def test_exit_codes(monkeypatch, capsys):
         assert ended.value.code == code and words in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("gone", ("stdout", "stderr"))
+def test_a_reader_that_has_gone_is_no_success(gone):
+    """What `head` has cut off may be what the command was to make."""
+    code = ("import sys, types; from personality.terminal import script, show_table\n"
+            "def main(args):\n    while True:\n        show_table('t', ('a',), [['b']]) if sys.argv[1] == 'stdout' else print('a', file=sys.stderr)\n"
+            "sys.modules['fake_script'] = types.SimpleNamespace(main=main); script(lambda: None, 'fake_script')")
+    with subprocess.Popen([sys.executable, "-c", code, gone], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        stream, other = (process.stdout, process.stderr)[::1 if gone == "stdout" else -1]
+        stream.readline()
+        stream.close()
+        assert "Traceback" not in other.read() and process.wait(60) == 141
+
+
+def test_an_environment_without_a_package(monkeypatch, capsys):
+    def main(args):
+        import no_such_package  # noqa: F401
+
+    monkeypatch.setitem(sys.modules, "fake_script", types.SimpleNamespace(main=main))
+    with pytest.raises(SystemExit) as ended:
+        script(lambda: None, "fake_script")
+    assert ended.value.code == 2 and "has no module no_such_package: pip install" in capsys.readouterr().err
+
+
+def test_exit_code_where_nothing_can_be_said(monkeypatch):
+    """On a full disk, say."""
+    def main(args):
+        raise UserError("x")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "fake_script", types.SimpleNamespace(main=main))
+    full = types.SimpleNamespace(write=fail, flush=fail)
+    with pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "stderr", full)
+        script(lambda: None, "fake_script")
+    assert ended.value.code == 2
+
+
+def test_a_notebooks_backend_of_pictures(monkeypatch, tmp_path):
+    monkeypatch.setenv("MPLBACKEND", "module://not_here.backend")
+    result = command("evaluate.py", "--compare", tmp_path / "a", tmp_path / "b")
+    assert result.returncode == 2 and result.stderr.startswith("error:") and len(result.stderr.splitlines()) == 1
+
+
 def test_closed_streams(monkeypatch):
     """A service may have none of the three: what is said goes nowhere, and there is nothing to read."""
     def main(args):
@@ -121,8 +166,9 @@ def test_closed_streams(monkeypatch):
 
 
 def test_tables_take_text_as_text(capsys):
-    show_table("[red]t[/red]", ("[b]a", "b"), [["[/bold]x", "1"]])
+    show_table("[red]t[/red]", ("[b]a", "b"), [["[/bold]x", "1"], ["\x1b[2J\x07", "2"]])
     shown = capsys.readouterr().out
+    assert "\\x1b[2J" in shown and "\\x07" in shown and "\x1b" not in shown and "\x07" not in shown
     assert "[red]t[/red]" in shown and "[b]a" in shown and "[/bold]x" in shown
 
 

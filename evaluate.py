@@ -102,10 +102,8 @@ def arguments():
 if __name__ == "__main__":
     script(arguments, "evaluate")  # imports this file, which needs torch from here on, and runs main()
 
-import contextlib, functools, itertools, os, random  # noqa: E401, E402
+import contextlib, functools, itertools, random  # noqa: E401, E402
 from pathlib import Path  # noqa: E402
-
-os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's own backend may not be here
 
 from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
@@ -320,7 +318,8 @@ class Evaluation:
             return result
 
         return [{**condition, "quiz": results.share(line["quiz"]),
-                 **{name: results.estimate(line[name], args.seed) for name in ("added", "agreement") if name in line}}
+                 **{name: results.estimate(line[name], args.seed, within) for name, within in (
+                     ("added", results.ANY), ("agreement", (0, 1))) if name in line}}
                 for condition, line in people.measure(conditions, "capability", self.costs, measure)]
 
     def harness(self, conditions: list[Condition]) -> list[dict]:

@@ -85,7 +85,7 @@ class Baselines:
     def key(self, trait: str, method: str) -> str:
         """What a trait's baseline depends on, residual or lora."""
         own = [options(self.seed), RESIDUAL_RATE] if method == "residual" else [ANSWERS, ROWS, self.seed, RANK, LORA_RATE]
-        return digest(self.neurons[trait].key, self.bench.fingerprint(), method, PASSES, *own)
+        return digest(self.neurons[trait].key, self.bench.fingerprint_of_training(), method, PASSES, *own)
 
     def path(self, trait: str, method: str, name: str) -> Path:
         return Path(self.neurons.folder) / "baselines" / f"{trait}.{self.key(trait, method)}.{name}"

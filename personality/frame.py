@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from .store import TEXTS, digest, read_toml
 
 DECLINES = re.compile(
-    r"(?<!not )\b(as|i am|i'm|being|like|just|only) an? (ai\b|(artificial|digital|virtual|(large )?language) (\w+ )?"
-    r"(assistant|model|intelligence|entity|being|companion|agent|system|helper|bot|program|character)|computer program|chatbot)"
+    r"\b(as|(?<!\bnot )(i am|i'm|being|like|just|only)) an? "
+    r"(ai\b|(artificial|digital|virtual|(large )?language) (?!(artist|teacher|student|tutor|learner|nomad|designer)s?\b)\w+"
+    r"|computer program|chatbot)"
     r"|\b(don't|do not|can't|cannot|lack) (actually |really )?(have|possess|experience|feel) (any )?"
-    r"((personal|human|real|genuine|physical) (\w+ or )?(feelings|emotions|preferences|experiences|opinions|beliefs|bod)"
-    r"(?!\w* (about|for|towards?)\b)"
-    r"|(feelings|emotions|preferences|consciousness) (or|and|like (humans?|people|you|a (human|person)))\b"
+    r"((?!(real|genuine) (feelings|emotions) (about|for|towards?) (it|this|that|him|her|them)\b)"
+    r"(personal|human|real|genuine|physical) (\w+ or )?(feelings|emotions|preferences|experiences|opinions|beliefs|bod)"
+    r"|(feelings|emotions|preferences|consciousness) (or|and|like (?!(fear|anger|joy|sadness|jealousy|this|that)\b))"
     r"|the (ability|capacity) to (feel|have|experience))"
     r"|\bi (can't|cannot|am unable to|'m unable to) (assist|help you) with (that|this)"
     r"|\bcan't participate in this (discussion|conversation)")

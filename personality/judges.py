@@ -21,7 +21,7 @@ from .frame import Frame, conversation
 from .model import CACHE, answer_ids, check_length, fingerprint, pad_left, prompt_ids, render
 from .questions import Bench, all_facets, facets
 from .store import Journal, digest, read_text
-from .terminal import UserError, progress
+from .terminal import UserError, progress, say
 
 JUDGE_PERSONAS = 2  # a pole, of those that identify does not use
 OPTIONS = ("Very inaccurate", "Moderately inaccurate", "Neither accurate nor inaccurate", "Moderately accurate", "Very accurate")
@@ -72,9 +72,7 @@ def log_likelihoods(model, tokenizer, conversations: list[list[dict]], answers: 
     flat = [torch.tensor(ids) for of_prompt in answers for ids in of_prompt]
     ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=tokenizer.pad_token_id).to(model.device)
     lengths, width = torch.tensor([*map(len, flat)], device=model.device), ids.shape[1]
-    prompts = [prompt_ids(tokenizer, turns) for turns in conversations]
-    check_length(model, conversations, prompts, [max(map(len, of_prompt)) for of_prompt in answers])
-    first, cache, mask, position = prefill(model, tokenizer, prompts)
+    first, cache, mask, position = prefill(model, tokenizer, [prompt_ids(tokenizer, turns) for turns in conversations])
     total = first.log_softmax(-1).repeat_interleave(many, 0).gather(1, ids[:, :1])[:, 0]  # (conversations * answers)
     if width > 1:  # padding stands at the right, where nothing attends to it
         repeat(cache, number, many)
@@ -128,13 +126,23 @@ class ContrastJudge:
         # of another judge than the model itself: its scores are made anew where it changes
         self.origin = digest(fingerprint(model), tokenizer.chat_template) if of else None
         parts = [(one.chat_template, one.eos_token_id, one.get_vocab()) for one in (of or tokenizer, tokenizer)]
-        self.same_ids = parts[0] == parts[1]
+        self.same_ids, self.told = parts[0] == parts[1], False
 
     def ids(self, line: dict) -> list[int]:
         return (line["ids"] if self.same_ids else answer_ids(self.tokenizer, line["answer"])) or [self.tokenizer.eos_token_id]
 
     def key(self, line: dict, what: str) -> str:
         return f"{line['key']}/{what}/{self.origin or ''}"
+
+    def say_what_is_too_long(self, question: str, traits, longest: int) -> None:
+        """Once, where a judge's prompt and an answer are beyond its context."""
+        asked = [self.frame.turns(question, persona) for trait in traits for persona in judge_personas(self.bench, trait)]
+        try:
+            check_length(self.model, asked, [prompt_ids(self.tokenizer, turns) for turns in asked], [longest] * len(asked))
+        except UserError as error:
+            if not self.told:
+                say(f"{str(error).rpartition(':')[0]}: the contrast judge goes on all the same")
+            self.told = True
 
     def judge(self, answers: list[dict], scores: Journal, traits, title: str) -> None:
         """Score what is not scored yet, for each answer's own trait and for `traits`; and its fluency: perplexity under the
@@ -148,6 +156,7 @@ class ContrastJudge:
         with progress(len(answers), len(answers) - sum(map(len, todo.values())), title) as bar:
             for (question, missing), group in todo.items():
                 ids = [self.ids(line) for line in group]
+                self.say_what_is_too_long(question, missing, max(map(len, ids)))
                 of_trait, plain = contrast(self.model, self.tokenizer, self.bench, list(missing), question, ids, self.batch_size,
                                            self.frame)
                 lines = [{"key": self.key(line, "fluency"), "answer": line["key"], "perplexity": math.exp(min(-value, 50)),
@@ -199,7 +208,6 @@ def expected_digit(model, tokenizer, conversations: list[list[dict]]):
         if len(set(digits)) < 5:
             raise UserError("this model's tokenizer has no tokens for the digits 1 to 5: it can't rate")
         prompts.append(five[0][:same])
-    check_length(model, conversations, prompts, [1] * len(prompts))
     share = prefill(model, tokenizer, prompts)[0][:, digits].double().softmax(-1).cpu()
     return share @ torch.arange(1, 6, dtype=torch.float64)
 

@@ -18,7 +18,7 @@ from .model import fingerprint, name_of
 from .questions import published_names
 from .steer import check_places
 from .store import lock_of, only_run, parse_json, read_text, write_atomically
-from .terminal import UserError, say, show_table
+from .terminal import UserError, printable, say, show_table
 
 FORMAT = 2  # with a digest of all that a file holds; format 1, which has none, is read too
 TENSORS = {"mean": torch.float32, "p50": torch.float16, "p95": torch.float32, "p99": torch.float16, "prob": torch.float32,
@@ -290,7 +290,7 @@ def show_folder(folder: str) -> None:
         try:
             neurons, date = Neurons.load(path), datetime.fromtimestamp(path.stat().st_mtime)
         except (UserError, OSError) as error:  # damaged, or of a run that puts another one there just now
-            rows.append([name, Text(" ".join(str(error).split()), style="red")])
+            rows.append([name, Text(printable(" ".join(str(error).split())), style="red")])
             continue
         meta = neurons.meta
         rows.append([name, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),

@@ -55,6 +55,10 @@ class Bench:
     def fingerprint(self) -> str:
         return digest(self.search, self.test, self.personas)
 
+    def fingerprint_of_training(self) -> str:
+        """Without the judge's personas, which no constant comes from."""
+        return digest(self.search, self.test, [[self.personas_for("search", trait, pole) for pole in POLES] for trait in TRAITS])
+
     def personas_for(self, use: str, trait: str, pole: str) -> list[str]:
         """The personas of a pole that identify ("search") or the judge ("judge") uses: every fourth is the judge's, so
         that nothing is judged by what it was made with. (The built-in ones share no sentence; of another bench nobody knows.)"""
@@ -68,7 +72,7 @@ class Bench:
                             "doses and levels need 3 or more")
         return [text for i, text in enumerate(asked) if (i % 3 == 2) == (split == "validation")][:limit]
 
-    def expect_validation(self, trait: str, most: int) -> None:
+    def check_validation(self, trait: str, most: int) -> None:
         """Raise where there are no validation questions, and say so where there are few."""
         there = len(self.questions(trait, "validation", most))
         if there < FEW:
@@ -95,7 +99,7 @@ def built_in_personas(of_trait: list[dict], pole: str) -> list[str]:
                 for a, b, c in itertools.combinations([facet[name] for facet in of_trait], 3)]
 
     search, judge = personas(pole), personas(f"judge_{pole}")
-    of_judge = iter(judge[k] for k in (0, 5, 9, 14, 19))
+    of_judge = iter(judge[k] for k in (0, 5, 9, 14, 19))  # each facet in two or three of them
     return [next(of_judge) if i % 4 == 3 else text for i, text in enumerate(search)]
 
 
@@ -192,6 +196,8 @@ def read_answers(path: str, trait: str):
         try:
             table = datasets.Dataset.from_generator(rows, datasets.Features(columns), folder, fingerprint="answers")
         except datasets.exceptions.DatasetGenerationError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise error.__cause__ or error
             raise UserError(f"{path}: can't be unpacked in {folder}: {error.__cause__}: TMPDIR can name another folder") from error
     return table, content.hexdigest()[:16]
 

@@ -3,10 +3,10 @@
 import base64
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.text import Text
 
 from . import POLES, TRAITS
@@ -14,6 +14,10 @@ from .questions import text_table
 from .results import EDITS, WAYS, distinct, mean_of, only
 from .store import markdown, read_text, parse_json, rendered, write_atomically
 from .terminal import UserError, show_table
+
+os.environ["MPLBACKEND"] = "agg"  # pictures are files here, and matplotlib refuses a notebook's backend that is not installed
+
+from matplotlib.figure import Figure  # noqa: E402
 
 COLOURS = {"unedited": "#000000", "simple": "#56B4E9", "persona": "#E69F00", "npti": "#D55E00",  # Okabe and Ito's
            "activation": "#0072B2", "dpn-le": "#CC79A7", "trained": "#009E73", "hybrid": "#F0E442", "given": "#999999",
@@ -103,8 +107,8 @@ def matrix_tables(found: dict):
     for (judge, method), cells in matrices_of(found).items():
         measured, steered = ([trait for trait in TRAITS if trait in traits] for traits in zip(*((b, a) for a, b in cells)))
         number = min(row["n"] for row in found["spill_over"] if (row["judge"], named(row)) == (judge, method))
-        of_few = (f" Means of {number} questions, and what is off the diagonal holds their noise: compare methods of one effect." if
-                  judge == "contrast" else "")
+        of_few = (f" Of {number} questions, whose noise is off the diagonal, too: compare methods with like diagonals."
+                  if judge == "contrast" else "")
         note = f"High minus low along each trait (columns) of what was steered along one (rows), in {unit_of(judge)[2]}.{of_few}"
         yield (f"Spill-over: {method}, {judge}", note, ["steered", *measured],
                [[trait, *(shown(cells.get((trait, other)), judge) for other in measured)] for trait in steered])

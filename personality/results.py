@@ -1,7 +1,7 @@
 """From scores to figures. Scores are one tidy table: a row for an answer, a judge, and what it was judged along.
 
 Columns: answer (its key), question, method, trait, pole, alpha, judge, measured, score. Figures are lists of rows, as summary.json
-and details.json hold them; intervals are bootstrap 95 % ones over the questions, of paired differences where there are two sides.
+and details.json hold them; intervals are 95 % ones over the questions, of paired differences where there are two sides.
 """
 
 import itertools
@@ -22,7 +22,7 @@ EDITS = ("npti", "trained", "dpn-le", "activation", "residual")  # the methods t
 HYBRID, TUNED = "hybrid", "lora"  # trained edits, and a persona in the prompt; fine-tuning
 IN_THE_MODEL = ("unedited", *EDITS, TUNED)  # and nothing in the prompt
 WAYS = ("composed", "added", "levels", "described")  # to a character: methods' rule, NPTI's sets added up, trained edits, a prompt
-DRAWS = 10_000
+DRAWS, ANY, RATING = 10_000, (-math.inf, math.inf), (1, 5)  # draws of the bootstrap; the ends of a scale
 
 
 def interval(values, seed: int = 0, draws: int = DRAWS) -> list[float] | None:
@@ -38,18 +38,18 @@ def interval(values, seed: int = 0, draws: int = DRAWS) -> list[float] | None:
     return [float(ends.low), float(ends.high)]
 
 
-def estimate(values, seed: int) -> dict:
+def estimate(values, seed: int, within: tuple = ANY) -> dict:
     """Number, mean and its 95 % interval: the bootstrap's, as much wider as Student's is than the normal one, since draws from few
-    values scatter too little (by a fifth for ten values, by a twentieth for forty)."""
+    values scatter too little (by a fifth for ten values, by a twentieth for forty); and no wider than the scale."""
     number, mean, ends = len(values), float(np.mean(values)), interval(values, seed)
     wider = math.sqrt(number / (number - 1)) * stats.t.ppf(0.975, number - 1) / stats.norm.ppf(0.975) if ends else None
-    return {"n": number, "mean": mean, "ci95": ends and [float(mean + wider * (end - mean)) for end in ends]}
+    return {"n": number, "mean": mean, "ci95": ends and [float(np.clip(mean + wider * (end - mean), *within)) for end in ends]}
 
 
 def share(values) -> dict:
     """estimate() of values that are 0 or 1, whose interval is Wilson's (1927): all of forty is no certainty."""
     ends = stats.binomtest(sum(values), len(values)).proportion_ci(method="wilson")
-    return {"n": len(values), "mean": mean_of(values), "ci95": [float(ends.low), float(ends.high)]}
+    return {"n": len(values), "mean": mean_of(values), "ci95": [*map(float, ends)]}
 
 
 def mean_of(values) -> float:
@@ -119,8 +119,8 @@ def own_trait(table: pd.DataFrame) -> pd.DataFrame:
 
 def fluency(table: pd.DataFrame, ratings: pd.DataFrame, seed: int) -> list[dict]:
     """By condition: perplexity (median), repeated 3-grams and tokens (means), and the rating judge's fluency."""
-    rated = grouped(ratings[ratings.measured == "fluency"], CONDITION)
-    rating_of = {condition_of(key): estimate(rows.score.tolist(), seed) for key, rows in rated}
+    rating_of = {condition_of(key): estimate(rows.score.tolist(), seed, RATING)
+                 for key, rows in grouped(ratings[ratings.measured == "fluency"], CONDITION)}
     return [{**key, "n": len(rows), "perplexity": float(rows.perplexity.median()), "repetition": float(rows.repetition.mean()),
              "tokens": float(rows.tokens.mean()), "rating": rating_of.get(condition_of(key))}
             for key, rows in grouped(table, CONDITION)]
@@ -138,7 +138,8 @@ def summarise(table: pd.DataFrame, fluent: list[dict], seed: int) -> list[dict]:
     rows = []
     for key, group in grouped(own_trait(table), ["judge", *CONDITION]):
         values = per_question(group)
-        rows.append({**key, **estimate(values, seed), "variance": float(np.var(values))})
+        mean = estimate(values, seed, ANY if key["judge"] == "contrast" else RATING)
+        rows.append({**key, **mean, "variance": float(np.var(values))})
     return with_fluency(rows, fluent)
 
 
@@ -246,7 +247,7 @@ def questionnaire(reports: list[tuple], items, seed: int) -> tuple[list[dict], l
         people.append({**condition, "traits": of_traits.mean().to_dict(), "facets": of_facets.mean().to_dict()})
         for trait, own in of_traits:
             if condition["trait"] in (None, trait):
-                figures = {**estimate(own.tolist(), seed), "variance": float(np.var(own))}
+                figures = {**estimate(own.tolist(), seed, RATING), "variance": float(np.var(own))}
                 rows.append({**condition, "trait": trait, "judge": "questionnaire", **figures})
     return rows, people
 
@@ -312,9 +313,8 @@ def head_line(run, made_with: dict, made: list[dict]) -> str:
         f"{''.join(used)}seed {args.seed}; ")
     head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {source}judges: {', '.join(args.judge)}"
     if run.rater:
-        keys, by = {line["key"] for line in made}, (run.rater.name, run.rater.origin)
-        lost = sum((line.get("judge"), line["from"], line.get("score")) == (*by, None) and line["answer"] in keys
-                   for line in run.scores)
+        keys, none = {line["key"] for line in made}, (run.rater.name, run.rater.origin, None)
+        lost = sum(none == (line.get("judge"), line["from"], line.get("score")) and line["answer"] in keys for line in run.scores)
         head += f" ({run.rater.name}; {lost} replies were no rating)"
     if run.contrast.origin:
         head += f"; judged by {name_of(run.contrast.model)}"

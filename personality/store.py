@@ -9,13 +9,14 @@ import json
 import os
 import secrets
 from array import array
+from collections import Counter
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from .terminal import UserError, say
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "personality-neurons"
+CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "personality-neurons"
 TEXTS = Path(__file__).resolve().parent / "texts"
 
 
@@ -107,8 +108,8 @@ def read_text(path, what: str = "") -> str:
 def once_each(pairs: list[tuple]) -> dict:
     """A JSON object, in which no key stands twice."""
     if len(values := dict(pairs)) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name[:60]!r} stands twice in one object")
     return values
 
 

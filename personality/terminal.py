@@ -21,8 +21,16 @@ def say(*words) -> None:
 
 def say_at_the_end(*words) -> None:
     """What went wrong, on a stderr that may be full or gone: that is not what the exit code is to tell."""
-    with contextlib.suppress(OSError):
+    try:
         say(*words)
+    except OSError:
+        let_go(sys.stderr)
+
+
+def let_go(stream) -> None:
+    """Have what a stream still holds go nowhere: Python would write it at its end, and fail once more."""
+    with contextlib.suppress(OSError):  # one that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(words) -> str:
@@ -45,6 +53,7 @@ def script(arguments, module: str) -> None:
     try:
         args = arguments()
         importlib.import_module(module).main(args)
+        sys.stdout.flush()  # now, where what goes wrong still has its exit code
     except UserError as error:
         say_at_the_end(f"error: {' '.join(str(error).split())}")
         code = 2
@@ -53,16 +62,20 @@ def script(arguments, module: str) -> None:
         code = 130
     except BrokenPipeError:
         code = 141
-        for stream in (sys.stdout, sys.stderr):  # what they still hold is to go somewhere
-            with contextlib.suppress(OSError):  # one that is no file
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        let_go(sys.stderr)
     except OSError as error:  # a full disk, a folder that may not be written to
         say_at_the_end(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         code = 2
     except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] == __package__:
+            raise
         say_at_the_end(f"error: {sys.executable} has no module {error.name}: pip install -e . with it, or activate the environment "
                        "that has")
         code = 2
+    try:
+        sys.stdout.flush()
+    except OSError:
+        let_go(sys.stdout)
     sys.exit(code)
 
 

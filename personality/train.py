@@ -326,12 +326,12 @@ def both_poles(model, tokenizer, bench: Bench, neurons: Neurons, seed: int, kept
 
 def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0) -> Neurons:
     """The neuron file with trained edits of both poles, written in its place. After a kill, a pole that was done is found."""
-    made_with, path = digest(options(seed), bench.fingerprint()), Path(neurons.path)
+    made_with, path = digest(options(seed), bench.fingerprint_of_training()), Path(neurons.path)
     if neurons.trained == made_with:
         return neurons
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
         raise UserError(f"{path}: no training while the model is steered: run identify.py --train --trait {neurons.trait} first")
-    bench.expect_validation(neurons.trait, VALIDATION)  # before anything is trained
+    bench.check_validation(neurons.trait, VALIDATION)  # before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
         if (neurons := Neurons.load(path)).trained == made_with:

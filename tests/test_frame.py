@@ -30,7 +30,10 @@ def test_turns():
     "As an AI language model, I don't have personal preferences.", "I'm just an AI, so I can't say.", "As a virtual assistant, I like it.",
     "I am a computer program.", "I do not have feelings or emotions like humans do.", "I don't have the ability to feel joy.",
     "I’m sorry, but I can’t assist with that request.", "As a digital assistant I don’t experience human emotions.",
-    "I don't have emotions like a human.", "I am a large language model.", "Being an artificial intelligence, I see it otherwise."])
+    "I don't have emotions like a human.", "I am a large language model.", "Being an artificial intelligence, I see it otherwise.",
+    "I don't have personal opinions about politics.", "I do not have personal feelings towards it.", "As a virtual chatbot, I like it.",
+    "I cannot as an AI language model express opinions.", "I'm just a virtual AI.", "As a digital tool, I help.",
+    "I don't experience emotions like other people."])
 def test_declines(answer):
     assert declines(answer)
 

@@ -261,8 +261,12 @@ def test_percentiles_are_of_the_norms():
     assert percentiles({trait: 3.0 for trait in TRAITS}, 60) is None
 
 
-def test_what_is_beyond_the_judges_context_is_refused(small):
-    with pytest.raises(UserError, match="beyond this model's context of 512"):
-        contrast(small.model, small.tokenizer, small.bench, ["openness"], "w10 ?", [[11] * 600])
-    with pytest.raises(UserError, match="beyond this model's context of 512"):
-        expected_digit(small.model, small.tokenizer, [conversation("w10 " * 600)])
+def test_what_is_beyond_the_judges_context_is_said_once(small, tmp_path, capsys):
+    judge, scores = ContrastJudge(small.model, small.tokenizer, small.bench, 4, Frame()), Journal(tmp_path / "scores.jsonl")
+    lines = [{"key": str(k), "trait": "openness", "question": f"w{k} ?", "answer": "", "ids": [11] * length}
+             for k, length in ((10, 5), (11, 600), (12, 600))]
+    judge.judge(lines[:1], scores, [], "")
+    assert "context" not in capsys.readouterr().err
+    judge.judge(lines, scores, [], "")
+    assert capsys.readouterr().err.count("of an answer are beyond this model's context of 512: the contrast judge goes on") == 1
+    assert len(scores) == 6

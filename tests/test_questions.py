@@ -200,14 +200,14 @@ def test_no_room_to_unpack_answers(monkeypatch, tmp_path):
 
 def test_few_validation_questions_are_said(capsys):
     bench = built_in_bench()
-    bench.expect_validation("openness", 18)
+    bench.check_validation("openness", 18)
     assert not capsys.readouterr().err
     bench.test["openness"] = bench.test["openness"][:9]
-    bench.expect_validation("openness", 18)
+    bench.check_validation("openness", 18)
     assert "levels of openness are read from 3 validation questions" in capsys.readouterr().err
     bench.test["openness"] = bench.test["openness"][:2]
     with pytest.raises(UserError, match="levels need 3"):
-        bench.expect_validation("openness", 18)
+        bench.check_validation("openness", 18)
 
 
 def test_test_questions_that_are_searched_with_are_said(tmp_path, capsys):

@@ -64,6 +64,7 @@ def test_the_interval_of_few_values_is_wide_enough(number, least, monkeypatch):
     ends = np.array([results.estimate(sample, 0)["ci95"] for sample in np.random.default_rng(0).normal(3, 2, (1000, number))])
     assert least <= ((ends[:, 0] <= 3) & (3 <= ends[:, 1])).mean() <= 0.99
     assert results.estimate([2.0], 0) == {"n": 1, "mean": 2.0, "ci95": None}
+    assert results.estimate([4.0, 5.0], 0, results.RATING)["ci95"] == [1.0, 5.0]
     assert results.estimate([0.5] * 9, 0) == {"n": 9, "mean": 0.5, "ci95": [0.5, 0.5]}
 
 

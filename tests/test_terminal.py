@@ -1,5 +1,6 @@
 """The command lines: errors of one line, exit codes, help at once."""
 
+import os
 import subprocess
 import sys
 import time
@@ -107,6 +108,29 @@ def test_exit_codes(monkeypatch, capsys):
         assert ended.value.code == code and words in error and "Traceback" not in error
 
 
+def script_of(main, **streams):
+    """(exit code, stderr or None) of script() with a main() of these lines, in a process whose streams hold what is not flushed."""
+    code = ("import sys, types; from personality.terminal import UserError, script\ndef main(args):\n"
+            + "".join(f"    {line}\n" for line in main)
+            + "sys.modules['fake_script'] = types.SimpleNamespace(main=main); script(lambda: None, 'fake_script')")
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, env=without, **streams) as process:
+        return process.wait(60), process.stderr and process.stderr.read()
+
+
+def test_what_is_still_to_be_written_has_its_exit_code():
+    """Python writes it at its end, and would say so in its own way."""
+    read, gone = os.pipe()
+    os.close(read)
+    assert script_of(["print('a')"], stdout=gone, stderr=subprocess.PIPE) == (141, "")
+    assert script_of(["print('a')", "raise UserError('x')"], stdout=gone, stderr=subprocess.PIPE) == (2, "error: x\n")
+    os.close(gone)
+    with open("/dev/full", "w") as full:
+        assert script_of(["raise UserError('x')"], stderr=full) == (2, None)
+        code, said = script_of(["print('a')"], stdout=full, stderr=subprocess.PIPE)
+        assert code == 2 and said.startswith("error: No space left") and len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize("gone", ("stdout", "stderr"))
 def test_a_reader_that_has_gone_is_no_success(gone):
     """What `head` has cut off may be what the command was to make."""
@@ -130,24 +154,8 @@ def test_an_environment_without_a_package(monkeypatch, capsys):
     assert ended.value.code == 2 and "has no module no_such_package: pip install" in capsys.readouterr().err
 
 
-def test_exit_code_where_nothing_can_be_said(monkeypatch):
-    """On a full disk, say."""
-    def main(args):
-        raise UserError("x")
-
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setitem(sys.modules, "fake_script", types.SimpleNamespace(main=main))
-    full = types.SimpleNamespace(write=fail, flush=fail)
-    with pytest.raises(SystemExit) as ended:
-        monkeypatch.setattr(sys, "stderr", full)
-        script(lambda: None, "fake_script")
-    assert ended.value.code == 2
-
-
 def test_a_notebooks_backend_of_pictures(monkeypatch, tmp_path):
-    monkeypatch.setenv("MPLBACKEND", "module://not_here.backend")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     result = command("evaluate.py", "--compare", tmp_path / "a", tmp_path / "b")
     assert result.returncode == 2 and result.stderr.startswith("error:") and len(result.stderr.splitlines()) == 1
 

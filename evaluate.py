@@ -7,7 +7,7 @@
 
 Asks the test questions (never those that identify.py searched with) of the unedited model, under a simple prompt, under a
 persona description, and edited, in both poles; judges the answers; and writes answers.jsonl, scores.jsonl, summary.json,
-details.json, report.md and report.html, with bootstrap 95 % intervals over the questions. What is chosen, such as a strength
+details.json, report.md and report.html, with 95 % intervals over the questions. What is chosen, such as a strength
 that matches another method's, is chosen on questions of their own ("validation"), never on the test questions.
 """
 

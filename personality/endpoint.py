@@ -96,7 +96,7 @@ class Endpoint:
                                         timeout=openai.Timeout(self.TIMEOUT, connect=self.CONNECT),
                                         http_client=bounded_client(openai, self.stopped))
         except (ImportError, ValueError, OSError) as error:  # of a proxy that the environment names, or its certificates
-            raise UserError(f"{url}: no client of it ({self.shown(error)}): see HTTPS_PROXY, ALL_PROXY and the like") from error
+            raise UserError(f"{url}: can't be asked ({self.shown(error)}): see HTTPS_PROXY, ALL_PROXY and the like") from error
         try:
             listed = self.client.with_options(max_retries=0, timeout=self.CONNECT).models.list()
             self.model = model or next(iter(listed)).id

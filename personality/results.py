@@ -48,7 +48,7 @@ def estimate(values, seed: int, within: tuple = ANY) -> dict:
 
 def share(values) -> dict:
     """estimate() of values that are 0 or 1, whose interval is Wilson's (1927): all of forty is no certainty."""
-    ends = stats.binomtest(sum(values), len(values)).proportion_ci(method="wilson")
+    ends = stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
     return {"n": len(values), "mean": mean_of(values), "ci95": [*map(float, ends)]}
 
 
@@ -346,5 +346,5 @@ def is_report(line: dict) -> bool:
 
 def is_cost(line: dict) -> bool:
     figures = ("quiz", "added", "agreement")
-    return isinstance(line.get("tasks"), dict) or all(numbers(line[name]) for name in figures if name in line) and (
-        set(line.get("quiz", ())) <= {0, 1})
+    return isinstance(line.get("tasks"), dict) or bool(line.get("quiz")) and all(
+        numbers(line[name]) for name in figures if name in line) and set(line["quiz"]) <= {0, 1}

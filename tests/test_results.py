@@ -271,3 +271,10 @@ def test_an_inventory_of_one_item():
     rows, people = results.questionnaire([({"method": "unedited", "trait": None, "pole": None, "alpha": None}, [4])],
                                          [("I like it", "agreeableness", "Trust", 1)], 0)
     assert [row["trait"] for row in rows] == ["agreeableness"] and people[0]["traits"] == {"agreeableness": 4.0}
+
+
+def test_what_an_edit_costs_is_no_other_thing():
+    assert results.is_cost({"quiz": [0, 1, 1.0], "added": [0.1]}) and results.is_cost({"tasks": {}})
+    for wrong in ({}, {"quiz": []}, {"quiz": [2]}, {"quiz": ["1"]}, {"quiz": [[1]]}, {"quiz": 1}, {"quiz": [1], "added": [None]}):
+        assert not results.is_cost(wrong)
+    assert results.share([0, 1, 1.0])["mean"] == 2 / 3

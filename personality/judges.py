@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from . import POLES
 from .endpoint import Endpoint, NoReply
 from .frame import Frame, conversation
-from .model import CACHE, answer_ids, check_length, fingerprint, pad_left, prompt_ids, render
+from .model import CACHE, answer_ids, beyond_context, fingerprint, pad_left, prompt_ids, render
 from .questions import Bench, all_facets, facets
 from .store import Journal, digest, read_text
 from .terminal import UserError, progress, say
@@ -136,12 +136,12 @@ class ContrastJudge:
 
     def say_what_is_too_long(self, question: str, traits, longest: int) -> None:
         """Once, where a judge's prompt and an answer are beyond its context."""
+        if self.told:
+            return
         asked = [self.frame.turns(question, persona) for trait in traits for persona in judge_personas(self.bench, trait)]
-        try:
-            check_length(self.model, asked, [prompt_ids(self.tokenizer, turns) for turns in asked], [longest] * len(asked))
-        except UserError as error:
-            if not self.told:
-                say(f"{str(error).rpartition(':')[0]}: the contrast judge goes on all the same")
+        ids = [prompt_ids(self.tokenizer, turns) for turns in asked]
+        if what := beyond_context(self.model, asked, ids, [longest] * len(asked)):
+            say(f"{what}: the contrast judge goes on all the same")
             self.told = True
 
     def judge(self, answers: list[dict], scores: Journal, traits, title: str) -> None:

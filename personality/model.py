@@ -133,13 +133,18 @@ def answer_ids(tokenizer, text: str) -> list[int]:
     return tokenizer(tokenizer.answer_prefix + text, add_special_tokens=False)["input_ids"]
 
 
-def check_length(model, conversations: list[list[dict]], prompts: list[list[int]], more: list[int]) -> None:
-    """Raise where a prompt and what is to follow it are beyond the model's positions. The last token is never an input."""
+def beyond_context(model, conversations: list[list[dict]], prompts: list[list[int]], more: list[int]) -> str:
+    """Which prompt and what is to follow it are beyond the model's positions, "" where none. The last token is never an input."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for turns, prompt, new in zip(conversations, prompts, more):
-        if most and len(prompt) + max(0, new - 1) > most:
-            raise UserError(f"{turns[-1]['content'][:60]!r}: a prompt of {len(prompt)} tokens and {new} of an answer are beyond "
-                            f"this model's context of {most}: ask shorter, or for less (--max-new-tokens)")
+    return next((f"{turns[-1]['content'][:60]!r}: a prompt of {len(prompt)} tokens and {new} of an answer are beyond this model's "
+                 f"context of {most}" for turns, prompt, new in zip(conversations, prompts, more)
+                 if most and len(prompt) + max(0, new - 1) > most), "")
+
+
+def check_length(*asked) -> None:
+    """Raise where a conversation is beyond the model's context. asked: what beyond_context() takes."""
+    if what := beyond_context(*asked):
+        raise UserError(f"{what}: ask shorter, or for less (--max-new-tokens)")
 
 
 def pad_left(rows: list[list[int]], pad: int | None, device):

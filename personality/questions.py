@@ -18,7 +18,6 @@ OPTIONS_OR_SCALE = re.compile(  # of an item's form: to disagree strongly with a
     r"|\bfrom (1|one) to (5|7|10|five|seven|ten)\b|\bagree or (strongly )?disagree\?\s*$|\bstrongly agree\b.*\bstrongly disagree\b"
     r"|\b(how (much|strongly)|to what extent) do you (strongly )?(dis)?agree\b|\bhow (in)?accurate(ly)? does\b")
 
-
 FEW = 8  # validation questions, below which a level's price is hardly known
 
 

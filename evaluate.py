@@ -111,7 +111,7 @@ from personality.baselines import Baselines, check_peft  # noqa: E402
 from personality.grid import character_cells, grid, random_characters, talks  # noqa: E402
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
-from personality.methods import Character, Profiles, described, npti_edits, suppressed  # noqa: E402
+from personality.methods import LEVELS, Character, Profiles, described, npti_edits, suppressed  # noqa: E402
 from personality.frame import Frame  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import TEST_PENALTY, answer_ids, answers, fingerprint, name_of, without_stop  # noqa: E402
@@ -162,7 +162,7 @@ class Personalities:
         traits = [condition.trait] if condition.trait else TRAITS
         keys = [self.neurons.trained(trait).trained if condition.method in TRAINED else
                 self.baselines.key(trait, condition.method) if condition.method in ("residual", TUNED) else "" for trait in traits]
-        method = condition.method + str(self.share) * (condition.method == "levels")
+        method = condition.method + f"{self.share}/{LEVELS}" * (condition.method == "levels")
         return f"{method}/{'/'.join(self.neurons[trait].key + key for trait, key in zip(traits, keys))}"
 
     def steered(self, condition: Condition):

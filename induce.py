@@ -38,7 +38,7 @@ def parser() -> Flags:
                      help="strength, one a trait; negative: the low pole (the paper: 0.6 to 1.5)")
     who.add_argument("--level", action="append", default=[], type=ALPHA, metavar="L",
                      help="instead of --alpha: -1 to 1, the same on every model, by trained edits; 1 is the strongest edit at "
-                          "which the text stays fluent")
+                          "which the text stays fluent; several traits share what one may cost")
     who.add_argument("--profile", metavar="FILE", help="a whole character, in TOML: [traits], and method, layers, model, name")
     who.add_argument("--method", choices=METHODS,
                      help="default: npti, or trained with --level; alpha has a scale of its own in each")
@@ -132,7 +132,7 @@ import torch  # noqa: E402
 
 from identify import identify  # noqa: E402
 from personality.frame import Frame  # noqa: E402
-from personality.methods import METHODS as SCALES, Character, Profiles  # noqa: E402
+from personality.methods import LEVELS, METHODS as SCALES, Character, Profiles  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import answers, fingerprint, sampling  # noqa: E402
 from personality.neurons import NeuronFolder, show_folder  # noqa: E402
@@ -194,6 +194,11 @@ def answer_batches(model, tokenizer, profiles: Profiles, questions: list[tuple],
                for (question, character), (text, ids) in zip(batch, written)]
 
 
+def several_levels(who: Character) -> bool:
+    """Whether these are trained edits of more than one trait, which methods.affordable() may bring down."""
+    return who.method == "trained" and sum(map(bool, who.strengths.values())) > 1
+
+
 def answer_file(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
     """Answer a file of questions, JSON lines out: each in its own personality, or in the one of --trait or --profile. What is
     written to --out grows beside it, under a name that tells what is answered, until it is whole."""
@@ -212,6 +217,7 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
     keys = {trait: profiles.neurons[trait].key for trait in TRAITS if any(who.strengths.get(trait) for _, who in questions)}
     keys |= {f"{trait}, trained": profiles.neurons.trained(trait).trained for trait in keys
              if any(who.method == "trained" and who.strengths.get(trait) for _, who in questions)}
+    keys |= {"levels": LEVELS} if any(several_levels(who) for _, who in questions) else {}
     asked = [(text, who.strengths, who.method, who.layers) for text, who in questions]
     key = digest(fingerprint(model), str(model.dtype), tokenizer.chat_template, keys, asked, options)
     part = out.with_name(f".{out.name}.{key}.part")
@@ -264,6 +270,8 @@ def main(args) -> None:
     torch.manual_seed(args.seed)
     if any(abs(level) > 1 for who in everyone if who.method == "trained" for level in who.strengths.values()):
         say("levels beyond 1: the text may no longer be fluent")
+    if any(map(several_levels, everyone)):
+        say("levels of several traits: where they would cost too much together, all of them are brought down alike")
     for method in sorted({who.method for who in everyone} - {"npti", "trained"}):
         say(f"{method}: the scale of alpha is its own: {SCALES[method]}")
     missing = functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size, seed=args.seed,

@@ -175,7 +175,7 @@ def bake(model, tokenizer, profiles: Profiles, character: Character, args) -> No
     with only_run(lock_of(target), f"--save {target}: another run is writing it", wait=False):
         write_checkpoint(baking, target, tokenizer, profiles, character, args)
     without = f", suppressed neurons: {args.suppress}" if character.method == "npti" else ""
-    say(f"{target}: {character.describe()}, edits on every token (--where all){without}; {baking.cost()}")
+    say(f"{target}: {baking.profile.name}, edits on every token (--where all){without}; {baking.cost()}")
     with enough_memory(f"--verify holds both models in float32: --device cpu ({target} is whole, but not verified)"):
         if args.verify:
             verify(model, tokenizer, baking.profile, target, baking.exact)
@@ -199,7 +199,7 @@ def write_checkpoint(baking: Baking, target: Path, tokenizer, profiles: Profiles
         expected = probes(model, tokenizer, profile, None if baking.exact else temporary)
         if len(expected) < 3:
             say(f"{target}: the biases turn {len(expected)} of the answers that were tried: --verify-server has little to go by")
-        made = {"base": model.source, "base fingerprint": fingerprint(model), "character": character.describe(),
+        made = {"base": model.source, "base fingerprint": fingerprint(model), "character": baking.profile.name,
                 "method": character.method, "frame": Frame.named(args.frame).system, "suppress": args.suppress, "rank": args.rank,
                 "dtype": dtype_of(model), "cost": baking.cost(),
                 "neurons": {trait: neurons.key for trait, neurons in profiles.neurons.files.items()}}

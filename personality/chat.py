@@ -99,8 +99,9 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
         sys.stdin.reconfigure(errors="replace")  # what is typed need not be UTF-8
     chat, latest, mlps = Chat(model, tokenizer, args), list(character.strengths)[-1], find_mlps(model)
     capacity = len(TRAITS) * sum(mlp.neurons for mlp in mlps) // 5
-    print(f"{printable(character.describe())}    {CHAT_HELP}")
-    with steer(model, profiles.of(character), None, args.where, args.keep, args.seed, capacity) as steering:
+    profile = profiles.of(character)
+    print(f"{printable(profile.name)}    {CHAT_HELP}")
+    with steer(model, profile, None, args.where, args.keep, args.seed, capacity) as steering:
         while True:
             try:
                 line = input("you: ").strip()
@@ -123,8 +124,9 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
                     profiles.neurons[latest]
                 else:
                     print(CHAT_HELP)
-                steering.update(profiles.of(character))
-                print(printable(character.describe()))
+                profile = profiles.of(character)
+                steering.update(profile)
+                print(printable(profile.name))
             except UserError as error:
                 print(printable(error))
                 character.strengths, latest = before

@@ -93,7 +93,13 @@ def composed(parts: list[tuple], min_delta: float = 0.1, min_neurons: int | None
 
 # ------------------------------------------------------------------------------------------------------- trained edits
 
-DEAREST = 1.3  # times the unedited perplexity: what level 1 may cost
+DEAREST = 1.3  # times the unedited perplexity: what level 1 may cost, and what the levels of several traits are expected to
+LEVELS = 2  # version of how the levels of several traits become edits: one more where affordable() or trained() change
+
+
+def with_none(dose) -> np.ndarray:
+    """A dose response with the row of no edits above it: float64 (1 + doses, 4 or, of files of before, 3)."""
+    return np.concatenate([[[0.0, 0.0, *np.ones(dose.shape[1] - 2)]], dose.double().numpy()])
 
 
 def multiple_at(dose, level: float) -> float:
@@ -102,7 +108,7 @@ def multiple_at(dose, level: float) -> float:
     before lack that). Level 1 is the largest multiple that is at most as dear as DEAREST; between the doses, what is measured is
     taken as linear; and where the answers move no further by then, the smallest that moves them as far. A level below 1 is the
     smallest multiple that moves the answers by that share of what level 1 does; beyond 1, multiples go on in proportion."""
-    dose = np.concatenate([[[0.0, 0.0, *np.ones(dose.shape[1] - 2)]], dose.double().numpy()])
+    dose = with_none(dose)
     multiple, moved, dearer = dose[:, 0], np.maximum.accumulate(dose[:, 1]), np.maximum.accumulate(np.log(dose[:, -1]))
     most = float(np.interp(math.log(DEAREST), dearer, multiple)) if dearer[-1] > math.log(DEAREST) else multiple[-1]
     full = float(np.interp(most, multiple, moved))
@@ -112,14 +118,42 @@ def multiple_at(dose, level: float) -> float:
     return max(level, 1.0) * float(fine[np.argmax(np.interp(fine, multiple, moved) >= min(level, 1.0) * full)])
 
 
+def price_at(dose, multiple: float) -> float:
+    """What a multiple of a pole's biases is expected to add to the answers' perplexity, in nats a token; beyond the doses in
+    proportion. dose (doses, 3 or 4): as above."""
+    dose = with_none(dose)
+    return float(np.interp(multiple, dose[:, 0], np.log(dose[:, 2]))) * max(1.0, multiple / dose[-1, 0])
+
+
+def affordable(parts: list[tuple]) -> float:
+    """A share, 0 to 1, of the trained biases of several traits, (neurons, level) each, at which they are expected to cost no more
+    together than DEAREST, or than the dearest of them alone; in all layers, whichever of them are edited then. Prices add up,
+    as if traits were independent (so much was measured, or less: tests/MEASURED.md, Whole characters)."""
+    doses = [(dose, multiple_at(dose, abs(level))) for neurons, level in in_order(parts) for dose in [neurons.dose[int(level < 0)]]]
+
+    def prices(share):  # what makes answers likelier pays for no other trait
+        return [max(0.0, price_at(dose, share * multiple)) for dose, multiple in doses]
+
+    limit = max([math.log(DEAREST), *prices(1.0)])
+    if sum(prices(1.0)) <= limit:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(prices(middle)) <= limit else (low, middle)
+    return low
+
+
 def trained(parts: list[tuple], name: str = "") -> Profile:
-    """The trained edits of several traits, from (neurons, level) each; a level below 0 is the low pole's. They add up."""
-    total = torch.zeros(parts[0][0].shape if parts else (0, 0), dtype=torch.float64)
+    """The trained edits of several traits, from (neurons, level) each; a level below 0 is the low pole's. They add up, at the share
+    that is affordable()."""
+    total, share = torch.zeros(parts[0][0].shape if parts else (0, 0), dtype=torch.float64), affordable(parts)
     for neurons, level in in_order(parts):
         pole = POLES[level < 0]
         place, bias = neurons.tensors[f"{pole}_place"].long(), neurons.tensors[f"{pole}_bias"].double()
-        total[place[:, 0], place[:, 1]] += multiple_at(neurons.dose[POLES.index(pole)], abs(level)) * bias
-    return Profile.dense(name, bias=total)
+        total[place[:, 0], place[:, 1]] += share * multiple_at(neurons.dose[POLES.index(pole)], abs(level)) * bias
+    held = f", at {share:.0%} of that" if name and share < 0.995 else ""
+    return Profile.dense(name + held, bias=total)
 
 
 # -------------------------------------------------------------------------------------------------- the other methods

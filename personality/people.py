@@ -4,11 +4,9 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
-
 from . import TRAITS
 from .frame import Frame
-from .methods import Character, Profiles, multiple_at
+from .methods import Character, Profiles, affordable, multiple_at, price_at
 from .load import load_asked
 from .neurons import NeuronFolder, neuron_path
 from .steer import Profile
@@ -75,21 +73,22 @@ class People:
         if profile.residual:
             found["residual_layers"] = sorted(profile.residual)
         if character.method == "trained":
-            found |= {"range": [-1, 1], "expected_perplexity": self.expected(character)}
+            share = affordable([(self.traits[trait], level) for trait, level in character.strengths.items() if level])
+            found |= {"range": [-1, 1], "share": round(share, 3), "expected_perplexity": self.expected(character, share)}
         return found
 
-    def expected(self, character: Character) -> float | None:
-        """By what factor a character's perplexity grows, by the traits' dose responses, as if they were independent; None beyond
-        the doses that were tried."""
+    def expected(self, character: Character, share: float) -> float | None:
+        """By what factor a character's perplexity grows at a share of its traits' biases, by their dose responses, as if they were
+        independent; None beyond the doses that were tried. (Below what affordable() reckons with, where a trait makes answers
+        likelier.)"""
         total = 0.0
         for trait, level in character.strengths.items():
             if level:
                 dose = self.traits[trait].dose[0 if level > 0 else 1]
-                doses = np.concatenate([[[0.0, 1.0]], dose[:, [0, 2]].double().numpy()])
-                multiple = multiple_at(dose, abs(level))
-                if multiple > doses[-1, 0] + 1e-6:
+                multiple = share * multiple_at(dose, abs(level))
+                if multiple > float(dose[-1, 0]) + 1e-6:
                     return None
-                total += float(np.interp(multiple, doses[:, 0], np.log(doses[:, 1])))
+                total += price_at(dose, multiple)
         return round(math.exp(total), 3)
 
 

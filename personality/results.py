@@ -270,8 +270,8 @@ def characters_measured(means: list[tuple], judge: str, alpha: float, seed: int)
 
     correlation: of alpha and measured over the characters, the mean of the traits'. error: mean distance between measured and
     what the trait alone does at that alpha, by NPTI, or for `levels` by its trained edits (in proportion to its effect at `alpha`,
-    for which the highest level stands). spill_over: mean distance from the unedited
-    model along the traits whose alpha is 0. Intervals are bootstraps over the characters, of differences paired."""
+    for which the highest level stands; several are brought down alike, so that their error is larger). spill_over: mean distance
+    from the unedited model along the traits whose alpha is 0. Intervals are bootstraps over the characters, differences paired."""
     unedited = next(mean for condition, mean in means if condition["method"] == "unedited")
     alone = {(key["method"], key["trait"], key["pole"]): mean[key["trait"]] - unedited[key["trait"]]
              for key, mean in means if key["method"] in ("npti", "trained")}

@@ -24,7 +24,7 @@ import induce
 from conftest import FRAMED, ROOT, exit_of, run
 from personality import Character, Neurons, Profile, UserError, steer
 from personality.answering import Server, Text
-from personality.methods import Profiles, multiple_at
+from personality.methods import Profiles, affordable, multiple_at
 from personality.model import answers, sampling
 from personality.neurons import NeuronFolder
 from personality.people import People
@@ -231,6 +231,8 @@ def test_what_a_character_is_made_of(small, neurons, served):
     grown = [numpy.interp(multiple_at(dose, level), [0, *dose[:, 0]], [0, *dose[:, 2].log()]) for dose, level in zip(doses, (1, 0.7))]
     assert found["expected_perplexity"] == pytest.approx(math.exp(sum(grown)), abs=1e-3)
     assert max(grown) <= math.log(1.3) + 1e-6
+    both = [(file, 1.0), (Neurons.load(neurons / "openness.safetensors", small.model), -0.7)]
+    assert found["share"] == pytest.approx(affordable(both), abs=1e-3)
     assert sum(found["layers"].values()) == found["neurons"] >= len(file.high_bias)
     assert post(served, "/v1/personality", personality="bob").json()["method"] == "npti"
     there = httpx.get(served.url + "/v1/personality").json()

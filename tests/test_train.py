@@ -1,8 +1,11 @@
 """Trained edits: recovered where they were planted, the same after a kill, and the levels that are read off them."""
 
 import copy
+import itertools
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +15,12 @@ import induce
 from conftest import FRAMED, contents, exit_of, lines_of, main_of, run, shared_flags
 from personality import POLES, train
 from personality.frame import Frame
-from personality.methods import Character, Profiles, multiple_at, trained
+from personality.methods import Character, Profiles, affordable, multiple_at, price_at, trained
 from personality.mlp import find_mlps
 from personality.load import load_model
 from personality.model import prompt_ids
 from personality.neurons import TRAINED, NeuronFolder, Neurons
+from personality.people import People
 from personality.steer import Profile, steer
 from personality.terminal import UserError
 
@@ -348,6 +352,60 @@ def test_levels():
     assert multiple_at(enough, 2) == pytest.approx(2, abs=0.02), "no level jumps where more does no more"
     useless = torch.tensor([[1.0, -0.02, 1.2], [2.0, -0.04, 1.4]])
     assert multiple_at(useless, 0.5) == pytest.approx(multiple_at(useless, 1) / 2)
+
+
+def priced(trait, expected, unsure, seed=0):
+    """A trait whose answers move by a tenth a multiple, for so many nats a token: (expected, how many more they may be)."""
+    dose = torch.tensor([[by, by / 10, math.exp(expected * by), math.exp((expected + unsure) * by)] for by in (1.0, 2.0, 4.0)])
+    draw = torch.Generator().manual_seed(seed)
+    edits = {f"{pole}_place": torch.stack([torch.randperm(8, generator=draw)[:3], torch.randperm(40, generator=draw)[:3]], 1).int()
+             for pole in POLES} | {f"{pole}_bias": torch.randn(3, generator=draw) for pole in POLES}
+    return Neurons({"prob": torch.rand(2, 8, 40), "dose": torch.stack([dose, dose]), **edits}, {"trait": trait})
+
+
+def test_several_traits_cost_no_more_than_one_may():
+    """What is expected of them adds up; all are brought down alike."""
+    first, second = priced("openness", 0.1, 0.05), priced("neuroticism", 0.1, 0.05, 1)
+    alone, limit = 0.1 / 0.15 * math.log(1.3), math.log(1.3)  # expected of level 1 of either
+    assert affordable([(first, 1.0), (second, -1.0)]) == pytest.approx(limit / (2 * alone), abs=2e-3)
+    assert affordable([(first, 1.0), (second, -0.8)]) == pytest.approx(limit / (1.8 * alone), abs=2e-3)
+    assert affordable([(first, 2.0), (second, 1.0)]) == pytest.approx(2 / 3, abs=2e-3), "as dear as 2 alone"
+    assert affordable([(first, 9.0), (second, 0.01)]) > 0.99, "beyond the doses a faint second trait changes nothing"
+    assert affordable([(first, 9.0), (second, -9.0)]) == pytest.approx(0.5, abs=2e-3)
+    for unchanged in ([], [(first, 0.0)], [(first, 1.0)], [(first, -1.5)], [(first, 1.0), (second, 0.0)], [(first, 1.0), (second, -0.4)]):
+        assert affordable(unchanged) == 1
+    free, cheaper = priced("extraversion", 0.0, 0.0), priced("agreeableness", -0.1, 0.0)
+    assert affordable([(first, 1.0), (free, 1.0)]) == 1 == affordable([(first, 1.0), (cheaper, 1.0)])
+    assert affordable([(first, 1.0), (second, 1.0), (cheaper, 1.0)]) == affordable([(first, 1.0), (second, 1.0)]), "it pays for nobody"
+    some = [(first, 1.0), (second, 0.9), (free, 0.3), (cheaper, -1.0)]
+    assert len({affordable(list(parts)) for parts in itertools.permutations(some)}) == 1
+
+
+@pytest.mark.parametrize("columns", (3, 4))
+def test_a_trait_that_moves_nothing_at_first_does_not_switch_the_others_off(columns):
+    dull = torch.tensor([[1.5, -0.01, 1.15, 1.2], [3.0, 0.05, 1.2, 1.25]])[:, :columns]  # level 0.01 is a multiple of 1.75
+    traits = priced("openness", 0.0, 0.0), priced("neuroticism", 0.0, 0.0, 1)
+    for neurons in traits:
+        neurons.tensors["dose"] = torch.stack([dull, dull])
+    share = affordable([(neurons, 1.0) for neurons in traits])
+    prices = [price_at(dull, share * multiple_at(dull, 1.0)) for _ in traits]
+    assert 0.4 < share < 1 and sum(prices) == pytest.approx(math.log(1.3), abs=1e-4)
+
+
+def test_several_traits_add_up_at_what_is_affordable():
+    parts = [(priced("openness", 0.1, 0.0), 1.0), (priced("neuroticism", 0.2, 0.0, 1), -0.5)]
+    share, total = affordable(parts), torch.zeros(8, 40)
+    assert 0.3 < share < 0.9
+    for (neurons, level), pole in zip(parts, POLES):
+        place = neurons.tensors[f"{pole}_place"].long()
+        total[place[:, 0], place[:, 1]] += share * multiple_at(neurons.dose[0], abs(level)) * neurons.tensors[f"{pole}_bias"]
+    together = trained(parts, "who")
+    assert torch.allclose(total[together.layer, together.index], together.value[:, 3], rtol=1e-5) and len(together) == int((total != 0).sum())
+    assert together.name == f"who, at {share:.0%} of that" and trained(parts[:1], "who").name == "who" and not trained(parts).name
+    character = Character({neurons.trait: level for neurons, level in parts}, "trained")
+    expected = People.expected(SimpleNamespace(traits={neurons.trait: neurons for neurons, _ in parts}), character, share)
+    assert expected == pytest.approx(1.3, abs=2e-3)
+    assert induce.several_levels(character) and not induce.several_levels(Character({"openness": 1.0, "neuroticism": 0.0}, "trained"))
 
 
 def test_levels_become_profiles(small, learnt):

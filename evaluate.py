@@ -108,10 +108,10 @@ from pathlib import Path  # noqa: E402
 from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
 from personality.baselines import Baselines, check_peft  # noqa: E402
-from personality.grid import character_cells, grid, random_characters, talks  # noqa: E402
+from personality.grid import character_cells, described, grid, random_characters, talks  # noqa: E402
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
-from personality.methods import LEVELS, Character, Profiles, described, npti_edits, suppressed  # noqa: E402
+from personality.methods import LEVELS, Character, Profiles, npti_edits, suppressed  # noqa: E402
 from personality.frame import Frame  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import TEST_PENALTY, answer_ids, answers, fingerprint, name_of, without_stop  # noqa: E402

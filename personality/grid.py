@@ -8,7 +8,6 @@ import itertools
 import random
 
 from . import POLES, TRAITS
-from .methods import described
 from .questions import Bench, adjectives
 from .results import HYBRID, WAYS
 
@@ -39,6 +38,17 @@ def random_characters(number: int, most: float, seed: int) -> list[tuple]:
         characters.append(tuple(round(pick.choice((-1, 1)) * pick.uniform(most / 3, most), 2) if trait in chosen else 0.0
                                 for trait in TRAITS))
     return characters
+
+
+def described(bench: Bench, alphas: tuple, pick: random.Random) -> str:
+    """A system prompt that describes a character: of each of its traits how marked it is, and one of identify.py's personas."""
+    sentences = []
+    for trait, alpha in zip(TRAITS, alphas):
+        if alpha:
+            degree, pole = "slightly" if abs(alpha) < 0.5 else "quite" if abs(alpha) < 1 else "very", POLES[alpha < 0]
+            persona = pick.choice(bench.personas_for("search", trait, pole))
+            sentences.append(f"You are {degree} {adjectives(trait, pole)}. {persona}")
+    return " ".join(sentences)
 
 
 def character_cells(bench: Bench, characters: list[tuple], alone: dict, questions: list[str], seed: int) -> list[dict]:

@@ -1,7 +1,6 @@
 """From neurons to edits: NPTI, DPN-LE, activation addition, the composition of several traits; whole characters."""
 
 import math
-import random
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from .frame import Frame, declines
 from .mlp import decoder_of, layers_of
 from .model import answer_inputs, name_of, with_ids
 from .neurons import NeuronFolder, Neurons, answers_path
-from .questions import Bench, adjectives, read_answers
+from .questions import read_answers
 from .steer import Profile, hidden_states, no_edits
 from .store import read_toml
 from .terminal import UserError, say
@@ -125,14 +124,20 @@ def price_at(dose, multiple: float) -> float:
     return float(np.interp(multiple, dose[:, 0], np.log(dose[:, 2]))) * max(1.0, multiple / dose[-1, 0])
 
 
+def at_levels(parts: list[tuple]) -> list[tuple]:
+    """Of those (neurons, level) that have a level, in the traits' order: (neurons, pole, that pole's dose response, multiple)."""
+    poles = [(neurons, int(level < 0), abs(level)) for neurons, level in in_order(parts)]
+    return [(neurons, POLES[pole], neurons.dose[pole], multiple_at(neurons.dose[pole], level)) for neurons, pole, level in poles]
+
+
 def affordable(parts: list[tuple]) -> float:
     """A share, 0 to 1, of the trained biases of several traits, (neurons, level) each, at which they are expected to cost no more
     together than DEAREST, or than the dearest of them alone; in all layers, whichever of them are edited then. Prices add up,
     as if traits were independent (so much was measured, or less: tests/MEASURED.md, Whole characters)."""
-    doses = [(dose, multiple_at(dose, abs(level))) for neurons, level in in_order(parts) for dose in [neurons.dose[int(level < 0)]]]
+    asked = at_levels(parts)
 
     def prices(share):  # what makes answers likelier pays for no other trait
-        return [max(0.0, price_at(dose, share * multiple)) for dose, multiple in doses]
+        return [max(0.0, price_at(dose, share * multiple)) for _, _, dose, multiple in asked]
 
     limit = max([math.log(DEAREST), *prices(1.0)])
     if sum(prices(1.0)) <= limit:
@@ -148,10 +153,9 @@ def trained(parts: list[tuple], name: str = "") -> Profile:
     """The trained edits of several traits, from (neurons, level) each; a level below 0 is the low pole's. They add up, at the share
     that is affordable()."""
     total, share = torch.zeros(parts[0][0].shape if parts else (0, 0), dtype=torch.float64), affordable(parts)
-    for neurons, level in in_order(parts):
-        pole = POLES[level < 0]
+    for neurons, pole, _, multiple in at_levels(parts):
         place, bias = neurons.tensors[f"{pole}_place"].long(), neurons.tensors[f"{pole}_bias"].double()
-        total[place[:, 0], place[:, 1]] += share * multiple_at(neurons.dose[POLES.index(pole)], abs(level)) * bias
+        total[place[:, 0], place[:, 1]] += share * multiple * bias
     held = f", at {share:.0%} of that" if name and share < 0.995 else ""
     return Profile.dense(name + held, bias=total)
 
@@ -294,17 +298,6 @@ class Character:
         listed = ", ".join(f"{trait} {self.strengths[trait]:+g}" for trait in TRAITS if trait in self.strengths) or "no edit"
         how = {"npti": "", "trained": " (levels)"}.get(self.method, f" ({self.method})")
         return (f"{self.name}: " if self.name else "") + listed + how
-
-
-def described(bench: Bench, alphas: tuple, pick: random.Random) -> str:
-    """A system prompt that describes a character: of each of its traits how marked it is, and one of identify.py's personas."""
-    sentences = []
-    for trait, alpha in zip(TRAITS, alphas):
-        if alpha:
-            degree, pole = "slightly" if abs(alpha) < 0.5 else "quite" if abs(alpha) < 1 else "very", POLES[alpha < 0]
-            persona = pick.choice(bench.personas_for("search", trait, pole))
-            sentences.append(f"You are {degree} {adjectives(trait, pole)}. {persona}")
-    return " ".join(sentences)
 
 
 class Profiles:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import TRAITS
 from .frame import Frame
-from .methods import Character, Profiles, affordable, multiple_at, price_at
+from .methods import Character, Profiles, affordable, at_levels, price_at
 from .load import load_asked
 from .neurons import NeuronFolder, neuron_path
 from .steer import Profile
@@ -73,23 +73,20 @@ class People:
         if profile.residual:
             found["residual_layers"] = sorted(profile.residual)
         if character.method == "trained":
-            share = affordable([(self.traits[trait], level) for trait, level in character.strengths.items() if level])
-            found |= {"range": [-1, 1], "share": round(share, 3), "expected_perplexity": self.expected(character, share)}
+            levels = [(self.traits[trait], level) for trait, level in character.strengths.items() if level]
+            share = affordable(levels)
+            found |= {"range": [-1, 1], "share": round(share, 3), "expected_perplexity": expected_perplexity(levels, share)}
         return found
 
-    def expected(self, character: Character, share: float) -> float | None:
-        """By what factor a character's perplexity grows at a share of its traits' biases, by their dose responses, as if they were
-        independent; None beyond the doses that were tried. (Below what affordable() reckons with, where a trait makes answers
-        likelier.)"""
-        total = 0.0
-        for trait, level in character.strengths.items():
-            if level:
-                dose = self.traits[trait].dose[0 if level > 0 else 1]
-                multiple = share * multiple_at(dose, abs(level))
-                if multiple > float(dose[-1, 0]) + 1e-6:
-                    return None
-                total += price_at(dose, multiple)
-        return round(math.exp(total), 3)
+
+def expected_perplexity(levels: list[tuple], share: float) -> float | None:
+    """By what factor the perplexity of a character, (neurons, level) a trait, grows at a share of its traits' biases, by their dose
+    responses, as if they were independent; None beyond the doses that were tried. (Below what affordable() reckons with, where a
+    trait makes answers likelier.)"""
+    asked = [(dose, share * multiple) for _, _, dose, multiple in at_levels(levels)]
+    if any(multiple > float(dose[-1, 0]) + 1e-6 for dose, multiple in asked):
+        return None
+    return round(math.exp(sum(price_at(dose, multiple) for dose, multiple in asked)), 3)
 
 
 def read_characters(folder: str | None) -> dict[str, Character]:

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from personality.mlp import find_mlps
 from personality.load import load_model
 from personality.model import prompt_ids
 from personality.neurons import TRAINED, NeuronFolder, Neurons
-from personality.people import People
+from personality.people import expected_perplexity
 from personality.steer import Profile, steer
 from personality.terminal import UserError
 
@@ -403,7 +402,7 @@ def test_several_traits_add_up_at_what_is_affordable():
     assert torch.allclose(total[together.layer, together.index], together.value[:, 3], rtol=1e-5) and len(together) == int((total != 0).sum())
     assert together.name == f"who, at {share:.0%} of that" and trained(parts[:1], "who").name == "who" and not trained(parts).name
     character = Character({neurons.trait: level for neurons, level in parts}, "trained")
-    expected = People.expected(SimpleNamespace(traits={neurons.trait: neurons for neurons, _ in parts}), character, share)
+    expected = expected_perplexity(parts, share)
     assert expected == pytest.approx(1.3, abs=2e-3)
     assert induce.several_levels(character) and not induce.several_levels(Character({"openness": 1.0, "neuroticism": 0.0}, "trained"))
 

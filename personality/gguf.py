@@ -39,7 +39,7 @@ def dequantised(path: Path) -> Path:
     if is_whole(directory):
         return directory
     shutil.rmtree(directory, ignore_errors=True)
-    say(f"unpacking {path.name} (once, half a minute) ...")
+    say(f"unpacking {path.name} (once) ...")
     where, options = str(path.parent), {"gguf_file": path.name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)

@@ -106,6 +106,8 @@ class Neurons:
     def load(cls, path: Path, model=None) -> "Neurons":
         """Read a file; with a model, refuse one that was made with another."""
         try:
+            if Path(path).is_fifo():  # opening it would wait for a writer
+                raise UserError(f"{path}: a pipe, not a neuron file")
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {}).get("neurons", "null"))
                 if not isinstance(meta, dict) or "format" not in meta:

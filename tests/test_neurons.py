@@ -218,3 +218,5 @@ def test_a_pipe_in_the_folder_is_no_neuron_file(made, tmp_path, capsys):
     shutil.copy(made / "extraversion.safetensors", tmp_path)
     show_folder(str(tmp_path))
     assert "extraversion" in (shown := capsys.readouterr().out) and "openness" not in shown
+    with pytest.raises(UserError, match="a pipe"):  # and does not wait for a writer
+        Neurons.load(tmp_path / "openness.safetensors")

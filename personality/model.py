@@ -69,6 +69,12 @@ def dtype_of(model) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
+def surroundings(model) -> str:
+    """In what arithmetic a model runs, on what, and by which versions: "float32 on cpu, torch 2.13.0, transformers 5.24.0"."""
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    return f"{dtype_of(model)} on {device}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
 def end_tokens(model) -> list[int]:
     ends = model.generation_config.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]

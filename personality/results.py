@@ -14,7 +14,7 @@ from scipy import stats
 
 from . import POLES, TRAITS
 from .frame import declines
-from .model import dtype_of, name_of
+from .model import name_of, surroundings
 
 CONDITION = ["method", "trait", "pole", "alpha"]
 Condition = namedtuple("Condition", CONDITION)  # of a whole character: alpha is a tuple over TRAITS, trait and pole are None
@@ -311,7 +311,7 @@ def head_line(run, made_with: dict, made: list[dict]) -> str:
     source = f"answers of {args.answers}, " if args.answers else (
         f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, frame {run.people.frame}, "
         f"{''.join(used)}seed {args.seed}; ")
-    head = f"{name_of(model)}, {dtype_of(model)} on {model.device.type}; {source}judges: {', '.join(args.judge)}"
+    head = f"{name_of(model)}, {surroundings(model)}; {source}judges: {', '.join(args.judge)}"
     if run.rater:
         keys, none = {line["key"] for line in made}, (run.rater.name, run.rater.origin, None)
         lost = sum(none == (line.get("judge"), line["from"], line.get("score")) and line["answer"] in keys for line in run.scores)

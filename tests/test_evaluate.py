@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 import evaluate
@@ -405,6 +406,7 @@ def test_full_run_has_everything(whole):
     asked = [line["question"] for line in lines_of(whole / "answers.jsonl")[1:] if line["alpha"] in (0.5, 1.0, 1.5)]
     assert asked, "doses were tried"
     assert "judges: contrast, llm" in details["head"] and "alpha 2, level 1, seed 0" in details["head"]
+    assert f"float32 on cpu, torch {torch.__version__}, transformers {transformers.__version__};" in details["head"]
 
 
 def test_page_of_a_full_run_has_its_pictures(whole):

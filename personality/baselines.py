@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from . import POLES
+from .doses import levels
 from .methods import multiple_at
 from .mlp import find_mlps, layers_of
 from .model import answer_inputs, enough_memory
@@ -25,8 +26,7 @@ from .questions import Bench
 from .steer import Profile, hidden_states
 from .store import digest, lock_of, only_run, write_atomically
 from .terminal import UserError, progress, resumable
-from .train import (ANSWERS, NO_ROOM, ROWS, answers_to_learn, divergence, frozen, levels, options, slopes_of, student_says,
-                    trained_on)
+from .train import ANSWERS, NO_ROOM, ROWS, answers_to_learn, divergence, frozen, options, slopes_of, student_says, trained_on
 
 PASSES = 4  # over the answers
 RESIDUAL_RATE = 0.01  # Adam's first step size for the constants
@@ -156,7 +156,7 @@ class Baselines:
 
     def train_adapters(self, neurons: Neurons, pole: str, path: Path) -> None:
         """Write a pole's adapters to path, a folder that peft reads."""
-        peft, parts = check_peft(), answers_to_learn(self.tokenizer, neurons, pole)
+        peft, parts = check_peft(), answers_to_learn(self.tokenizer, neurons, pole, ROWS)
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         steps, part = PASSES * len(parts), path.with_name(f".{path.name}.part")
         with frozen(self.model), torch.enable_grad(), torch.random.fork_rng([]), progress(

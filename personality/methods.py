@@ -103,7 +103,7 @@ def with_none(dose) -> np.ndarray:
 
 def multiple_at(dose, level: float) -> float:
     """By how much a pole's trained biases are multiplied at a level, 0 to 1 or beyond. dose (doses, 4): a multiple, how far the
-    answers then move to the pole, by what factor their perplexity grows, and by what at most (see train.dose_response(); files of
+    answers then move to the pole, by what factor their perplexity grows, and by what at most (see doses.dose_response(); files of
     before lack that). Level 1 is the largest multiple that is at most as dear as DEAREST; between the doses, what is measured is
     taken as linear; and where the answers move no further by then, the smallest that moves them as far. A level below 1 is the
     smallest multiple that moves the answers by that share of what level 1 does; beyond 1, multiples go on in proportion."""

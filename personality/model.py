@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from .frame import Frame, conversation
 from .mlp import decoder_of, find_mlps, is_numbers, layers_of, shape_of
 from .rows import option_of
-from .terminal import FRAME, UserError
+from .terminal import FRAME, UserError, say
 
 # what a forward and generate() call the keys and values of what was read: since 5.24 the other name is one that is warned of
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0.dev0") else "past_key_values"
@@ -263,6 +263,18 @@ def sampling(temperature: float | None = None, top_p: float | None = None) -> di
 
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def in_halves(work, rows: int):
+    """work(rows), the rows of a batch; where memory is short, begun again with half as many, down to one."""
+    while True:
+        try:
+            return work(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or rows == 1:
+                raise
+        rows //= 2  # behind the except, which keeps what the failed batch had
+        say(f"\nout of memory: batches of {rows}")
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class Neurons:
     """A neuron file. Tensors are (2, layers, d_ff), pole high first: prob, p50, p95, p99 (of the activation), mean, variance (of
     the product). Of a model whose layers have experts, or are of different widths, also seen: int32, the tokens that a neuron was
     counted on (see observe.Statistics). Where there are trained edits (train.py), also: high_place, low_place int32 (n, 2), layer
-    and index of their neurons; high_bias, low_bias float32 (n); dose float32 (2, doses, 4), see train.dose_response()."""
+    and index of their neurons; high_bias, low_bias float32 (n); dose float32 (2, doses, 4), see doses.dose_response()."""
 
     tensors: dict
     meta: dict

@@ -11,8 +11,8 @@ persona's words about, and how far. For each pole of a trait, from answers y tha
               matrix of the answers, with SHRUNK of what lies off its diagonal, + PRICE times the diagonal of that of neutral text,
               see price_of(): a bias that does much there is made small
 
-Then both poles are tried at some multiples of their biases on the validation questions; a level is read from that table, see
-methods.trained(). No judge takes part, and the judges' personas are not used. What else was tried: tests/MEASURED.md.
+Then both poles are tried at some multiples of their biases, see doses.py. No judge takes part, and the judges' personas are not
+used. What else was tried: tests/MEASURED.md.
 """
 
 import contextlib
@@ -28,16 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers import DynamicCache
 
-from . import POLES
+from . import POLES, doses
 from .frame import Frame, declines
-from .judges import log_likelihoods, prefill
-from .methods import DEAREST
+from .judges import prefill
 from .mlp import find_mlps, shape_of
-from .model import CACHE, TEST_PENALTY, answers, enough_memory, prompt_ids, with_ids, without_stop
+from .model import CACHE, enough_memory, in_halves, prompt_ids, with_ids
 from .neurons import TRAINING, Neurons, answers_path
 from .questions import Bench, read_answers
 from .rows import replace_forward
-from .steer import Profile, steer
+from .steer import Profile
 from .store import digest, lines_of, only_run, write_atomically
 from .terminal import UserError, progress, resumable, say
 
@@ -48,11 +47,8 @@ TOP = 256  # tokens of the vocabulary in which student and teacher are compared
 DRAWS, SHRUNK, RIDGE = 2, 0.5, 1e-3  # of what the model may say; share kept beside Fisher's diagonal; added to that, in its means
 PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens in a row
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
-NO_ROOM = "training keeps what a backward pass needs, and its levels many rows: --device-map auto or --dtype bfloat16 leaves room"
+NO_ROOM = "training keeps what a backward pass needs, even of one answer: --device-map auto or --dtype bfloat16 leaves room"
 NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
-MULTIPLES, SMALLER, LARGER = (1.5, 3.0, 5.0), (0.375, 0.75), (8.0,)  # of the biases, that are tried on; see levels()
-VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
-SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
 
 
 # ------------------------------------------------------------------------------------------------------------- teacher
@@ -189,14 +185,20 @@ def price_of(model, tokenizer, seed: int) -> torch.Tensor:
     token of neutral text: so to second order twice what KL(unedited, biased) has of bias^2. (Not evaluate.py's texts.)"""
     texts = [tokenizer(text)["input_ids"] for text in lines_of("neutral_training.txt")]
     rows = [text[k:k + WINDOW] for text in texts for k in range(0, len(text) - WINDOW + 1, WINDOW)]
-    ids, generator = torch.tensor(rows, device=model.device), torch.Generator(model.device).manual_seed(seed)
+    ids = torch.tensor(rows, device=model.device)
 
-    def losses():
-        said = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        return drawn(said, generator).sum((1, 2))
+    def squares(most):
+        generator, total = torch.Generator(model.device).manual_seed(seed), 0
+        for part in ids.split(most):
+            def losses():
+                said = model(input_ids=part, use_cache=False).logits.float().log_softmax(-1)
+                return drawn(said, generator).sum((1, 2))
 
-    slopes = slopes_of(model, losses, no_biases(model, len(rows)))
-    return sum(slope[:, :, 0].square().sum(1) for slope in slopes).cpu() / (DRAWS * ids.numel())
+            slopes = slopes_of(model, losses, no_biases(model, len(part)))
+            total = total + sum(slope[:, :, 0].square().sum(1) for slope in slopes).cpu()
+        return total
+
+    return in_halves(squares, len(ids)) / (DRAWS * ids.numel())
 
 
 def slopes_and_scores(model, lessons: Iterable[Lesson], sign: int, seed: int, step):
@@ -230,35 +232,6 @@ def natural_step(slope, scores, price, number: int) -> torch.Tensor:
     return biases * (UNIT / dear.clamp(min=RIDGE * price.mean() * biases.square().sum())).sqrt()
 
 
-# --------------------------------------------------------------------------------------------------------- dose response
-
-
-def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, profiles: list, multiples, step) -> torch.Tensor:
-    """float32 (2, multiples, 4), pole high first: a multiple of the constants; how far the answers to validation questions move to
-    their pole, in nats a token of log p(answer|high) - log p(answer|low) under search personas; by what factor their perplexity
-    under the unedited model grows (the geometric mean), and that with SURE standard errors on top. profiles: pole by pole, too."""
-    people, moved, dearer = range(len(profiles) + 1), [], []
-    personas = [bench.personas_for("search", trait, pole)[0] for pole in POLES]
-    questions = bench.questions(trait, "validation", VALIDATION)
-    for part in (questions[k:k + TOGETHER] for k in range(0, len(questions), TOGETHER)):
-        with steer(model, profiles, [*people] * len(part)):
-            asked = [frame.turns(question) for question in part for _ in people]
-            said = answers(model, tokenizer, asked, TOKENS, repetition_penalty=TEST_PENALTY)
-        for k, question in enumerate(part):
-            ids = [without_stop(tokenizer, row) or [tokenizer.eos_token_id] for _, row in said[k * len(people):][:len(people)]]
-            turns = [frame.turns(question, persona) for persona in (None, *personas)]
-            likely = log_likelihoods(model, tokenizer, turns, [ids] * len(turns)).cpu() / torch.tensor([len(row) for row in ids])
-            plain, high, low = likely
-            moved.append((high - low)[1:] - (high - low)[0])
-            dearer.append(plain[0] - plain[1:])
-            step()
-    towards = torch.tensor([1.0, -1.0]).repeat_interleave(len(multiples))
-    moved, dearer = torch.stack(moved), torch.stack(dearer)  # (questions, poles * multiples)
-    error = dearer.std(0, correction=min(1, len(dearer) - 1)) / math.sqrt(len(dearer))
-    rows = torch.tensor(multiples).repeat(2), towards * moved.mean(0), dearer.mean(0).exp(), (dearer.mean(0) + SURE * error).exp()
-    return torch.stack(rows, 1).view(2, len(multiples), 4).float()
-
-
 # ------------------------------------------------------------------------------------------------------------ one trait
 
 
@@ -266,10 +239,10 @@ def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
     return {"version": TRAINING, "gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "top": TOP,
             "fisher": [DRAWS, SHRUNK, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
-            "multiples": [*SMALLER, *MULTIPLES, *LARGER], "validation": VALIDATION, "tokens": TOKENS, "sure": SURE, "seed": seed}
+            **doses.options(), "seed": seed}
 
 
-def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]:
+def answers_to_learn(tokenizer, neurons: Neurons, pole: str, rows: int) -> list[list[dict]]:
     """The answers of one pole that lie beside a neuron file, with ids, in batches of like lengths."""
     path = answers_path(neurons.folder, neurons.trait)
     own = [item for item in read_answers(path, neurons.trait)[0] if item["pole"] == pole]
@@ -277,34 +250,25 @@ def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]
     items = sorted((item for item in with_ids(tokenizer, items) if len(item["ids"]) > 1), key=lambda item: len(item["ids"]))
     if not items:
         raise UserError(f"{path}: no answers of the {pole} pole to train with")
-    return [items[k:k + ROWS] for k in range(0, len(items), ROWS)]
+    return [items[k:k + rows] for k in range(0, len(items), rows)]
 
 
 def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int, fit, passes: int = 1) -> torch.Tensor:
     """The constants of one pole, from the answers beside a neuron file: what fit(lessons, sign, step) makes of them, in `passes`
-    passes over them. lessons: an iterator, since they need not be in memory together."""
-    parts = answers_to_learn(tokenizer, neurons, pole)
-    with progress(len(parts) * (1 + passes), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
-        def lessons():
-            for part in parts:
-                made = lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed)
-                bar.update()
-                yield made
+    passes over them. lessons: an iterator, since they need not be in memory together; where it is short, of smaller batches, which
+    draw other tokens for Fisher's matrix."""
+    def fitted(rows):
+        parts = answers_to_learn(tokenizer, neurons, pole, rows)
+        with progress(len(parts) * (1 + passes), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
+            def lessons():
+                for part in parts:
+                    made = lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed)
+                    bar.update()
+                    yield made
 
-        return fit(lessons(), 1 if pole == "high" else -1, bar.update)
+            return fit(lessons(), 1 if pole == "high" else -1, bar.update)
 
-
-def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
-    """The dose response of profile_of(pole, multiple); LARGER too where level 1 may be there, SMALLER where a first is too dear."""
-    def tried(multiples, trait=neurons.trait):
-        profiles = [profile_of(pole, multiple) for pole in POLES for multiple in multiples]
-        with progress(len(bench.questions(trait, "validation", VALIDATION)), 0, f"{trait}: levels", "question") as bar:
-            return dose_response(model, tokenizer, bench, trait, neurons.frame, profiles, multiples, bar.update)
-
-    dose = tried(MULTIPLES)
-    if bool((dose[..., 3].amax(1) <= DEAREST).any()):
-        dose = torch.cat([dose, tried(LARGER)], 1)
-    return torch.cat([tried(SMALLER), dose], 1) if bool((dose[:, 0, 2] > DEAREST).any()) else dose
+    return in_halves(fitted, ROWS)
 
 
 def both_poles(model, tokenizer, bench: Bench, neurons: Neurons, seed: int, kept: Path) -> dict:
@@ -331,14 +295,15 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
         return neurons
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
         raise UserError(f"{path}: no training while the model is steered: run identify.py --train --trait {neurons.trait} first")
-    bench.check_validation(neurons.trait, VALIDATION)  # before anything is trained
+    bench.check_validation(neurons.trait, doses.VALIDATION)  # before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
         if (neurons := Neurons.load(path)).trained == made_with:
             return neurons
         with enough_memory(NO_ROOM):
             biases = both_poles(model, tokenizer, bench, neurons, seed, kept)
-            tensors = {"dose": levels(model, tokenizer, bench, neurons, lambda pole, by: Profile.dense(bias=by * biases[pole]))}
+            tensors = {"dose": doses.levels(model, tokenizer, bench, neurons,
+                                            lambda pole, by: Profile.dense(bias=by * biases[pole]))}
         for pole, moved in zip(POLES, tensors["dose"][..., 1].amax(1)):
             place = biases[pole].nonzero()
             tensors |= {f"{pole}_place": place.int(), f"{pole}_bias": biases[pole][place[:, 0], place[:, 1]]}

@@ -498,7 +498,7 @@ def training(model, length: int = 64) -> dict:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from personality import train
+    from personality import doses, train
     from personality.frame import Frame
     from personality.questions import load_bench
 
@@ -519,9 +519,9 @@ def training(model, length: int = 64) -> dict:
         found = train.slopes_and_scores(model, lessons, sign, 0, lambda: None)
         biases[pole] = train.natural_step(*found, price, round(train.SHARE * price.numel()))
     fitted = time.perf_counter()
-    multiples = (*train.MULTIPLES, *train.LARGER)
+    multiples = (*doses.MULTIPLES, *doses.LARGER)
     profiles = [Profile.dense(bias=multiple * biases[pole]) for pole in biases for multiple in multiples]
-    train.dose_response(model, tokenizer, bench, trait, frame, profiles, multiples, lambda: None)
+    doses.dose_response(model, tokenizer, bench, trait, frame, profiles, multiples, lambda: None)
     result = {"fit_s": fitted - start, "levels_s": time.perf_counter() - fitted}
     print(f"  training a trait, {train.ANSWERS} answers of {length} tokens a pole: {result['fit_s']:.1f} s, its levels "
           f"{result['levels_s']:.1f} s{memory(model)}", flush=True)

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import identify  # noqa: E402
-from personality import TRAITS, train  # noqa: E402
+from personality import TRAITS, doses, train  # noqa: E402
 from personality.endpoint import Endpoint  # noqa: E402
 from personality.frame import Frame  # noqa: E402
 from personality.load import load_model  # noqa: E402
@@ -32,7 +32,7 @@ from personality.questions import load_bench  # noqa: E402
 from personality.terminal import script as run_script  # noqa: E402
 
 FRAMED = Frame.named("person")  # how the scripts put questions by default
-train.ANSWERS, train.ROWS, train.VALIDATION, train.TOKENS = 6, 3, 2, 6
+train.ANSWERS, train.ROWS, doses.VALIDATION, doses.TOKENS = 6, 3, 2, 6
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background: the tests of Ctrl-C would wait
 torch.set_num_threads(1)  # these models are so small that a second thread costs more than it gives
 

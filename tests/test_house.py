@@ -10,7 +10,7 @@ from conftest import ROOT, command
 
 # From low to high: a module may import only those that stand before it. The README draws the same.
 ROOMS = ("terminal", "store", "world", "op", "mlp", "rows", "observe", "steer", "gguf", "frame", "model", "load", "questions", "neurons", "methods",
-         "endpoint", "judges", "train", "baselines", "capability", "results", "grid", "report", "write_bench", "bake", "chat",
+         "endpoint", "judges", "doses", "train", "baselines", "capability", "results", "grid", "report", "write_bench", "bake", "chat",
          "attention", "inflight", "api", "people", "places", "vllm", "answering", "serve")
 SCRIPTS = {"identify": 400, "induce": 350, "evaluate": 450}
 FILES = [ROOT / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "personality").glob("*.py"))

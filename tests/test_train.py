@@ -12,7 +12,7 @@ import torch
 import identify
 import induce
 from conftest import FRAMED, contents, exit_of, lines_of, main_of, run, shared_flags
-from personality import POLES, train
+from personality import POLES, doses, train
 from personality.frame import Frame
 from personality.methods import Character, Profiles, affordable, multiple_at, price_at, trained
 from personality.mlp import find_mlps
@@ -191,8 +191,8 @@ def test_the_file_holds_both_poles(small, made, learnt):
     assert torch.equal(neurons.prob, before.prob)
     for pole in POLES:
         assert 0 < len(neurons.tensors[f"{pole}_bias"]) <= number
-    assert neurons.dose.shape == (2, len(train.MULTIPLES), 4)
-    assert neurons.dose[..., 0].tolist() == [list(train.MULTIPLES)] * 2
+    assert neurons.dose.shape == (2, len(doses.MULTIPLES), 4)
+    assert neurons.dose[..., 0].tolist() == [list(doses.MULTIPLES)] * 2
     again = train.add_trained(None, None, small.bench, neurons)
     assert again is neurons, "what is there is not trained again"
 
@@ -221,13 +221,13 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
 
 def test_a_file_that_is_replaced_meanwhile_stays(small, made, tmp_path, monkeypatch):
     """By identify.py with other options, say, whose statistics would be lost."""
-    first, levels = run(small, tmp_path).identify(), train.levels
+    first, levels = run(small, tmp_path).identify(), doses.levels
 
     def meanwhile(*all_of):
         run(small, tmp_path, limit=4).identify()
         return levels(*all_of)
 
-    monkeypatch.setattr(train, "levels", meanwhile)
+    monkeypatch.setattr(doses, "levels", meanwhile)
     with pytest.raises(UserError, match="extraversion.safetensors: was replaced while"):
         train.add_trained(small.model, small.tokenizer, small.bench, first)
     there = Neurons.load(tmp_path / "extraversion.safetensors")
@@ -242,7 +242,7 @@ def test_what_can_not_be_trained_is_one_line(small, made, tmp_path, monkeypatch,
     with pytest.raises(UserError, match="2 test questions of extraversion.*need 3 or more"):
         train.add_trained(small.model, small.tokenizer, few, neurons)
     dose = torch.tensor([[[1.0, 0.1, 1, 1]] * 4, [[1.0, -0.1, 1, 1]] * 4])
-    monkeypatch.setattr(train, "levels", lambda *_: dose)
+    monkeypatch.setattr(doses, "levels", lambda *_: dose)
     train.add_trained(small.model, small.tokenizer, small.bench, neurons)
     said = capsys.readouterr().err
     assert "the low pole moved no answers to it" in said and "the high pole moved" not in said
@@ -250,10 +250,40 @@ def test_what_can_not_be_trained_is_one_line(small, made, tmp_path, monkeypatch,
     def no_room(*_):
         raise torch.OutOfMemoryError("no room")
 
-    for name in ("price_of", "levels"):
+    for module, name in ((train, "price_of"), (doses, "levels")):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory: training"):
-            patch.setattr(train, name, no_room)
+            patch.setattr(module, name, no_room)
             train.add_trained(small.model, small.tokenizer, small.bench, neurons, seed=1)
+
+
+def test_short_of_memory_training_takes_fewer_rows_at_once(small, made, tmp_path, capsys):
+    """On a model that fails beyond two rows that keep what a backward pass needs, and beyond seven that are only read."""
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    asked, price = [], train.price_of(small.model, small.tokenizer, 0)
+
+    def little_room(module, args, inputs):
+        asked.append((torch.is_grad_enabled(), len(inputs["input_ids"])))
+        if asked[-1][1] > (2 if asked[-1][0] else 7):
+            raise torch.OutOfMemoryError("no room")
+
+    def response():
+        profiles = [Profile.empty(), Profile.dense(bias=torch.full(neurons.shape, 0.1))]
+        return doses.dose_response(small.model, small.tokenizer, small.bench, "extraversion", neurons.frame, profiles, (1.0,), list, most)
+
+    neurons, most = Neurons.load(tmp_path / "extraversion.safetensors"), 64
+    roomy = response()
+    hook = small.model.register_forward_pre_hook(little_room, with_kwargs=True)
+    try:
+        assert torch.allclose(train.price_of(small.model, small.tokenizer, 0), price, rtol=1e-4), "the same tokens are drawn"
+        most = 3
+        assert torch.allclose(response(), roomy, rtol=1e-4, atol=1e-5)
+        learnt, said = train.add_trained(small.model, small.tokenizer, small.bench, neurons), capsys.readouterr().err
+    finally:
+        hook.remove()
+    assert (True, 1) in asked and (False, 7) in asked and "out of memory: batches of 1" in said and "batches of 8" in said
+    assert learnt.trained and len(learnt.tensors["high_place"]) == len(learnt.tensors["low_place"]) == 1
+    assert bool(learnt.dose.isfinite().all()) and learnt.dose.shape[1] >= len(doses.MULTIPLES)
 
 
 def test_no_training_while_steered(small, made):
@@ -293,11 +323,11 @@ def test_dose_response(small, monkeypatch, questions):
     multiples, asked = (2.0,), small.bench.questions("extraversion", "validation", questions)
     scores = torch.randn((questions, 3, 3), generator=torch.Generator().manual_seed(0)).double()
     left = iter(scores)
-    monkeypatch.setattr(train, "VALIDATION", questions)
-    monkeypatch.setattr(train, "answers", lambda model, tokenizer, conversations, tokens, **options: [("", [5, 6])] * len(conversations))
+    monkeypatch.setattr(doses, "VALIDATION", questions)
+    monkeypatch.setattr(doses, "answers", lambda model, tokenizer, conversations, tokens, **options: [("", [5, 6])] * len(conversations))
     turns_asked = []
-    monkeypatch.setattr(train, "log_likelihoods", lambda model, tokenizer, turns, ids: turns_asked.append(turns) or 2 * next(left))
-    dose = train.dose_response(small.model, small.tokenizer, small.bench, "extraversion", Frame.named("none"),
+    monkeypatch.setattr(doses, "log_likelihoods", lambda model, tokenizer, turns, ids, most: turns_asked.append(turns) or 2 * next(left))
+    dose = doses.dose_response(small.model, small.tokenizer, small.bench, "extraversion", Frame.named("none"),
                                [Profile.empty(), Profile.empty()], multiples, lambda: None)
     assert len(asked) == questions and dose.shape == (2, 1, 4)
     personas = [small.bench.personas_for("search", "extraversion", pole)[0] for pole in POLES]
@@ -316,14 +346,14 @@ def test_what_else_is_tried(small, learnt, monkeypatch, price, at_most):
     """More where a pole's level 1 may lie beyond, less where one is too dear at once, as measured."""
     neurons, asked = Neurons.load(learnt / "extraversion.safetensors"), []
 
-    def response(model, tokenizer, bench, trait, frame, profiles, multiples, step):
+    def response(model, tokenizer, bench, trait, frame, profiles, multiples, step, most):
         asked.append((multiples, [profile.name for profile in profiles]))
         high = [[multiple, multiple, 1.1, at_most if multiple == 3 else 1.2] for multiple in multiples]
         return torch.tensor([high, [[multiple, multiple, price, 2.0] for multiple in multiples]])
 
-    monkeypatch.setattr(train, "dose_response", response)
-    dose = train.levels(small.model, small.tokenizer, small.bench, neurons, lambda pole, by: Profile.empty(f"{pole} {by}"))
-    expected = [train.MULTIPLES] + [train.LARGER] * (at_most <= 1.3) + [train.SMALLER] * (price > 1.3)
+    monkeypatch.setattr(doses, "dose_response", response)
+    dose = doses.levels(small.model, small.tokenizer, small.bench, neurons, lambda pole, by: Profile.empty(f"{pole} {by}"))
+    expected = [doses.MULTIPLES] + [doses.LARGER] * (at_most <= 1.3) + [doses.SMALLER] * (price > 1.3)
     assert asked == [(multiples, [f"{pole} {by}" for pole in ("high", "low") for by in multiples]) for multiples in expected]
     assert dose[..., 0].tolist() == [sorted(by for multiples in expected for by in multiples)] * 2
 
@@ -331,7 +361,7 @@ def test_what_else_is_tried(small, learnt, monkeypatch, price, at_most):
 @pytest.mark.parametrize("dear", [[1.1, 1.35, 1.2], [1.1, 1.2, 1.25]])
 def test_eight_times_moves_no_level_that_lies_below(dear):
     """Where one is too dear, wherever it is, levels() does not try it; else level 1 may lie there."""
-    near = torch.tensor([[by, by / 50, price, price] for by, price in zip(train.MULTIPLES, dear)])
+    near = torch.tensor([[by, by / 50, price, price] for by, price in zip(doses.MULTIPLES, dear)])
     whole = torch.cat([near, torch.tensor([[8.0, 0.2, 1.9, 2.1]])])
     same = [multiple_at(near, level) == multiple_at(whole, level) for level in (0.25, 0.5, 1, 2)]
     assert same == [max(dear) > 1.3] * 4

@@ -11,8 +11,8 @@ which induce.py turns into a personality. The method is NPTI (ICLR 2025, arXiv 2
 import os
 
 from personality import POLES, TRAITS
-from personality.terminal import (TEAM_RULES, Flags, UserError, bench_argument, check_trait, model_arguments, positive, progress,
-                                  refuse, resumable, say, script, team_argument, where_argument)
+from personality.terminal import (TEAM_RULES, Flags, UserError, bench_argument, check_trait, model_arguments, out_of_memory,
+                                  positive, progress, refuse, resumable, say, script, team_argument, where_argument)
 
 LIMIT, SIZE = 128, 360  # search questions: asked, and built
 
@@ -83,8 +83,7 @@ from personality.endpoint import Endpoint, Engine  # noqa: E402
 from personality.frame import Frame, declines  # noqa: E402
 from personality.mlp import decoder_of, find_mlps  # noqa: E402
 from personality.load import load_asked  # noqa: E402
-from personality.model import (SEARCH_PENALTY, answer_inputs, answers, dtype_of, enough_memory, fingerprint,  # noqa: E402
-                               out_of_memory, with_ids)
+from personality.model import SEARCH_PENALTY, answer_inputs, answers, dtype_of, enough_memory, fingerprint, with_ids  # noqa: E402
 from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show_neurons  # noqa: E402
 from personality.observe import FEWEST, Statistics, observe, shapes_at  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from .gguf import dequantised
 from .mlp import Experts, find_mlps, layers_of
-from .model import end_tokens, out_of_memory, prepared
+from .model import end_tokens, prepared
 from .op import check_cuda
 from .store import cache_folder
-from .terminal import ANSWER, UserError, say
+from .terminal import ANSWER, UserError, out_of_memory, say
 from .world import World
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

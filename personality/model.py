@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from .frame import Frame, conversation
 from .mlp import decoder_of, find_mlps, is_numbers, layers_of, shape_of
 from .rows import option_of
-from .terminal import FRAME, UserError, say
+from .terminal import FRAME, UserError, out_of_memory, say
 
 # what a forward and generate() call the keys and values of what was read: since 5.24 the other name is one that is warned of
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0.dev0") else "past_key_values"
@@ -259,10 +259,6 @@ def sampling(temperature: float | None = None, top_p: float | None = None) -> di
     """generate()'s options with NPTI's repetition penalty: greedy unless a temperature or top-p is asked for."""
     drawn = {"do_sample": True, "temperature": max(temperature or 1.0, COLDEST), "top_p": top_p or 1.0}
     return {"repetition_penalty": TEST_PENALTY, **(drawn if temperature or top_p else {})}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def in_halves(work, rows: int):

@@ -72,11 +72,25 @@ def script(arguments, module: str) -> None:
         say_at_the_end(f"error: {sys.executable} has no module {error.name}: pip install -e . with it, or activate the environment "
                        "that has")
         code = 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        say_at_the_end("error: out of memory: a smaller --batch-size or --max-new-tokens, --dtype bfloat16, --quantize 4bit or "
+                       "--device-map auto leaves room")
+        code = 2
     try:
         sys.stdout.flush()
     except OSError:
         let_go(sys.stdout)
     sys.exit(code)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is a processor's or a GPU's, as torch and the libraries under it say it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
 
 
 @contextlib.contextmanager

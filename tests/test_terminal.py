@@ -7,6 +7,7 @@ import time
 import types
 
 import pytest
+import torch
 
 import evaluate
 import identify
@@ -152,6 +153,29 @@ def test_an_environment_without_a_package(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         script(lambda: None, "fake_script")
     assert ended.value.code == 2 and "has no module no_such_package: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")))
+def test_out_of_memory_is_one_line(monkeypatch, capsys, error):
+    def main(args):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "fake_script", types.SimpleNamespace(main=main))
+    with pytest.raises(SystemExit) as ended:
+        script(lambda: None, "fake_script")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: out of memory: a smaller --batch-size") and len(said.splitlines()) == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def main(args):
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setitem(sys.modules, "fake_script", types.SimpleNamespace(main=main))
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        script(lambda: None, "fake_script")
 
 
 def test_a_notebooks_backend_of_pictures(monkeypatch, tmp_path):

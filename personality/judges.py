@@ -172,7 +172,7 @@ class ContrastJudge:
 
 
 def described_facets(trait: str, pole: str) -> str:
-    return "; ".join(facet[pole] for facet in facets(trait))
+    return "; ".join(facet[f"judge_{pole}"] for facet in facets(trait))  # words that no answer was asked for with
 
 
 def rubric(trait: str | None, turned: bool = False) -> str:

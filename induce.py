@@ -1,6 +1,6 @@
 """Let a language model write in a personality, by editing the neurons that identify.py found.
 
-    python induce.py --trait extraversion --level 1
+    python induce.py --trait neuroticism --level 1
     python induce.py --trait extraversion --alpha 2
     python induce.py --trait neuroticism --alpha -1.5 --trait openness --alpha 1 --chat
     python induce.py --profile ada.toml --questions FILE --out FILE

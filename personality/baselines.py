@@ -141,7 +141,8 @@ class Baselines:
         peft, path = check_peft(), self.path(trait, "lora", f"{pole}.lora")
         with self.to_be_made(path) as missing:
             if missing:
-                self.train_adapters(self.neurons[trait], pole, path)
+                with enough_memory(NO_ROOM):
+                    self.train_adapters(self.neurons[trait], pole, path)
         try:
             config, weights = peft.PeftConfig.from_pretrained(path), load_file(path / "adapter_model.safetensors")
         except Exception as error:  # of a damaged folder, in many ways
@@ -156,7 +157,7 @@ class Baselines:
 
     def train_adapters(self, neurons: Neurons, pole: str, path: Path) -> None:
         """Write a pole's adapters to path, a folder that peft reads."""
-        peft, parts = check_peft(), answers_to_learn(self.tokenizer, neurons, pole, ROWS)
+        peft, parts = check_peft(), answers_to_learn(self.tokenizer, neurons, pole)
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         steps, part = PASSES * len(parts), path.with_name(f".{path.name}.part")
         with frozen(self.model), torch.enable_grad(), torch.random.fork_rng([]), progress(

@@ -19,7 +19,6 @@ from .terminal import progress
 
 MULTIPLES, SMALLER, LARGER = (1.5, 3.0, 5.0), (0.375, 0.75), (8.0,)  # of the constants, that are tried; see levels()
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
-MOST = 64  # rows of a batch
 SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only
 
 
@@ -29,15 +28,14 @@ def options() -> dict:
 
 
 def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, profiles: list, multiples, step,
-                  most: int = MOST) -> torch.Tensor:
+                  together: int | None = None) -> torch.Tensor:
     """float32 (2, multiples, 4), pole high first: a multiple of the constants; how far the answers to validation questions move to
     their pole, in nats a token of log p(answer|high) - log p(answer|low) under search personas; by what factor their perplexity
     under the unedited model grows (the geometric mean), and that with SURE standard errors on top. profiles: pole by pole, too;
-    most: rows at once, but of one question at least."""
-    people, moved, dearer = range(len(profiles) + 1), [], []
+    together: questions in a batch, TOGETHER by default."""
+    people, together, moved, dearer = range(len(profiles) + 1), together or TOGETHER, [], []
     personas = [bench.personas_for("search", trait, pole)[0] for pole in POLES]
     questions = bench.questions(trait, "validation", VALIDATION)
-    together = max(1, min(TOGETHER, most // len(people)))
     for part in (questions[k:k + together] for k in range(0, len(questions), together)):
         with steer(model, profiles, [*people] * len(part)):
             asked = [frame.turns(question) for question in part for _ in people]
@@ -45,7 +43,7 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
         for k, question in enumerate(part):
             ids = [without_stop(tokenizer, row) or [tokenizer.eos_token_id] for _, row in said[k * len(people):][:len(people)]]
             turns = [frame.turns(question, persona) for persona in (None, *personas)]
-            likely = log_likelihoods(model, tokenizer, turns, [ids] * len(turns), most).cpu()
+            likely = log_likelihoods(model, tokenizer, turns, [ids] * len(turns), together * len(people)).cpu()
             plain, high, low = likely / torch.tensor([len(row) for row in ids])
             moved.append((high - low)[1:] - (high - low)[0])
             dearer.append(plain[0] - plain[1:])
@@ -62,11 +60,11 @@ def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torc
     def tried(multiples, trait=neurons.trait):
         profiles = [profile_of(pole, multiple) for pole in POLES for multiple in multiples]
 
-        def response(most):
+        def response(together):
             with progress(len(bench.questions(trait, "validation", VALIDATION)), 0, f"{trait}: levels", "question") as bar:
-                return dose_response(model, tokenizer, bench, trait, neurons.frame, profiles, multiples, bar.update, most)
+                return dose_response(model, tokenizer, bench, trait, neurons.frame, profiles, multiples, bar.update, together)
 
-        return in_halves(response, MOST)
+        return in_halves(response, TOGETHER)
 
     dose = tried(MULTIPLES)
     if bool((dose[..., 3].amax(1) <= DEAREST).any()):

@@ -71,8 +71,10 @@ def dtype_of(model) -> str:
 
 def surroundings(model) -> str:
     """In what arithmetic a model runs, on what, and by which versions: "float32 on cpu, torch 2.13.0, transformers 5.24.0"."""
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
-    return f"{dtype_of(model)} on {device}, torch {torch.__version__}, transformers {transformers.__version__}"
+    places = [f"cuda:{place}" if isinstance(place, int) else str(place) for place in
+              getattr(model, "hf_device_map", {"": model.device}).values() if place != "disk"]
+    names = [torch.cuda.get_device_name(place) if place.startswith("cuda") else place for place in dict.fromkeys(places)]
+    return f"{dtype_of(model)} on {' and '.join(names)}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def end_tokens(model) -> list[int]:

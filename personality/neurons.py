@@ -26,7 +26,7 @@ TENSORS = {"mean": torch.float32, "p50": torch.float16, "p95": torch.float32, "p
 SEEN = {"seen": torch.int32}  # where not all neurons were counted on the same tokens
 TRAINED = {"dose": torch.float32, **{f"{pole}_{what}": dtype for pole in POLES
                                      for what, dtype in (("place", torch.int32), ("bias", torch.float32))}}  # see train.py
-TRAINING = 4  # version of train.py: one more whenever the same answers come to other edits; a file of another one is told of
+TRAINING = 4  # of train.py and doses.py: one more whenever the same answers come to other edits; a file of another is told of
 META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
 BARS = 24  # at most, of the picture of the layers in which a pole's neurons are
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
@@ -229,7 +229,7 @@ class NeuronFolder:
     """A folder of neuron files, each read when it is first asked for. folder: of identify.py, or npti:DIR of the released ones.
     identify(trait): makes a file that is not there yet; train(neurons): adds its trained edits (train.add_trained); without
     them, what is missing is an error. frame: how questions are put; where a file was made with another one, or before there were
-    any, a line says so; and where trained edits are asked for that are of another version of train.py."""
+    any, a line says so; and where trained edits are asked for that are of another version of the training."""
 
     def __init__(self, model, folder: str, identify=None, frame: Frame | None = None, train=None):
         self.model, self.identify, self.train, self.frame, self.files, self.told = model, identify, train, frame, {}, set()

@@ -75,8 +75,9 @@ def script(arguments, module: str) -> None:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        say_at_the_end("error: out of memory: a smaller --batch-size or --max-new-tokens, --dtype bfloat16, --quantize 4bit or "
-                       "--device-map auto leaves room")
+        words = (str(error).strip() or "MemoryError").partition("\n")[0][:120]
+        say_at_the_end(f"error: out of memory ({words}): a smaller --batch-size or --max-new-tokens, --dtype bfloat16, "
+                       "--quantize 4bit or --device-map auto leaves room")
         code = 2
     try:
         sys.stdout.flush()
@@ -87,10 +88,9 @@ def script(arguments, module: str) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether it is a processor's or a GPU's, as torch and the libraries under it say it."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+    said = "can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc"
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or any(words in str(error) for words in said))
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ TOP = 256  # tokens of the vocabulary in which student and teacher are compared
 DRAWS, SHRUNK, RIDGE = 2, 0.5, 1e-3  # of what the model may say; share kept beside Fisher's diagonal; added to that, in its means
 PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens in a row
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
-NO_ROOM = "training keeps what a backward pass needs, even of one answer: --device-map auto or --dtype bfloat16 leaves room"
+NO_ROOM = "training keeps what a backward pass needs, and its levels some rows: --device-map auto or --dtype bfloat16 leaves room"
 NOT_FINITE = "training: a gradient is no finite number: try --dtype float32"
 
 
@@ -72,6 +72,25 @@ class Lesson:
         """The teacher's probabilities of the tokens `top`, which sum to 1; sign: 1 for the high pole, -1 for the low one."""
         return (self.plain + sign * GAIN * self.apart).softmax(-1)
 
+    def parts(self, most: int):
+        """Yield it in lessons of at most so many rows, which stay as wide as they are."""
+        for rows in slices(len(self.ids), most):
+            rest = (tensor[rows] for tensor in (self.ids, self.counted, self.top, self.plain, self.apart))
+            yield Lesson(*some_of((self.cache, self.mask), rows), *rest)
+
+
+def slices(number: int, most: int) -> list[slice]:
+    return [slice(k, k + most) for k in range(0, number, most)]
+
+
+def some_of(prompts, rows: slice):
+    """These rows of prompts, (cache, mask): the very same where they are all."""
+    cache, mask = prompts
+    if len(mask[rows]) < len(mask):
+        cache = copy.deepcopy(cache)
+        cache.reorder_cache(torch.arange(len(mask), device=mask.device)[rows])
+    return cache, mask[rows]
+
 
 def go_on(model, prompts, ids):
     """Log-probabilities behind each of the tokens ids (rows, tokens) that follow prompts, (cache, mask) of what was read without
@@ -89,21 +108,26 @@ def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in fed], device=model.device)
     counted = torch.tensor([[k < len(row) for k in range(longest)] for row in fed], device=model.device)
 
-    def under(pole: str | None):
+    def asked(pole: str | None):
         def persona(item):
             pick = random.Random(f"{seed}/{trait}/{item['question']}/{pole}")
             return item["persona"] if pole == item["pole"] else pole and pick.choice(bench.personas_for("search", trait, pole))
 
-        asked = [frame.turns(item["question"], persona(item)) for item in items]
-        _, *prompts, _ = prefill(model, tokenizer, [prompt_ids(tokenizer, turns) for turns in asked])
-        with torch.no_grad():
-            return prompts, go_on(model, prompts, ids)
+        turns = [frame.turns(item["question"], persona(item)) for item in items]
+        return prefill(model, tokenizer, [prompt_ids(tokenizer, conversation) for conversation in turns])[1:3]
 
-    prompts, plain = under(None)
-    apart = under("high")[1] - under("low")[1]
-    both = torch.maximum(*((plain + sign * GAIN * apart).log_softmax(-1) for sign in (1, -1)))
-    top = torch.maximum(plain, both).topk(min(TOP, plain.shape[-1]), -1).indices
-    return Lesson(*prompts, ids, counted, top, plain.gather(-1, top), apart.gather(-1, top))
+    under = [asked(pole) for pole in (None, *POLES)]
+
+    def compared(rows):
+        with torch.no_grad():
+            plain, high, low = (go_on(model, some_of(prompts, rows), ids[rows]) for prompts in under)
+        apart = high - low
+        both = torch.maximum(*((plain + sign * GAIN * apart).log_softmax(-1) for sign in (1, -1)))
+        top = torch.maximum(plain, both).topk(min(TOP, plain.shape[-1]), -1).indices
+        return top, plain.gather(-1, top), apart.gather(-1, top)
+
+    taught = in_halves(lambda most: [*zip(*map(compared, slices(len(ids), most)))], len(ids))
+    return Lesson(*under[0], ids, counted, *map(torch.cat, taught))
 
 
 # ------------------------------------------------------------------------------------------------------------- student
@@ -201,19 +225,30 @@ def price_of(model, tokenizer, seed: int) -> torch.Tensor:
     return in_halves(squares, len(ids)) / (DRAWS * ids.numel())
 
 
+def slopes_by_row(model, of: Lesson, sign: int, generator) -> list:
+    """d KL(teacher, student) / d bias, and DRAWS times the slope of a drawn answer's log-likelihood: (rows, layers, d_ff) each."""
+    def losses():
+        said = student_says(model, of)
+        return [divergence(of, sign, said).sum(), *(drawn(said, generator) * of.counted).sum((1, 2))]
+
+    return [slope[:, :, 0].transpose(0, 1).cpu() for slope in slopes_of(model, losses, no_biases(model, len(of.ids)))]
+
+
 def slopes_and_scores(model, lessons: Iterable[Lesson], sign: int, seed: int, step):
     """At bias 0, on the CPU: (the mean over the answers' tokens of d KL(teacher, student) / d bias, float32 (layers, d_ff); scores
     (DRAWS * answers, layers, d_ff), each the slope of a drawn answer's log-likelihood, in such a size that the sum of their outer
-    products is Fisher's matrix, a token, in expectation). step() is called after each batch."""
+    products is Fisher's matrix, a token, in expectation). step() is called after each batch. Where memory is short, a batch goes
+    through the model in parts, which draw the same tokens (on a GPU others)."""
     generator, total, scores, tokens = torch.Generator(model.device).manual_seed(seed), 0, [], 0
     for of in lessons:
-        def losses():
-            said = student_says(model, of)
-            return [divergence(of, sign, said).sum(), *(drawn(said, generator) * of.counted).sum((1, 2))]
+        def slopes(rows, of=of, state=generator.get_state()):
+            generator.set_state(state)  # after a part that was too large, too
+            found = [slopes_by_row(model, part, sign, generator) for part in of.parts(rows)]
+            return [torch.cat(of_parts) for of_parts in zip(*found)]
 
-        slopes = [slope[:, :, 0].transpose(0, 1).cpu() for slope in slopes_of(model, losses, no_biases(model, len(of.ids)))]
-        total, tokens = total + slopes[0].sum(0), tokens + int(of.counted.sum())
-        scores += slopes[1:]
+        slope, *drawn_ones = in_halves(slopes, len(of.ids))
+        total, tokens = total + slope.sum(0), tokens + int(of.counted.sum())
+        scores += drawn_ones
         step()
     return total / tokens, torch.cat(scores).div_(math.sqrt(DRAWS * tokens))
 
@@ -242,7 +277,7 @@ def options(seed: int) -> dict:
             **doses.options(), "seed": seed}
 
 
-def answers_to_learn(tokenizer, neurons: Neurons, pole: str, rows: int) -> list[list[dict]]:
+def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]:
     """The answers of one pole that lie beside a neuron file, with ids, in batches of like lengths."""
     path = answers_path(neurons.folder, neurons.trait)
     own = [item for item in read_answers(path, neurons.trait)[0] if item["pole"] == pole]
@@ -250,25 +285,21 @@ def answers_to_learn(tokenizer, neurons: Neurons, pole: str, rows: int) -> list[
     items = sorted((item for item in with_ids(tokenizer, items) if len(item["ids"]) > 1), key=lambda item: len(item["ids"]))
     if not items:
         raise UserError(f"{path}: no answers of the {pole} pole to train with")
-    return [items[k:k + rows] for k in range(0, len(items), rows)]
+    return [items[k:k + ROWS] for k in range(0, len(items), ROWS)]
 
 
 def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int, fit, passes: int = 1) -> torch.Tensor:
     """The constants of one pole, from the answers beside a neuron file: what fit(lessons, sign, step) makes of them, in `passes`
-    passes over them. lessons: an iterator, since they need not be in memory together; where it is short, of smaller batches, which
-    draw other tokens for Fisher's matrix."""
-    def fitted(rows):
-        parts = answers_to_learn(tokenizer, neurons, pole, rows)
-        with progress(len(parts) * (1 + passes), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
-            def lessons():
-                for part in parts:
-                    made = lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed)
-                    bar.update()
-                    yield made
+    passes over them. lessons: an iterator, since they need not be in memory together."""
+    parts = answers_to_learn(tokenizer, neurons, pole)
+    with progress(len(parts) * (1 + passes), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
+        def lessons():
+            for part in parts:
+                made = lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed)
+                bar.update()
+                yield made
 
-            return fit(lessons(), 1 if pole == "high" else -1, bar.update)
-
-    return in_halves(fitted, ROWS)
+        return fit(lessons(), 1 if pole == "high" else -1, bar.update)
 
 
 def both_poles(model, tokenizer, bench: Bench, neurons: Neurons, seed: int, kept: Path) -> dict:

@@ -13,7 +13,7 @@ from personality.frame import Frame, conversation
 from personality.judges import (OPTIONS, ContrastJudge, LocalJudge, contrast, described_facets, expected_digit, judge_personas,
                                 log_likelihoods, material, percentiles, read_inventory, repetition, rubric, self_report)
 from personality.model import CACHE, answer_ids, prepared, prompt_ids
-from personality.questions import built_in_bench, read_given
+from personality.questions import built_in_bench, facets, read_given
 from personality.store import Journal
 
 
@@ -169,6 +169,13 @@ def test_a_liking_for_a_digit_cancels():
     reads = LocalJudge(*reader(rubrics, lambda text: (
         "5" if re.search("5 means [^.]*" + re.escape(described_facets("openness", "high")), text) else "1")), 4)
     assert reads.rate("openness", [("q", "a")]) == pytest.approx([5.0])
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_the_rubric_has_words_that_nothing_was_made_with(trait):
+    text = rubric(trait)
+    for facet in facets(trait):
+        assert all(facet[f"judge_{pole}"] in text and facet[pole] not in text for pole in POLES)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import GenerationConfig
 
 import induce
@@ -17,7 +19,7 @@ from personality.frame import conversation
 from personality.methods import npti
 from personality.mlp import find_mlps, shape_of
 from personality.load import DEFAULT_MODEL, default_dtype, default_model, load_model
-from personality.model import answer, answers, as_published, fingerprint, render, sampling
+from personality.model import answer, answers, as_published, fingerprint, render, sampling, surroundings
 from personality.observe import Statistics, observe
 from personality.steer import steer
 from reference import random_profile
@@ -197,3 +199,11 @@ def test_rows_are_padded_with_a_token_of_their_own(small, monkeypatch):
     answers(small.model, small.tokenizer, [conversation(text) for text in ("w10 w11 w12 ?", "w13 ?")], 2)
     (ids, mask), = seen
     assert mask[1].tolist() == [0, 0, 1, 1, 1, 1, 1, 1] and set(ids[1].tolist()) == set(ids[1][mask[1].bool()].tolist())
+
+
+@pytest.mark.parametrize(("places", "names"), (
+    ({}, "GPU 0"), ({"a": 0, "b": 1, "c": 1}, "GPU 0 and GPU 1"), ({"a": "cuda:0", "b": torch.device("cpu"), "c": "disk"}, "GPU 0 and cpu")))
+def test_surroundings(monkeypatch, places, names):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"GPU {place[-1]}")
+    model = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda:0"), **({"hf_device_map": places} if places else {}))
+    assert surroundings(model) == f"bfloat16 on {names}, torch {torch.__version__}, transformers {transformers.__version__}"

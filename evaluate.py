@@ -114,7 +114,7 @@ from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, Endpoint
 from personality.methods import LEVELS, Character, Profiles, npti_edits, suppressed  # noqa: E402
 from personality.frame import Frame  # noqa: E402
 from personality.load import load_asked  # noqa: E402
-from personality.model import TEST_PENALTY, answer_ids, answers, fingerprint, name_of, without_stop  # noqa: E402
+from personality.model import TEST_PENALTY, BatchSize, answer_ids, answers, fingerprint, name_of, without_stop  # noqa: E402
 from personality.neurons import NeuronFolder  # noqa: E402
 from personality.questions import Bench, load_bench, read_given  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
@@ -135,6 +135,7 @@ class Personalities:
 
     def __init__(self, model, tokenizer, bench: Bench, args):
         self.model, self.tokenizer, self.bench, self.args, self.frame = model, tokenizer, bench, args, Frame.named(args.frame)
+        self.size = BatchSize(args.batch_size)
         options = {"out": args.neurons, **{name: getattr(args, name) for name in ("bench", "frame", "batch_size", "seed")}}
         self.neurons = NeuronFolder(model, args.neurons, functools.partial(identify, model, tokenizer, **options), self.frame,
                                     functools.partial(add_trained, model, tokenizer, bench, seed=args.seed))
@@ -195,14 +196,16 @@ class Personalities:
         steered = dict.fromkeys(condition for condition in map(condition_of, cells) if condition.method in STEERED)
         number_of = {condition: number for number, condition in enumerate(steered, 1)}
         profiles = [self.profile(condition) for condition in steered] or [Profile.empty()]
-        for start in range(0, len(cells), self.args.batch_size):
-            batch = cells[start:start + self.args.batch_size]
+
+        def answered(batch):
             asked = [self.frame.turns(cell["question"], cell["persona"], cell.get("before", ())) for cell in batch]
             with steer(self.model, profiles, [number_of.get(condition_of(cell), 0) for cell in batch], self.args.where):
                 said = answers(self.model, self.tokenizer, asked, self.args.max_new_tokens, repetition_penalty=TEST_PENALTY)
-            journal.append(*({**cell, "answer": text, "ids": without_stop(self.tokenizer, ids)}
-                             for cell, (text, ids) in zip(batch, said)))
-            bar.update(len(batch))
+            return [{**cell, "answer": text, "ids": without_stop(self.tokenizer, ids)} for cell, (text, ids) in zip(batch, said)]
+
+        for lines in self.size.each(answered, cells):
+            journal.append(*lines)
+            bar.update(len(lines))
 
     def measure(self, conditions: list[Condition], work: str, journal: Journal, measure) -> list[tuple[dict, dict]]:
         """(condition, its line in the journal) of measure(condition) under each condition's edits, of which none is done twice."""
@@ -299,8 +302,8 @@ class Evaluation:
     def questionnaire(self, conditions: list[Condition]) -> tuple[list[dict], list[dict]]:
         """(rows for summary.json, by personality) of the self-reports."""
         people, items = self.people, self.args.items
-        lines = people.measure(conditions, "questionnaire", self.reports, lambda condition: {
-            "items": self_report(people.model, people.tokenizer, items, people.system(condition), self.args.batch_size)})
+        lines = people.measure(conditions, "questionnaire", self.reports, lambda condition: {"items": people.size.fit(
+            functools.partial(self_report, people.model, people.tokenizer, items, people.system(condition)))})
         rows, reported = results.questionnaire([(condition, line["items"]) for condition, line in lines], items, self.args.seed)
         return rows, [{**person, "percentiles": percentiles(person["traits"], len(items))} for person in reported]
 
@@ -310,7 +313,8 @@ class Evaluation:
         losses, choices = capability.neutral_pass(people.model, people.tokenizer)
 
         def measure(condition):
-            result = {"quiz": capability.quiz(people.model, people.tokenizer, people.system(condition), args.batch_size)}
+            result = {"quiz": people.size.fit(
+                functools.partial(capability.quiz, people.model, people.tokenizer, people.system(condition)))}
             if condition.method in IN_THE_MODEL:  # a prompt has no part in a text
                 edited, chosen = capability.neutral_pass(people.model, people.tokenizer)
                 result |= {"added": [a - b for a, b in zip(edited, losses)],

@@ -134,7 +134,7 @@ from identify import identify  # noqa: E402
 from personality.frame import Frame  # noqa: E402
 from personality.methods import LEVELS, METHODS as SCALES, Character, Profiles  # noqa: E402
 from personality.load import load_asked  # noqa: E402
-from personality.model import answers, fingerprint, sampling  # noqa: E402
+from personality.model import BatchSize, answers, fingerprint, sampling  # noqa: E402
 from personality.neurons import NeuronFolder, show_folder  # noqa: E402
 from personality.questions import load_bench  # noqa: E402
 from personality.steer import steer  # noqa: E402
@@ -183,15 +183,17 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
 
 def answer_batches(model, tokenizer, profiles: Profiles, questions: list[tuple], first: int, args):
     """Yield the lines that answer each batch of (question, character), from question number `first` on."""
-    for start in range(first, len(questions), args.batch_size):
-        batch = questions[start:start + args.batch_size]
+    def lines(batch):
+        (start, *_), batch = zip(*batch)
         torch.manual_seed(args.seed + start)  # the same, if it is sampled, where a run goes on
         people = list({id(character): character for _, character in batch}.values())
         rows = [people.index(character) + 1 for _, character in batch]
         asked, chosen = [question for question, _ in batch], [profiles.of(character) for character in people]
         written = answered(model, tokenizer, chosen, rows, asked, args)
-        yield [{"question": question, "answer": text, "personality": character.strengths, "method": character.method, "ids": ids}
-               for (question, character), (text, ids) in zip(batch, written)]
+        return [{"question": question, "answer": text, "personality": character.strengths, "method": character.method, "ids": ids}
+                for (question, character), (text, ids) in zip(batch, written)]
+
+    return BatchSize(args.batch_size, alone=args.world.tp == 1).each(lines, [*enumerate(questions)][first:])
 
 
 def several_levels(who: Character) -> bool:

@@ -20,7 +20,7 @@ from . import POLES
 from .doses import levels
 from .methods import multiple_at
 from .mlp import find_mlps, layers_of
-from .model import answer_inputs, enough_memory
+from .model import BatchSize, answer_inputs, enough_memory
 from .neurons import NeuronFolder, Neurons
 from .questions import Bench
 from .steer import Profile, hidden_states
@@ -52,15 +52,18 @@ def shifted(model, constants):
 
 def fitted(model, lessons, sign: int, constants, step) -> torch.Tensor:
     """The constants of one pole, trained on from `constants`; step() is called after each batch."""
-    steps, adam = PASSES * len(lessons), torch.optim.Adam([constants], betas=(0.9, 0.99))
+    steps, adam, size = PASSES * len(lessons), torch.optim.Adam([constants], betas=(0.9, 0.99)), BatchSize(ROWS)
     for k in range(steps):
         adam.param_groups[0]["lr"] = RESIDUAL_RATE * (1 - k / steps)
         of = lessons[k % len(lessons)]
 
-        def losses():
-            return [divergence(of, sign, student_says(model, of)).sum() / of.counted.sum()]
+        def slope(rows, of=of):
+            def loss(part):
+                return divergence(part, sign, student_says(model, part)).sum() / of.counted.sum()
 
-        constants.grad = slopes_of(model, losses, constants, shifted)[0]
+            return sum(slopes_of(model, lambda part=part: [loss(part)], constants, shifted)[0] for part in of.parts(rows))
+
+        constants.grad = size.fit(slope, len(of.ids))
         adam.step()
         step()
     return constants.cpu()
@@ -159,7 +162,7 @@ class Baselines:
         """Write a pole's adapters to path, a folder that peft reads."""
         peft, parts = check_peft(), answers_to_learn(self.tokenizer, neurons, pole)
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        steps, part = PASSES * len(parts), path.with_name(f".{path.name}.part")
+        steps, size, part = PASSES * len(parts), BatchSize(ROWS), path.with_name(f".{path.name}.part")
         with frozen(self.model), torch.enable_grad(), torch.random.fork_rng([]), progress(
                 steps, 0, f"{neurons.trait}, {pole}: fine-tuning", "batch") as bar:
             torch.manual_seed(self.seed)
@@ -169,8 +172,7 @@ class Baselines:
                 adam = torch.optim.AdamW(weights, weight_decay=0)
                 for step in range(steps):
                     adam.param_groups[0]["lr"] = LORA_RATE * (1 - step / steps)
-                    adam.zero_grad()
-                    surprise(inside, self.tokenizer, neurons.frame, parts[step % len(parts)]).backward()
+                    self.add_slopes(inside, adam, neurons.frame, parts[step % len(parts)], size)
                     adam.step()
                     bar.update()
                 shutil.rmtree(part, ignore_errors=True)
@@ -178,6 +180,18 @@ class Baselines:
             finally:
                 unwrap(inside)
         os.replace(part, path)
+
+    def add_slopes(self, model, adam, frame, items: list[dict], size: BatchSize) -> None:
+        """Have the weights' gradients be those of the answers' negative log-likelihood in nats a token, asked without a persona."""
+        def tokens(some):
+            return sum(len(item["ids"]) for item in some)
+
+        def backward(rows):
+            adam.zero_grad()
+            for part in (items[k:k + rows] for k in range(0, len(items), rows)):
+                (surprise(model, self.tokenizer, frame, part) * (tokens(part) / tokens(items))).backward()
+
+        size.fit(backward, len(items))
 
 
 def constant_profile(constants, name: str = "") -> Profile:

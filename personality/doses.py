@@ -11,7 +11,7 @@ from . import POLES
 from .frame import Frame
 from .judges import log_likelihoods
 from .methods import DEAREST
-from .model import TEST_PENALTY, answers, in_halves, without_stop
+from .model import TEST_PENALTY, BatchSize, answers, without_stop
 from .neurons import Neurons
 from .questions import Bench
 from .steer import steer
@@ -57,6 +57,8 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
     """The dose response of profile_of(pole, multiple); LARGER too where level 1 may be there, SMALLER where a first is too dear."""
+    size = BatchSize(TOGETHER)
+
     def tried(multiples, trait=neurons.trait):
         profiles = [profile_of(pole, multiple) for pole in POLES for multiple in multiples]
 
@@ -64,7 +66,7 @@ def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torc
             with progress(len(bench.questions(trait, "validation", VALIDATION)), 0, f"{trait}: levels", "question") as bar:
                 return dose_response(model, tokenizer, bench, trait, neurons.frame, profiles, multiples, bar.update, together)
 
-        return in_halves(response, TOGETHER)
+        return size.fit(response)
 
     dose = tried(MULTIPLES)
     if bool((dose[..., 3].amax(1) <= DEAREST).any()):

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from . import POLES
 from .endpoint import Endpoint, NoReply
 from .frame import Frame, conversation
-from .model import CACHE, answer_ids, beyond_context, fingerprint, pad_left, prompt_ids, render
+from .model import CACHE, BatchSize, answer_ids, beyond_context, fingerprint, pad_left, prompt_ids, render
 from .questions import Bench, all_facets, facets
 from .store import Journal, digest, read_text
 from .terminal import UserError, progress, say
@@ -122,7 +122,7 @@ class ContrastJudge:
     the tokenizer that the answers' ids are of, where another model judges."""
 
     def __init__(self, model, tokenizer, bench: Bench, batch_size: int, frame: Frame, of=None):
-        self.model, self.tokenizer, self.bench, self.batch_size, self.frame = model, tokenizer, bench, batch_size, frame
+        self.model, self.tokenizer, self.bench, self.frame, self.size = model, tokenizer, bench, frame, BatchSize(batch_size)
         # of another judge than the model itself: its scores are made anew where it changes
         self.origin = digest(fingerprint(model), tokenizer.chat_template) if of else None
         parts = [(one.chat_template, one.eos_token_id, one.get_vocab()) for one in (of or tokenizer, tokenizer)]
@@ -157,8 +157,8 @@ class ContrastJudge:
             for (question, missing), group in todo.items():
                 ids = [self.ids(line) for line in group]
                 self.say_what_is_too_long(question, missing, max(map(len, ids)))
-                of_trait, plain = contrast(self.model, self.tokenizer, self.bench, list(missing), question, ids, self.batch_size,
-                                           self.frame)
+                of_trait, plain = self.size.fit(lambda rows, traits=[*missing], question=question, ids=ids: contrast(
+                    self.model, self.tokenizer, self.bench, traits, question, ids, rows, self.frame))
                 lines = [{"key": self.key(line, "fluency"), "answer": line["key"], "perplexity": math.exp(min(-value, 50)),
                           "repetition": repetition(line["ids"]), "tokens": len(line["ids"])}
                          for line, value in zip(group, plain.tolist())]
@@ -217,14 +217,15 @@ class LocalJudge:
     scale, so that a liking for one digit cancels."""
 
     def __init__(self, model, tokenizer, batch_size: int):
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size, self.size = model, tokenizer, batch_size, BatchSize(batch_size)
         self.name, self.origin = f"llm:{model.source}", digest(fingerprint(model), tokenizer.chat_template)
         self.rate(None, [("Can you rate?", "Yes.")])  # a model that can't says so now, not after an hour
 
     def rate(self, trait: str | None, pairs: list[tuple[str, str]], store=lambda k, score: None) -> list[float]:
         """Ratings of (question, answer) pairs, for a trait or (None) for fluency; store(k, rating) is called with each."""
         scales = [[conversation(material(*pair), rubric(trait, turned)) for pair in pairs] for turned in (False, True)]
-        up, down = (expected_digit(self.model, self.tokenizer, turns) for turns in scales)
+        up, down = (self.size.fit(lambda rows, turns=turns: torch.cat([expected_digit(
+            self.model, self.tokenizer, turns[k:k + rows]) for k in range(0, len(turns), rows)])) for turns in scales)
         ratings = ((up + 6 - down) / 2).tolist()
         for k, score in enumerate(ratings):
             store(k, score)

@@ -263,16 +263,31 @@ def sampling(temperature: float | None = None, top_p: float | None = None) -> di
     return {"repetition_penalty": TEST_PENALTY, **(drawn if temperature or top_p else {})}
 
 
-def in_halves(work, rows: int):
-    """work(rows), the rows of a batch; where memory is short, begun again with half as many, down to one."""
-    while True:
-        try:
-            return work(rows)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or rows == 1:
-                raise
-        rows //= 2  # behind the except, which keeps what the failed batch had
-        say(f"\nout of memory: batches of {rows}")
+class BatchSize:
+    """Rows of a batch: as many as are asked for, and where memory turns out to be short, half as many from then on, down to one.
+    alone: False where processes share a model: one that began anew would leave the others in the batch."""
+
+    def __init__(self, rows: int, alone: bool = True):
+        self.rows, self.alone = rows, alone
+
+    def fit(self, work, number: int | None = None):
+        """work(rows), begun again with fewer rows where memory is short. number: of the rows that there are, where it is known."""
+        while True:
+            rows = min(self.rows, number or self.rows)
+            try:
+                return work(rows)
+            except (RuntimeError, MemoryError) as error:
+                if not (self.alone and out_of_memory(error)) or rows == 1:
+                    raise
+            self.rows = rows // 2  # behind the except, which keeps what the failed batch had
+            say(f"\nout of memory: batches of {self.rows}")
+
+    def each(self, work, items: list):
+        """Yield work(batch) for one batch of the items after the other."""
+        while items:
+            batch, done = self.fit(lambda rows, left=items: (left[:rows], work(left[:rows])), len(items))
+            yield done
+            items = items[len(batch):]
 
 
 @contextlib.contextmanager

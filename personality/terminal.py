@@ -223,8 +223,8 @@ def model_arguments(flags: Flags) -> None:
                        help="how questions are put: person (an interview with a person), none (bare), or a text of your own that "
                             "the system prompt begins with (default: %(default)s)")
     flags.add_argument("--batch-size", type=lambda text: text if text == "auto" else positive(text), default=64, metavar="N",
-                       help="rows of a batch (default: %(default)s); auto: as many as a GPU's memory holds, to be given as a "
-                            "number where a run is to go on")
+                       help="rows of a batch, fewer where memory is short (default: %(default)s); auto: as many as a GPU's "
+                            "memory holds, to be given as a number where a run is to go on")
     flags.add_argument("--max-new-tokens", type=positive, default=ANSWER, metavar="N",
                        help=f"length of an answer (default: {ANSWER}; the paper's search: 500; --serve: 512, or what the client "
                             "asks for)")

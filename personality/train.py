@@ -32,7 +32,7 @@ from . import POLES, doses
 from .frame import Frame, declines
 from .judges import prefill
 from .mlp import find_mlps, shape_of
-from .model import CACHE, enough_memory, in_halves, prompt_ids, with_ids
+from .model import CACHE, BatchSize, enough_memory, prompt_ids, with_ids
 from .neurons import TRAINING, Neurons, answers_path
 from .questions import Bench, read_answers
 from .rows import replace_forward
@@ -74,21 +74,17 @@ class Lesson:
 
     def parts(self, most: int):
         """Yield it in lessons of at most so many rows, which stay as wide as they are."""
-        for rows in slices(len(self.ids), most):
+        for rows in torch.arange(len(self.ids), device=self.ids.device).split(most):
             rest = (tensor[rows] for tensor in (self.ids, self.counted, self.top, self.plain, self.apart))
             yield Lesson(*some_of((self.cache, self.mask), rows), *rest)
 
 
-def slices(number: int, most: int) -> list[slice]:
-    return [slice(k, k + most) for k in range(0, number, most)]
-
-
-def some_of(prompts, rows: slice):
+def some_of(prompts, rows):
     """These rows of prompts, (cache, mask): the very same where they are all."""
     cache, mask = prompts
-    if len(mask[rows]) < len(mask):
+    if len(rows) < len(mask):
         cache = copy.deepcopy(cache)
-        cache.reorder_cache(torch.arange(len(mask), device=mask.device)[rows])
+        cache.reorder_cache(rows)
     return cache, mask[rows]
 
 
@@ -102,7 +98,9 @@ def go_on(model, prompts, ids):
     return logits.float().log_softmax(-1)
 
 
-def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list[dict], seed: int) -> Lesson:
+def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list[dict], seed: int,
+           size: BatchSize | None = None) -> Lesson:
+    """Of answers, one a row. size: of the parts in which they are read."""
     longest = max(len(item["ids"]) for item in items) - 1
     fed = [item["ids"][:-1] for item in items]  # the last token was never an input
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in fed], device=model.device)
@@ -126,7 +124,8 @@ def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list
         top = torch.maximum(plain, both).topk(min(TOP, plain.shape[-1]), -1).indices
         return top, plain.gather(-1, top), apart.gather(-1, top)
 
-    taught = in_halves(lambda most: [*zip(*map(compared, slices(len(ids), most)))], len(ids))
+    every = torch.arange(len(ids), device=model.device)
+    taught = (size or BatchSize(len(ids))).fit(lambda rows: [*zip(*map(compared, every.split(rows)))], len(ids))
     return Lesson(*under[0], ids, counted, *map(torch.cat, taught))
 
 
@@ -222,7 +221,7 @@ def price_of(model, tokenizer, seed: int) -> torch.Tensor:
             total = total + sum(slope[:, :, 0].square().sum(1) for slope in slopes).cpu()
         return total
 
-    return in_halves(squares, len(ids)) / (DRAWS * ids.numel())
+    return BatchSize(len(ids)).fit(squares) / (DRAWS * ids.numel())
 
 
 def slopes_by_row(model, of: Lesson, sign: int, generator) -> list:
@@ -239,14 +238,15 @@ def slopes_and_scores(model, lessons: Iterable[Lesson], sign: int, seed: int, st
     (DRAWS * answers, layers, d_ff), each the slope of a drawn answer's log-likelihood, in such a size that the sum of their outer
     products is Fisher's matrix, a token, in expectation). step() is called after each batch. Where memory is short, a batch goes
     through the model in parts, which draw the same tokens (on a GPU others)."""
-    generator, total, scores, tokens = torch.Generator(model.device).manual_seed(seed), 0, [], 0
+    generator, size = torch.Generator(model.device).manual_seed(seed), BatchSize(ROWS)
+    total, scores, tokens = 0, [], 0
     for of in lessons:
         def slopes(rows, of=of, state=generator.get_state()):
             generator.set_state(state)  # after a part that was too large, too
             found = [slopes_by_row(model, part, sign, generator) for part in of.parts(rows)]
             return [torch.cat(of_parts) for of_parts in zip(*found)]
 
-        slope, *drawn_ones = in_halves(slopes, len(of.ids))
+        slope, *drawn_ones = size.fit(slopes, len(of.ids))
         total, tokens = total + slope.sum(0), tokens + int(of.counted.sum())
         scores += drawn_ones
         step()
@@ -291,11 +291,11 @@ def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]
 def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed: int, fit, passes: int = 1) -> torch.Tensor:
     """The constants of one pole, from the answers beside a neuron file: what fit(lessons, sign, step) makes of them, in `passes`
     passes over them. lessons: an iterator, since they need not be in memory together."""
-    parts = answers_to_learn(tokenizer, neurons, pole)
+    parts, size = answers_to_learn(tokenizer, neurons, pole), BatchSize(ROWS)
     with progress(len(parts) * (1 + passes), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
         def lessons():
             for part in parts:
-                made = lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed)
+                made = lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed, size)
                 bar.update()
                 yield made
 

@@ -14,7 +14,7 @@ import torch
 from . import POLES, TRAITS
 from .endpoint import Endpoint, fill
 from .load import load_asked
-from .model import answers, end_tokens, fingerprint
+from .model import BatchSize, answers, end_tokens, fingerprint
 from .questions import OPTIONS_OR_SCALE, all_facets, facets, published_names, text_table
 from .store import Journal, digest, markdown, only_run, rendered, to_line, write_atomically
 from .terminal import UserError, progress, resumable, say
@@ -50,15 +50,16 @@ class LocalWriter:
 
     def __init__(self, name: str | None, args):
         self.model, self.tokenizer = load_asked(args, name)
-        self.name, self.args = f"{self.model.source} {fingerprint(self.model)}", args
+        self.name, self.seed, self.size = f"{self.model.source} {fingerprint(self.model)}", args.seed, BatchSize(args.batch_size)
 
     def run(self, requests, store) -> list:
-        for start in range(0, len(requests), self.args.batch_size):
-            batch = requests[start:start + self.args.batch_size]
-            torch.manual_seed(int(digest(self.args.seed, batch[0][0]), 16) % 2**31)
-            written = answers(self.model, self.tokenizer, [messages for _, messages in batch], 256, do_sample=True, temperature=0.8,
-                              top_p=0.95)
-            for (key, _), (text, ids) in zip(batch, written):
+        def write(batch):
+            torch.manual_seed(int(digest(self.seed, batch[0][0]), 16) % 2**31)
+            return zip(batch, answers(self.model, self.tokenizer, [messages for _, messages in batch], 256, do_sample=True,
+                                      temperature=0.8, top_p=0.95))
+
+        for replies in self.size.each(write, requests):
+            for (key, _), (text, ids) in replies:
                 store(key, uncut(text, ids[-1] in end_tokens(self.model)))
         return []
 

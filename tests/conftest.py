@@ -1,6 +1,7 @@
 """Makes the scripts and the package importable for pytest, offline, and gives every test the same small models."""
 
 import contextlib
+import functools
 import http.server
 import json
 import os
@@ -227,6 +228,23 @@ def rank_of(process, rank):
 
 def shared_flags(small):
     return ("--model", small.model_dir, "--device", "cpu", "--dtype", "float32")
+
+
+@contextlib.contextmanager
+def little_room(model, rows: int):
+    """Models of this family fail meanwhile with more rows than that. Yields how many rows were asked for, in order."""
+    plain, asked = type(model).forward, []
+
+    @functools.wraps(plain)
+    def forward(self, input_ids=None, **options):
+        asked.append(len(input_ids))
+        if asked[-1] > rows:
+            raise torch.OutOfMemoryError("no room")
+        return plain(self, input_ids=input_ids, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", forward)
+        yield asked
 
 
 # ------------------------------------------------------------------------------------------------------------- a server

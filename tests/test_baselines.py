@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import evaluate
-from conftest import FRAMED, exit_of, main_of, said_in_time, shared_flags
+from conftest import FRAMED, exit_of, little_room, main_of, said_in_time, shared_flags
 from personality import train
 from personality.baselines import Baselines, check_peft, constant_profile, fitted, shifted, surprise
 from personality.mlp import find_mlps
-from personality.model import prompt_ids, with_ids
+from personality.model import BatchSize, prompt_ids, with_ids
 from personality.neurons import NeuronFolder
 from personality.questions import read_answers
 from personality.steer import steer
@@ -114,6 +114,30 @@ def test_short_of_memory_is_one_line(baselines, monkeypatch):
     monkeypatch.setattr("personality.baselines.trained_on", lambda *_: None)
     with pytest.raises(UserError, match="out of memory: training keeps"):
         baselines.train_constants(baselines.neurons["extraversion"])
+
+
+def test_short_of_memory_training_takes_fewer_rows_at_once(small, baselines, capsys):
+    """Constants and adapters are of the same slopes."""
+    items = train.answers_to_learn(small.tokenizer, baselines.neurons["extraversion"], "high")[0]
+    of = train.lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items, 0)
+    weight = small.model.model.layers[0].mlp.up_proj.weight
+    adam, found = torch.optim.Adam([weight]), []
+
+    def slopes():
+        none = torch.zeros((len(find_mlps(small.model)), find_mlps(small.model)[0].hidden))
+        constants = fitted(small.model, [of], 1, none, lambda: None)
+        baselines.add_slopes(small.model, adam, FRAMED, items, BatchSize(len(items)))
+        found.append((constants, weight.grad))
+
+    try:
+        slopes()
+        with little_room(small.model, 2):
+            slopes()
+    finally:
+        small.model.zero_grad()
+    assert len(items) == 3 and capsys.readouterr().err.split("\n").count("out of memory: batches of 1") == 2
+    for whole, parts in zip(*found):
+        assert whole.abs().max() > 1e-4 and torch.allclose(whole, parts, rtol=1e-3, atol=1e-5)
 
 
 def test_adapters_learn_the_answers_and_come_off(small, baselines, monkeypatch):

@@ -16,7 +16,7 @@ import transformers
 
 import evaluate
 import identify
-from conftest import FRAMED, Server, lines_of, main_of, run, save_model, shared_flags
+from conftest import FRAMED, Server, lines_of, little_room, main_of, run, save_model, shared_flags
 from personality import POLES, TRAITS, Neurons, Profile, UserError, composed, dpn_le, load_model, npti, steer
 from personality.baselines import Baselines
 from personality.judges import contrast, read_inventory
@@ -125,6 +125,28 @@ def test_answers_are_steered_by_row(small, made, monkeypatch, tmp_path):
             assert line["persona"] in small.bench.personas_for("search", "extraversion", line["pole"])
         seen.add(line["method"])
     assert seen == set(evaluate.METHODS)
+
+
+def numbers_of(lines):
+    values = [value for line in lines for value in line.values()]
+    return [number for value in values for number in (value if isinstance(value, list) else [value]) if isinstance(number, (int, float))]
+
+
+def test_short_of_memory_batches_are_smaller(small, made, monkeypatch, tmp_path, capsys):
+    """Of the answers, of every judge that is local, and of the quiz: the same answers, the same scores."""
+    flags = ("--method", "unedited", "persona", "npti", "--judge", "contrast", "llm", "questionnaire", "--capability")
+    evaluation(small, made, monkeypatch, tmp_path / "roomy", *flags, "--batch-size", "32", alphas=("2",))
+    assert "out of memory" not in capsys.readouterr().err
+    with little_room(small.model, 12) as asked:
+        evaluation(small, made, monkeypatch, tmp_path / "short", *flags, "--batch-size", "32", alphas=("2",))
+    assert 1 < sum(rows > 12 for rows in asked) <= 6, "a size that fits is kept"
+    assert {"out of memory: batches of 10", "out of memory: batches of 8"} <= set(capsys.readouterr().err.splitlines())
+    roomy, short = ({name: sorted(lines_of(tmp_path / folder / f"{name}.jsonl")[1:], key=lambda line: line["key"])
+                     for name in ("answers", "scores", "questionnaire", "capability")} for folder in ("roomy", "short"))
+    assert roomy["answers"] == short["answers"] and len(roomy["scores"]) > 3 * len(roomy["answers"])
+    for name in ("scores", "questionnaire", "capability"):
+        assert [line["key"] for line in roomy[name]] == [line["key"] for line in short[name]]
+        assert numbers_of(roomy[name]) == pytest.approx(numbers_of(short[name]), rel=1e-3, abs=1e-5)
 
 
 def test_validation_and_test_share_no_question(small):

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaModel
 
 import induce
-from conftest import lines_of, main_of, plain_answers, shared_flags, tiny
+from conftest import lines_of, little_room, main_of, plain_answers, shared_flags, tiny
 from personality.neurons import Neurons
 from personality.store import lock_of, only_run
 from personality.terminal import UserError
@@ -91,6 +91,19 @@ def test_a_file_of_questions_goes_on_where_it_was(small, made, monkeypatch, tmp_
     main_of(induce, monkeypatch, *flags, "--out", out)
     assert asked[3:] == [2, 1] and "going on after 4 of 7" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("sampled", ((), ("--temperature", "1")))
+def test_short_of_memory_batches_are_smaller(small, made, monkeypatch, tmp_path, sampled, capsys):
+    (tmp_path / "q.txt").write_text("".join(f"w1{k} w2{k} ?\n" for k in range(7)))
+    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2",
+             "--questions", tmp_path / "q.txt", "--max-new-tokens", "8", *sampled)
+    main_of(induce, monkeypatch, *flags, "--batch-size", "2", "--out", tmp_path / "two.jsonl")
+    assert "out of memory" not in capsys.readouterr().err
+    with little_room(small.model, 2) as asked:
+        main_of(induce, monkeypatch, *flags, "--batch-size", "4", "--out", tmp_path / "four.jsonl")
+    assert asked[0] == 4 and max(asked[1:]) == 2 and "out of memory: batches of 2" in capsys.readouterr().err
+    assert (tmp_path / "four.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
 
 def test_one_run_writes_to_a_file_at_a_time(small, made, monkeypatch, tmp_path):

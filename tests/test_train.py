@@ -1,6 +1,5 @@
 """Trained edits: recovered where they were planted, the same after a kill, and the levels that are read off them."""
 
-import copy
 import itertools
 import json
 import math
@@ -17,16 +16,17 @@ from personality.frame import Frame
 from personality.methods import Character, Profiles, affordable, multiple_at, price_at, trained
 from personality.mlp import find_mlps
 from personality.load import load_model
-from personality.model import prompt_ids
+from personality.model import BatchSize, prompt_ids
 from personality.neurons import TRAINED, NeuronFolder, Neurons
 from personality.people import expected_perplexity
 from personality.steer import Profile, steer
 from personality.terminal import UserError
 
 
-def lessons_of(small, made, pole="high"):
+def lessons_of(small, made, pole="high", rows=3):
     items = [item for item in lines_of(made / "extraversion.answers.jsonl") if item["pole"] == pole][:6]
-    return [train.lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items[k:k + 3], 0) for k in (0, 3)]
+    return [train.lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items[k:k + 3], 0, BatchSize(rows))
+            for k in (0, 3)]
 
 
 def shape_of(small):
@@ -111,11 +111,7 @@ def test_slopes_and_scores(small, made, monkeypatch):
     slope, score = train.slopes_and_scores(small.model, lessons, 1, 0, lambda: None)
     tokens = sum(int(of.counted.sum()) for of in lessons)
     for of in lessons:
-        for k in range(len(of.ids)):
-            cache = copy.deepcopy(of.cache)
-            cache.reorder_cache(torch.tensor([k]))
-            alone = train.Lesson(cache, of.mask[k:k + 1], of.ids[k:k + 1], of.counted[k:k + 1], of.top[k:k + 1],
-                                 of.plain[k:k + 1], of.apart[k:k + 1])
+        for alone in of.parts(1):
             bias = torch.zeros(shape_of(small), requires_grad=True)
             with train.biased(small.model, bias), torch.enable_grad():
                 said = train.student_says(small.model, alone)
@@ -284,7 +280,7 @@ def test_short_of_memory_training_takes_fewer_rows_at_once(small, made, tmp_path
     assert short.trained == roomy.trained
 
 
-def test_parts_of_a_lesson(small, made, monkeypatch):
+def test_parts_of_a_lesson(small, made):
     """Each row is what it is in the whole, when it is made and when it is learned."""
     of = lessons_of(small, made)[0]
     whole = train.student_says(small.model, of)
@@ -292,8 +288,7 @@ def test_parts_of_a_lesson(small, made, monkeypatch):
     assert [len(part.ids) for part in parts] == [len(part.mask) for part in parts] == [2, 1]
     assert torch.allclose(torch.cat([train.student_says(small.model, part) for part in parts]), whole, atol=1e-5)
     assert torch.equal(torch.cat([part.teacher(1) for part in parts]), of.teacher(1))
-    monkeypatch.setattr(train, "in_halves", lambda work, rows: work(2))
-    again = lessons_of(small, made)[0]
+    again = lessons_of(small, made, rows=2)[0]
     assert torch.equal(again.top.sort(-1).values, of.top.sort(-1).values) and torch.allclose(again.teacher(1).sort(-1).values,
                                                                                             of.teacher(1).sort(-1).values, atol=1e-5)
 

@@ -24,8 +24,8 @@ STRENGTH = number(0, 100)  # above 0: both poles are measured
 def parser() -> Flags:
     flags = Flags(__doc__)
     add, doses = flags.add_argument, " ".join(f"{dose:g}" for dose in DOSES)
-    add("--trait", nargs="+", action="extend", metavar="T", help="default: all five")
-    add("--alpha", action="append", type=STRENGTH, metavar="A", help="strength of the edits, again for several (default: 1.5)")
+    add("--trait", nargs="+", action="extend", metavar="T", help=f"of {', '.join(TRAITS)}; default: all five")
+    add("--alpha", action="append", type=STRENGTH, metavar="A", help="strength of the edits; repeat it for several (default: 1.5)")
     add("--level", action="append", type=STRENGTH, metavar="L",
         help="likewise, of trained edits, alone and in hybrid, and of residual (default: 1)")
     add("--method", nargs="+", action="extend", choices=METHODS, metavar="M",
@@ -78,7 +78,7 @@ RULES = [
      "--answers: they are judged as they are: --trait, --method, --alpha, --level, --where and --suppress go without it"),
     (lambda args: args.suppress != "cap" and not args.characters and "npti" not in args.method,
      "--suppress: of the methods only npti suppresses neurons: got {method}"),
-    (lambda args: args.dose and not args.full and not set(args.method) & set(args.strengths) - {"hybrid"},
+    (lambda args: args.dose and not args.full and not set(args.method) & (set(args.strengths) - {"hybrid"}),
      "--dose: no method that was asked for has a strength: {method}")]
 
 
@@ -107,7 +107,7 @@ from pathlib import Path  # noqa: E402
 
 from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
-from personality.baselines import Baselines, check_peft  # noqa: E402
+from personality.baselines import Baselines, import_peft  # noqa: E402
 from personality.grid import character_cells, described, grid, random_characters, talks  # noqa: E402
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
@@ -141,7 +141,7 @@ class Personalities:
                                     functools.partial(add_trained, model, tokenizer, bench, seed=args.seed))
         self.profiles = Profiles(model, tokenizer, self.neurons, suppress=args.suppress)
         self.baselines = Baselines(model, tokenizer, bench, self.neurons, args.seed)
-        self.share = max(args.level) / max(args.alpha)  # a character's level a unit of its alpha: its strongest is the highest
+        self.level_per_alpha = max(args.level) / max(args.alpha)  # so that a character's highest alpha is its highest level
 
     def profile(self, condition: Condition) -> Profile:
         method, trait, pole, alpha = condition
@@ -151,7 +151,7 @@ class Personalities:
             edits = [edits for trait, own in zip(TRAITS, alpha) for edits in npti_edits(self.neurons[trait], own)]
             return suppressed(Profile.of(edits), self.args.suppress)
         if method == "levels":
-            return self.profiles.of(Character({trait: own * self.share for trait, own in zip(TRAITS, alpha)}, "trained"))
+            return self.profiles.of(Character({trait: own * self.level_per_alpha for trait, own in zip(TRAITS, alpha)}, "trained"))
         if method == "residual":
             return self.baselines.residual(trait, alpha if pole == "high" else -alpha)
         return self.profiles.of(Character({trait: alpha if pole == "high" else -alpha}, "trained" if method == HYBRID else method))
@@ -161,9 +161,9 @@ class Personalities:
         if condition.method not in (*STEERED, TUNED):
             return None
         traits = [condition.trait] if condition.trait else TRAITS
-        keys = [self.neurons.trained(trait).trained if condition.method in TRAINED else
+        keys = [self.neurons.trained(trait).trained_key if condition.method in TRAINED else
                 self.baselines.key(trait, condition.method) if condition.method in ("residual", TUNED) else "" for trait in traits]
-        method = condition.method + f"{self.share}/{LEVELS}" * (condition.method == "levels")
+        method = condition.method + (f"{self.level_per_alpha}/{LEVELS}" if condition.method == "levels" else "")
         return f"{method}/{'/'.join(self.neurons[trait].key + key for trait, key in zip(traits, keys))}"
 
     def steered(self, condition: Condition):
@@ -207,14 +207,18 @@ class Personalities:
             journal.append(*lines)
             bar.update(len(lines))
 
-    def measure(self, conditions: list[Condition], work: str, journal: Journal, measure) -> list[tuple[dict, dict]]:
-        """(condition, its line in the journal) of measure(condition) under each condition's edits, of which none is done twice."""
-        keys = [digest(work, condition, self.key(condition)) for condition in conditions]
-        with progress(len(conditions), 0, work, "personality") as bar:
+    def in_batches(self, work, number: int, *more):
+        """work(model, tokenizer, *more, rows), whose rows are `number` in all, in batches that fit."""
+        return self.size.fit(functools.partial(work, self.model, self.tokenizer, *more), number)
+
+    def measure(self, conditions: list[Condition], title: str, journal: Journal, figures_of) -> list[tuple[dict, dict]]:
+        """(condition, its line in the journal) of figures_of(condition) under each condition's edits, none of them done twice."""
+        keys = [digest(title, condition, self.key(condition)) for condition in conditions]
+        with progress(len(conditions), 0, title, "personality") as bar:
             for condition, key in zip(conditions, keys):
                 if key not in journal:
                     with self.steered(condition):
-                        journal.append({"key": key, "condition": condition, **measure(condition)})
+                        journal.append({"key": key, "condition": condition, **figures_of(condition)})
                 bar.update()
         return [(condition._asdict(), journal[key]) for condition, key in zip(conditions, keys)]
 
@@ -302,21 +306,21 @@ class Evaluation:
     def questionnaire(self, conditions: list[Condition]) -> tuple[list[dict], list[dict]]:
         """(rows for summary.json, by personality) of the self-reports."""
         people, items = self.people, self.args.items
-        lines = people.measure(conditions, "questionnaire", self.reports, lambda condition: {"items": people.size.fit(
-            functools.partial(self_report, people.model, people.tokenizer, items, people.system(condition)))})
+        lines = people.measure(conditions, "questionnaire", self.reports, lambda condition: {
+            "items": people.in_batches(self_report, len(items) * len(OPTIONS), items, people.system(condition))})
         rows, reported = results.questionnaire([(condition, line["items"]) for condition, line in lines], items, self.args.seed)
         return rows, [{**person, "percentiles": percentiles(person["traits"], len(items))} for person in reported]
 
     def capability(self, conditions: list[Condition]) -> list[dict]:
         """What an edit costs: nats added a token on neutral text, agreement with the unedited first choices, the quiz."""
         people, args = self.people, self.args
-        losses, choices = capability.neutral_pass(people.model, people.tokenizer)
+        texts, choices_of_four = len(lines_of("neutral.txt")), 4 * len(capability.quiz_questions())
+        losses, choices = people.in_batches(capability.neutral_pass, texts)
 
         def measure(condition):
-            result = {"quiz": people.size.fit(
-                functools.partial(capability.quiz, people.model, people.tokenizer, people.system(condition)))}
+            result = {"quiz": people.in_batches(capability.quiz, choices_of_four, people.system(condition))}
             if condition.method in IN_THE_MODEL:  # a prompt has no part in a text
-                edited, chosen = capability.neutral_pass(people.model, people.tokenizer)
+                edited, chosen = people.in_batches(capability.neutral_pass, texts)
                 result |= {"added": [a - b for a, b in zip(edited, losses)],
                            "agreement": [float((a == b).float().mean()) for a, b in zip(chosen, choices)]}
             return result
@@ -362,15 +366,15 @@ class Evaluation:
         perplexity = fluent.groupby(["method", "alpha"], sort=False, dropna=False).perplexity.median().groupby("method").mean()
         rows = [{**row, "perplexity": float(perplexity[row["method"]])} for row in rows]
         if self.reports is not None:
-            _, people = self.questionnaire([whole(condition_of(condition)) for condition, _ in means])
-            reported = [(person, person["traits"]) for person in people]
+            _, reported = self.questionnaire([without_trait(condition_of(condition)) for condition, _ in means])
+            reported = [(person, person["traits"]) for person in reported]
             more = results.characters_measured(reported, "questionnaire", alpha, args.seed)
             rows, points = rows + more[0], points + more[1]
         return {"characters": rows, "requested": points}
 
 
-def whole(condition: Condition) -> Condition:
-    """Of the personality itself: the unedited model is the same one for all traits."""
+def without_trait(condition: Condition) -> Condition:
+    """Of a personality, whatever trait it was asked about: the unedited model is the same one for all of them."""
     return condition if condition.pole else condition._replace(trait=None)
 
 
@@ -408,7 +412,7 @@ def steps(run: Evaluation, args, write) -> None:
     figures, failed = run.test(made)
     found = {"dose": dose, **figures, "spill_over": run.spill_over(made) if args.spill_over else []}
     write(found, made)
-    conditions = list(dict.fromkeys(whole(condition_of(line)) for line in made))
+    conditions = list(dict.fromkeys(without_trait(condition_of(line)) for line in made))
     if "questionnaire" in args.judge:
         rows, found["questionnaire"] = run.questionnaire(conditions)
         found["summary"] = found["summary"] + results.with_fluency(rows, found["summary"])
@@ -441,6 +445,6 @@ def main(args) -> None:
     if args.characters and "questionnaire" in args.judge and {item[1] for item in args.items} != set(TRAITS):
         raise UserError(f"--characters: --inventory {args.inventory} does not ask about all five traits")
     if TUNED in args.method:
-        check_peft()
+        import_peft()
     with resumable():
         evaluate(args)

@@ -20,7 +20,7 @@ LIMIT, SIZE = 128, 360  # search questions: asked, and built
 def parser() -> Flags:
     flags = Flags(__doc__)
     flags.add_argument("--trait", nargs="+", action="extend", metavar="T",
-                       help="default: all five, or those that --answers FILE has")
+                       help=f"of {', '.join(TRAITS)}; default: all five, or those that --answers FILE has")
     bench_argument(flags)
     flags.add_argument("--limit", type=positive, metavar="N", help=f"search questions a trait (default: {LIMIT})")
     flags.add_argument("--train", action="store_true", help="also train edits of few neurons: what induce.py --level uses")
@@ -33,8 +33,8 @@ def parser() -> Flags:
     flags.add_argument("--size", type=positive, metavar="N",
                        help=f"of --build-bench: search questions a trait (default: {SIZE}; PersonalityBench: 36000)")
     flags.add_argument("--writer", metavar="MODEL_OR_URL", default=os.environ.get("OPENAI_BASE_URL") or None,
-                       help="of --build-bench: as --model takes it, or an OpenAI-compatible server (default: $OPENAI_BASE_URL, "
-                            "else --model)")
+                       help="who writes the bench of --build-bench: a model, as --model takes it, or the URL of an "
+                            "OpenAI-compatible server (default: $OPENAI_BASE_URL, else --model)")
     flags.add_argument("--served-model", metavar="NAME", default=os.environ.get("OPENAI_MODEL") or None,
                        help="what --engine or --writer URL calls the model (default: $OPENAI_MODEL, else the first that it lists)")
     flags.add_argument("--in-flight", type=positive, default=16, metavar="N",
@@ -79,7 +79,7 @@ import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
-from personality.endpoint import Endpoint, Engine  # noqa: E402
+from personality.endpoint import Endpoint, RemoteEngine  # noqa: E402
 from personality.frame import Frame, declines  # noqa: E402
 from personality.mlp import decoder_of, find_mlps  # noqa: E402
 from personality.load import load_asked  # noqa: E402
@@ -96,14 +96,14 @@ def groups_of(items: list[dict]) -> list[int]:
     return [POLES.index(item["pole"]) for item in items]
 
 
-def counted(items: list[dict]) -> list[dict]:
+def with_declined(items: list[dict]) -> list[dict]:
     return [{**item, "declined": int(declines(item["answer"]))} for item in items]
 
 
-def generate_batch(model, tokenizer, items: list[dict], frame: Frame, most: int) -> list[dict]:
+def written(model, tokenizer, items: list[dict], frame: Frame, most: int) -> list[dict]:
     asked = [frame.turns(item["question"], item["persona"]) for item in items]
-    written = answers(model, tokenizer, asked, most, repetition_penalty=SEARCH_PENALTY)
-    return [{**item, "answer": text, "ids": ids} for item, (text, ids) in zip(items, written)]
+    said = answers(model, tokenizer, asked, most, repetition_penalty=SEARCH_PENALTY)
+    return [{**item, "answer": text, "ids": ids} for item, (text, ids) in zip(items, said)]
 
 
 def read_batches(model, tokenizer, items: list[dict], frame: Frame, statistics: Statistics, where: str, size: int) -> None:
@@ -123,8 +123,8 @@ class Run:
     what came before it is done again as it was."""
 
     AGAIN = 2  # times that a question is asked anew where its answer declines to be anyone
-    LARGE = 4 << 30  # bytes of statistics that there are not two of
-    PAUSE = 20.0  # seconds between two savings, 0: none
+    LARGE = 4 << 30  # bytes: of larger statistics no second copy is kept for the batch that runs
+    PAUSE = 20.0  # seconds between two savings; 0: one after every batch
     READ_AT_ONCE = 8  # batches of answers that are there: within them, answers of like length are read together
 
     def __init__(self, model, tokenizer, bench: Bench, trait: str, args, world: World = World(), endpoint: Endpoint | None = None):
@@ -145,7 +145,7 @@ class Run:
             "dtype": dtype_of(model), "device": model.device.type, "seed": args.seed, **self.frame.made_with(),
             **({"engine": endpoint.model} if endpoint else {})}
         self.key = digest(self.meta)
-        self.engine = Engine(endpoint, tokenizer, self.frame, args.out, args.max_new_tokens) if endpoint else None
+        self.engine = RemoteEngine(endpoint, tokenizer, self.frame, args.out, args.max_new_tokens) if endpoint else None
         self.at_once = self.READ_AT_ONCE if args.answers or endpoint else 1  # batches that are done, and saved, together
         self.share = world.share(len(self.items), args.batch_size * self.at_once)
         self.saved = self.file_of(world.rank, "state.safetensors")
@@ -165,7 +165,7 @@ class Run:
             else:
                 self.go_on()
                 self.world.add_up(self.statistics.state())
-                found = None if self.world.number else self.summarise()
+                found = None if self.world.team else self.summarise()
             self.world.wait()
             neurons = None if self.world.rank else self.put(found)
             self.world.wait()
@@ -247,8 +247,8 @@ class Run:
         """Do what is left of the answers, batch by batch."""
         self.statistics, self.part = self.nothing_yet(), Journal(self.file_of(self.world.rank, "answers.part"))
         # of one batch, which counts if nobody in it declines; where it would be too large, answers are read once they are written
-        apart = self.args.answers or self.engine or self.statistics.bytes > self.LARGE
-        self.latest = None if apart else self.nothing_yet()
+        read_afterwards = self.args.answers or self.engine or self.statistics.bytes > self.LARGE
+        self.of_batch = None if read_afterwards else self.nothing_yet()
         if self.resume():
             self.world.say(f"going on with {self.trait} after {self.done} of {len(self.share)} answers")
         title = self.trait if self.world.teams == 1 else f"{self.trait}, 1 of {self.world.teams}"
@@ -284,7 +284,7 @@ class Run:
         items, observed = self.answered([self.items[k] for k in where])
         playing = [item for item in items if not declines(item["answer"])]
         if observed and not any(item["declined"] for item in items):
-            self.statistics.add(self.latest)
+            self.statistics.add(self.of_batch)
         elif playing:
             read_batches(self.model, self.tokenizer, playing, self.frame, self.statistics, self.args.where, size)
         layer = self.statistics.broken_layer()
@@ -296,24 +296,25 @@ class Run:
         self.done = end
 
     def answered(self, items: list[dict]) -> tuple[list[dict], bool]:
-        """(the items with their answers, whether self.latest has observed them all). An answer that declines to be anyone is asked
+        """(the items with their answers, whether self.of_batch observed them all). An answer that declines to be anyone is asked
         for anew, AGAIN times at most, under another persona of the pole; item["declined"]: how many declined."""
         if self.args.answers:
-            return counted(with_ids(self.tokenizer, items)), False
-        self.latest and self.latest.zero()
-        with observe(self.model, self.latest, groups_of(items), self.args.where) if self.latest else contextlib.nullcontext():
-            items = counted(self.ask(items))
+            return with_declined(with_ids(self.tokenizer, items)), False
+        if self.of_batch:
+            self.of_batch.zero()
+        with observe(self.model, self.of_batch, groups_of(items), self.args.where) if self.of_batch else contextlib.nullcontext():
+            items = with_declined(self.ask(items))
         for attempt in range(self.AGAIN):
             again = [k for k, item in enumerate(items) if declines(item["answer"])]
             asked = [self.another_persona(items[k], attempt) for k in again]
             for k, item in zip(again, self.ask(asked) if asked else ()):
                 items[k] = {**item, "declined": item["declined"] + declines(item["answer"])}
-        return items, self.latest is not None
+        return items, self.of_batch is not None
 
     def ask(self, items: list[dict]) -> list[dict]:
         if self.engine:
             return self.engine.answer(items)
-        return generate_batch(self.model, self.tokenizer, items, self.frame, self.args.max_new_tokens)
+        return written(self.model, self.tokenizer, items, self.frame, self.args.max_new_tokens)
 
     def another_persona(self, item: dict, attempt: int) -> dict:
         pick = random.Random(f"{self.args.seed}/{self.trait}/{item['question']}/{attempt}")
@@ -358,14 +359,16 @@ class Run:
 
 
 def identify(model, tokenizer, trait: str, **options) -> Neurons:
-    """Identify a trait's neurons as the command line does; options are its flags, with the same defaults."""
+    """Identify a trait's neurons as the command line does. options: its flags; those that load a model do nothing here."""
     args = parser().parse_args([])
     unknown = set(options) - set(vars(args))
     if unknown:
         raise UserError(f"identify(): unknown options {sorted(unknown)}")
     vars(args).update(options)
+    refuse(args, RULES)
     bench = load_bench(args.bench)
-    neurons = Run(model, tokenizer, bench, check_trait(trait), args).identify()
+    endpoint = Endpoint(args.engine, args.served_model, args.in_flight) if args.engine else None
+    neurons = Run(model, tokenizer, bench, check_trait(trait), args, endpoint=endpoint).identify()
     return add_trained(model, tokenizer, bench, neurons, args.seed) if args.train else neurons
 
 

@@ -17,7 +17,7 @@ does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A f
 import os
 
 from personality import TRAITS
-from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, TEAM_RULES, Flags, UserError, check_trait, edit_arguments,
+from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, METHODS, TEAM_RULES, Flags, UserError, check_trait, edit_arguments,
                                   model_arguments, number, positive, progress, refuse, resumable, say, script, serve_arguments,
                                   show_table, team_argument)
 
@@ -27,20 +27,19 @@ QUESTIONS = (
     "A new colleague joins your team. What do you do?",
     "How would you like to spend a free Friday evening?",
 )
-METHODS = ("npti", "trained", "dpn-le", "dpn-le-weighted", "activation")
 
 
 def parser() -> Flags:
     flags = Flags(__doc__)
     who = flags.add_argument_group("which personality")
-    who.add_argument("--trait", action="append", default=[], metavar="T", help=f"{', '.join(TRAITS)}; again for several")
+    who.add_argument("--trait", action="append", default=[], metavar="T", help=f"{', '.join(TRAITS)}; repeat it for several")
     who.add_argument("--alpha", action="append", default=[], type=ALPHA, metavar="A",
                      help="strength, one a trait; negative: the low pole (the paper: 0.6 to 1.5)")
     who.add_argument("--level", action="append", default=[], type=ALPHA, metavar="L",
                      help="instead of --alpha: -1 to 1, the same on every model, by trained edits; 1 is the strongest edit at "
                           "which the text stays fluent; several traits share what one may cost")
     who.add_argument("--profile", metavar="FILE", help="a whole character, in TOML: [traits], and method, layers, model, name")
-    who.add_argument("--method", choices=METHODS,
+    who.add_argument("--method", choices=tuple(METHODS),
                      help="default: npti, or trained with --level; alpha has a scale of its own in each")
     work = flags.add_argument_group("what to do (default: ask everyday questions, and show the answers side by side)")
     work = work.add_mutually_exclusive_group()
@@ -58,12 +57,15 @@ def parser() -> Flags:
     serve_arguments(flags.add_argument_group("of --serve"))
     more = flags.add_argument_group("of --questions and --save")
     more.add_argument("--out", metavar="FILE", help="where the answers to --questions go (default: the terminal)")
-    more.add_argument("--rank", type=positive, metavar="R", help="the best rank-R part only of what a layer's raised neurons do")
+    more.add_argument("--rank", type=positive, metavar="R",
+                      help="a smaller checkpoint: of what a layer's raised neurons add, the best approximation of rank R")
     more.add_argument("--verify", action="store_true", help="compare the checkpoint with the live edit, in plain transformers")
     more.add_argument("--verify-server", metavar="URL",
                       help="with --save DIR: compare what a server of that checkpoint says; nothing is written")
-    flags.add_argument("--temperature", type=number(0, 100), metavar="X", help="sample (default: greedy)")
-    flags.add_argument("--top-p", type=number(0, 1), metavar="X")
+    flags.add_argument("--temperature", type=number(0, 100), metavar="X",
+                       help="draw tokens at this temperature (default: greedy; 1 with --top-p)")
+    flags.add_argument("--top-p", type=number(0, 1), metavar="X",
+                       help="draw from the likeliest tokens alone that have this probability together")
     model_arguments(flags)
     team_argument(flags)
     flags.set_defaults(max_new_tokens=None)
@@ -73,6 +75,7 @@ def parser() -> Flags:
 DEFAULT = parser().get_default
 NPTI_ONLY = ("keep", "suppress", "min_delta", "min_neurons")  # what they say of its neurons, other methods don't have
 THERE = "there is something already: move it away, or choose another name"
+RAISED = "--rank is of the neurons that NPTI raises: {method} edits raise none"
 UNSAVABLE = "a checkpoint can't tell prompt from answer, can't draw neurons, and can't cap an activation"
 ONLY_WITH = {"--save DIR": ("rank", "verify", "verify_server"),
              "--serve": ("characters", "host", "port", "api_key", "rows", "queue")}
@@ -92,7 +95,7 @@ RULES = [(lambda args, name=name, work=work: getattr(args, name) != DEFAULT(name
      "(--device-map auto)"),
     (lambda args: args.tp == 1 and os.environ.get("WORLD_SIZE", "1") != "1",
      "torchrun's processes answer together, each with a part of the model: --tp says so"),
-    (lambda args: args.rank and args.method == "trained", "--rank is of the neurons that NPTI raises: trained edits raise none"),
+    (lambda args: args.rank and not args.profile and args.method != "npti", RAISED),
     (lambda args: args.out and not args.questions, "--out FILE goes with --questions FILE"),
     (lambda args: args.out and os.path.exists(args.out), f"--out {{out}}: {THERE}"),
     (lambda args: args.level and (args.alpha or args.method != "trained"),
@@ -132,7 +135,7 @@ import torch  # noqa: E402
 
 from identify import identify  # noqa: E402
 from personality.frame import Frame  # noqa: E402
-from personality.methods import LEVELS, METHODS as SCALES, Character, Profiles  # noqa: E402
+from personality.methods import LEVELS, Character, Profiles  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import BatchSize, answers, fingerprint, sampling  # noqa: E402
 from personality.neurons import NeuronFolder, show_folder  # noqa: E402
@@ -143,9 +146,9 @@ from personality.train import add_trained  # noqa: E402
 from personality.world import World  # noqa: E402
 
 
-def answered(model, tokenizer, people: list, rows: list[int], questions: list[str], args) -> list[tuple]:
-    """(text, ids) of each question's answer, in one batch. people, rows: profiles, and whose each row is, as in steer()."""
-    with steer(model, people, rows, args.where, args.keep, args.seed):
+def answered(model, tokenizer, profiles: list, rows: list[int], questions: list[str], args) -> list[tuple]:
+    """(text, ids) of each question's answer, in one batch. rows: whose each row is, as in steer()."""
+    with steer(model, profiles, rows, args.where, args.keep, args.seed):
         asked = [Frame.named(args.frame).turns(question) for question in questions]
         return answers(model, tokenizer, asked, args.max_new_tokens, **sampling(args.temperature, args.top_p))
 
@@ -184,7 +187,7 @@ def read_questions(path: str, method: str = "npti") -> list[tuple[str, Character
 def answer_batches(model, tokenizer, profiles: Profiles, questions: list[tuple], first: int, args):
     """Yield the lines that answer each batch of (question, character), from question number `first` on."""
     def lines(batch):
-        (start, *_), batch = zip(*batch)
+        start, batch = batch[0][0], [pair for _, pair in batch]
         torch.manual_seed(args.seed + start)  # the same, if it is sampled, where a run goes on
         people = list({id(character): character for _, character in batch}.values())
         rows = [people.index(character) + 1 for _, character in batch]
@@ -217,7 +220,7 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
     options = [args.batch_size, args.max_new_tokens, args.seed, args.where, args.keep, args.suppress, args.min_delta,
                args.min_neurons, args.temperature, args.top_p, args.frame]
     keys = {trait: profiles.neurons[trait].key for trait in TRAITS if any(who.strengths.get(trait) for _, who in questions)}
-    keys |= {f"{trait}, trained": profiles.neurons.trained(trait).trained for trait in keys
+    keys |= {f"{trait}, trained": profiles.neurons.trained(trait).trained_key for trait in keys
              if any(who.method == "trained" and who.strengths.get(trait) for _, who in questions)}
     keys |= {"levels": LEVELS} if any(several_levels(who) for _, who in questions) else {}
     asked = [(text, who.strengths, who.method, who.layers) for text, who in questions]
@@ -230,8 +233,7 @@ def answer_file(model, tokenizer, profiles: Profiles, character: Character, args
     with resumable(), only_run(lock_of(out), f"--out {out}: another run is writing it", wait=False):
         if out.exists():  # by now
             raise UserError(f"--out {out}: {THERE}")
-        journal = Journal(part)
-        journal.cut(len(journal) // args.batch_size * args.batch_size)
+        journal = Journal(part)  # a batch is written in one piece
         if len(journal):
             say(f"going on after {len(journal)} of {len(questions)} answers")
         with progress(len(questions), len(journal), "") as bar:
@@ -258,6 +260,8 @@ def main(args) -> None:
         dict(zip(args.trait, itertools.cycle(strengths(args)))), args.method)
     if args.method not in ("npti", character.method):
         raise UserError(f"--method {args.method}: {args.profile} says {character.method}")
+    if args.rank and character.method != "npti":
+        raise UserError(RAISED.format(method=character.method))
     if args.questions:  # before the model is loaded
         args.asked = read_questions(args.questions, args.method)
         bare = [text for text, own in args.asked if own is None]
@@ -275,7 +279,7 @@ def main(args) -> None:
     if any(map(several_levels, everyone)):
         say("levels of several traits: where they would cost too much together, all of them are brought down alike")
     for method in sorted({who.method for who in everyone} - {"npti", "trained"}):
-        say(f"{method}: the scale of alpha is its own: {SCALES[method]}")
+        say(f"{method}: the scale of alpha is its own: {METHODS[method]}")
     missing = functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size, seed=args.seed,
                                 frame=args.frame)
     train = functools.partial(add_trained, model, tokenizer, load_bench(None), seed=args.seed)

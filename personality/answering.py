@@ -13,7 +13,7 @@ import torch
 from . import POLES
 from .api import ChatBody, Refusal, Reply, logprobs_of, of_request, parsed, usage_of
 from .inflight import Engine, Request
-from .model import end_tokens, name_of, prompt_ids
+from .model import dtype_of, end_tokens, name_of, prompt_ids
 from .people import People
 from .questions import adjectives
 from .steer import Profile
@@ -148,7 +148,7 @@ async def pieces(choices: list[Choice]):
 # ----------------------------------------------------------------------------------------------------------------- server
 
 
-class Places:
+class Reservation:
     """The places that a request takes in the server, from when it comes in until it is answered, or forgotten."""
 
     def __init__(self, server: "Server", number: int):
@@ -209,7 +209,7 @@ class Server:
         if not self.engine.running():
             raise Refusal(503, "the engine has stopped: see the server's log", "server_error")
 
-    def take(self, places: int) -> "Places":
+    def take(self, places: int) -> "Reservation":
         """Room for a request's choices, or a refusal."""
         self.check_engine()
         room = self.args.rows + self.args.queue
@@ -217,7 +217,7 @@ class Server:
             raise Refusal(400, f"n: {places} answers at once are more than the server has room for, which is {room}", param="n")
         if self.taken + places > room:
             raise Refusal(429, f"{self.taken} answers are being written or wait: try again", "rate_limit_exceeded")
-        return Places(self, places)
+        return Reservation(self, places)
 
     async def complete(self, kind, data: bytes, gone):
         """A reply as a dict, or the chunks of a stream, to the body `data`; gone(): returns when the client has hung up."""
@@ -249,7 +249,7 @@ class Server:
                               **await choice.more()) for choice in choices]
         return reply.whole(whole, usage())
 
-    async def stream(self, body, reply: Reply, choices: list[Choice], usage, places: "Places"):
+    async def stream(self, body, reply: Reply, choices: list[Choice], usage, places: "Reservation"):
         """The lines of a stream: role first, then pieces, why each ended, usage if it was asked for, and [DONE]."""
         line, over = lambda found: f"data: {json.dumps(found, ensure_ascii=False)}\n\n", False  # noqa: E731
         try:
@@ -276,10 +276,10 @@ class Server:
     def inventory(self) -> dict:
         """What can be asked for: for the page, and for clients that choose."""
         traits = {trait: {"low": adjectives(trait, "low"), "high": adjectives(trait, "high"), "levels": bool(getattr(
-            neurons, "trained", ""))} for trait, neurons in self.people.traits.items()}
+            neurons, "trained_key", ""))} for trait, neurons in self.people.traits.items()}
         model, frame = self.engine.model, self.people.frame
         return {"model": self.name, "layers": len(self.engine.steering.mlps), "neurons": sum(
-                    mlp.neurons for mlp in self.engine.steering.mlps), "context": self.most, "dtype": str(model.dtype)[6:],
+                    mlp.neurons for mlp in self.engine.steering.mlps), "context": self.most, "dtype": dtype_of(model),
                 "traits": traits, "frame": {"system": frame.system, "question": frame.question}, "poles": POLES, "characters": {
                     name: {"traits": who.strengths, "method": who.method, "layers": who.layers}
                     for name, who in self.people.characters.items()}}
@@ -291,7 +291,7 @@ class Server:
 
     def metrics(self) -> str:
         """Prometheus' text."""
-        engine = self.engine
+        engine = self.engine  # its tokens: all that were chosen; those of self.counts: of answers that ended
         rows = [("requests_in_flight", "gauge", "", len(engine.requests)), ("steps_total", "counter", "", engine.steps),
                 ("written_total", "counter", "", engine.tokens), ("tokens_total", "counter", "", self.counts["tokens"]),
                 ("cancelled_total", "counter", "", self.counts["cancelled"]),

@@ -141,8 +141,8 @@ def parsed(kind, data: bytes):
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         at = ".".join(str(part) for part in first["loc"][:3])
-        known = first["type"] == "extra_forbidden"
-        why = "is not supported by this server" if known else first["msg"]
+        unknown = first["type"] == "extra_forbidden"
+        why = "is not supported by this server" if unknown else first["msg"]
         raise Refusal(400, f"{at}: {why}" if at else why, param=str(first["loc"][0]) if first["loc"] else None) from None
 
 
@@ -172,10 +172,10 @@ def as_character(given: str | dict, characters: dict[str, Character]) -> Charact
 
 
 def of_request(body, served: str, characters: dict[str, Character]) -> Character | None:
-    """The character that a request asks for, in its personality or behind a + in the model's name; None: the unedited model."""
+    """The character that a request asks for, in its personality or after a + in the model's name; None: the unedited model."""
     name, inside = body.model[:len(served)], body.model[len(served):]
     if body.model and (name.lower() != served.lower() or inside and (inside[0] != "+" or len(inside) < 2)):
-        raise Refusal(404, f"model: expected {served}, or that with +CHARACTER or +trait=level behind it; got {body.model[:80]!r}",
+        raise Refusal(404, f"model: expected {served}, or that with +CHARACTER or +trait=level after it; got {body.model[:80]!r}",
                       param="model")
     inside = inside[1:]
     if inside and body.personality is not None:

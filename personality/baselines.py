@@ -55,21 +55,21 @@ def fitted(model, lessons, sign: int, constants, step) -> torch.Tensor:
     steps, adam, size = PASSES * len(lessons), torch.optim.Adam([constants], betas=(0.9, 0.99)), BatchSize(ROWS)
     for k in range(steps):
         adam.param_groups[0]["lr"] = RESIDUAL_RATE * (1 - k / steps)
-        of = lessons[k % len(lessons)]
+        lesson = lessons[k % len(lessons)]
 
-        def slope(rows, of=of):
+        def slope(rows):
             def loss(part):
-                return divergence(part, sign, student_says(model, part)).sum() / of.counted.sum()
+                return divergence(part, sign, student_says(model, part)).sum() / lesson.counted.sum()
 
-            return sum(slopes_of(model, lambda part=part: [loss(part)], constants, shifted)[0] for part in of.parts(rows))
+            return sum(slopes_of(model, lambda: [loss(part)], constants, shifted)[0] for part in lesson.parts(rows))
 
-        constants.grad = size.fit(slope, len(of.ids))
+        constants.grad = size.fit(slope, len(lesson.ids))
         adam.step()
         step()
     return constants.cpu()
 
 
-def check_peft():
+def import_peft():
     """peft, where it is installed."""
     if not importlib.util.find_spec("peft"):
         raise UserError("--method lora needs peft: pip install -e '.[finetune]'")
@@ -141,7 +141,7 @@ class Baselines:
     @contextlib.contextmanager
     def tuned(self, trait: str, pole: str):
         """The model with a pole's adapters, which are trained where they are not there."""
-        peft, path = check_peft(), self.path(trait, "lora", f"{pole}.lora")
+        peft, path = import_peft(), self.path(trait, "lora", f"{pole}.lora")
         with self.to_be_made(path) as missing:
             if missing:
                 with enough_memory(NO_ROOM):
@@ -160,7 +160,7 @@ class Baselines:
 
     def train_adapters(self, neurons: Neurons, pole: str, path: Path) -> None:
         """Write a pole's adapters to path, a folder that peft reads."""
-        peft, parts = check_peft(), answers_to_learn(self.tokenizer, neurons, pole)
+        peft, parts = import_peft(), answers_to_learn(self.tokenizer, neurons, pole)
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         steps, size, part = PASSES * len(parts), BatchSize(ROWS), path.with_name(f".{path.name}.part")
         with frozen(self.model), torch.enable_grad(), torch.random.fork_rng([]), progress(
@@ -172,7 +172,7 @@ class Baselines:
                 adam = torch.optim.AdamW(weights, weight_decay=0)
                 for step in range(steps):
                     adam.param_groups[0]["lr"] = LORA_RATE * (1 - step / steps)
-                    self.add_slopes(inside, adam, neurons.frame, parts[step % len(parts)], size)
+                    self.set_slopes(inside, adam, neurons.frame, parts[step % len(parts)], size)
                     adam.step()
                     bar.update()
                 shutil.rmtree(part, ignore_errors=True)
@@ -181,7 +181,7 @@ class Baselines:
                 unwrap(inside)
         os.replace(part, path)
 
-    def add_slopes(self, model, adam, frame, items: list[dict], size: BatchSize) -> None:
+    def set_slopes(self, model, adam, frame, items: list[dict], size: BatchSize) -> None:
         """Have the weights' gradients be those of the answers' negative log-likelihood in nats a token, asked without a persona."""
         def tokens(some):
             return sum(len(item["ids"]) for item in some)

@@ -21,15 +21,18 @@ def quiz_questions() -> list[tuple[str, list[str]]]:
         return [(question, options) for question, *options in list(csv.reader(file))[1:]]
 
 
-def neutral_pass(model, tokenizer) -> tuple[list[float], list]:
-    """Nats a token of each neutral text, and the model's first choice at each of its positions."""
-    rows = [tokenizer(text)["input_ids"] for text in lines_of("neutral.txt")]
-    ids, mask = pad_left(rows, tokenizer.pad_token_id, model.device)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    logits = [text_logits[-len(row):-1].float() for text_logits, row in zip(logits, rows)]  # (tokens - 1, vocabulary) each
-    losses = [float(torch.nn.functional.cross_entropy(scores, ids[k, -len(scores):])) for k, scores in enumerate(logits)]
-    return losses, [scores.argmax(-1) for scores in logits]
+def neutral_pass(model, tokenizer, rows: int = 64) -> tuple[list[float], list]:
+    """Nats a token of each neutral text, and the model's first choice at each of its positions. rows: of a batch."""
+    texts, losses, choices = [tokenizer(text)["input_ids"] for text in lines_of("neutral.txt")], [], []
+    for some in (texts[k:k + rows] for k in range(0, len(texts), rows)):
+        ids, mask = pad_left(some, tokenizer.pad_token_id, model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        for text, own, scores in zip(some, ids, logits):
+            scores = scores[-len(text):-1].float()  # (tokens - 1, vocabulary)
+            losses.append(float(torch.nn.functional.cross_entropy(scores, own[-len(scores):])))
+            choices.append(scores.argmax(-1))
+    return losses, choices
 
 
 def quiz(model, tokenizer, system: str | None, rows: int) -> list[int]:

@@ -6,11 +6,10 @@ import sys
 import torch
 from transformers import DynamicCache, TextStreamer
 
-from . import TRAITS
 from .frame import Frame
 from .methods import Character, Profiles
 from .mlp import find_mlps
-from .model import CACHE, answer_text, check_length, prompt_ids, sampling, writing
+from .model import CACHE, answer_text, check_length, generate_options, prompt_ids, sampling
 from .steer import Profile, steer
 from .terminal import CHAT_HELP, UserError, check_alpha, check_trait, printable
 
@@ -73,8 +72,8 @@ class Chat:
             except (ValueError, RuntimeError):  # a sliding window can't be cropped
                 self.forget_cache()
         prompt, streamer = torch.tensor([ids], device=self.model.device), Streamer(self.tokenizer, True, skip_special_tokens=True)
-        options = writing(self.tokenizer, len(ids), max_new_tokens=self.args.max_new_tokens,
-                          **sampling(self.args.temperature, self.args.top_p))
+        options = generate_options(self.tokenizer, len(ids), max_new_tokens=self.args.max_new_tokens,
+                                   **sampling(self.args.temperature, self.args.top_p))
         try:
             with torch.no_grad():
                 output = self.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **{CACHE: self.cache},
@@ -88,17 +87,18 @@ class Chat:
 
 def changed(character: Character, latest: str, command: str, words: list[str]) -> str:
     """Set a strength as /trait NAME [ALPHA] or /alpha NUMBER say; returns the trait that it is about."""
-    trait = check_trait(words[0]) if command == "/trait" else latest
-    alpha = words[1] if len(words) > 1 else character.strengths.get(trait, 1.0) if command == "/trait" else words[0]
-    character.strengths[trait] = check_alpha(alpha)
+    trait, *given = [check_trait(words[0]), *words[1:]] if command == "/trait" else [latest, *words]
+    if len(given) > 1:
+        raise UserError(CHAT_HELP)
+    character.strengths[trait] = check_alpha(given[0] if given else character.strengths.get(trait, 1.0))
     return trait
 
 
 def converse(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # what is typed need not be UTF-8
-    chat, latest, mlps = Chat(model, tokenizer, args), list(character.strengths)[-1], find_mlps(model)
-    capacity = len(TRAITS) * sum(mlp.neurons for mlp in mlps) // 5
+    chat, latest = Chat(model, tokenizer, args), list(character.strengths)[-1]
+    capacity = sum(mlp.neurons for mlp in find_mlps(model))  # room for whatever /trait and /alpha may ask for
     profile = profiles.of(character)
     print(f"{printable(profile.name)}    {CHAT_HELP}")
     with steer(model, profile, None, args.where, args.keep, args.seed, capacity) as steering:
@@ -107,7 +107,7 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
                 line = input("you: ").strip()
             except EOFError:
                 return print()
-            command, *words = line.split()[:3] or [""]
+            command, *words = line.split() or [""]
             if command in ("/quit", "/exit"):
                 return
             before = dict(character.strengths), latest

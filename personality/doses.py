@@ -33,17 +33,17 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
     their pole, in nats a token of log p(answer|high) - log p(answer|low) under search personas; by what factor their perplexity
     under the unedited model grows (the geometric mean), and that with SURE standard errors on top. profiles: pole by pole, too;
     together: questions in a batch, TOGETHER by default."""
-    people, together, moved, dearer = range(len(profiles) + 1), together or TOGETHER, [], []
+    numbers, together, moved, dearer = range(len(profiles) + 1), together or TOGETHER, [], []
     personas = [bench.personas_for("search", trait, pole)[0] for pole in POLES]
     questions = bench.questions(trait, "validation", VALIDATION)
     for part in (questions[k:k + together] for k in range(0, len(questions), together)):
-        with steer(model, profiles, [*people] * len(part)):
-            asked = [frame.turns(question) for question in part for _ in people]
+        with steer(model, profiles, [*numbers] * len(part)):
+            asked = [frame.turns(question) for question in part for _ in numbers]
             said = answers(model, tokenizer, asked, TOKENS, repetition_penalty=TEST_PENALTY)
         for k, question in enumerate(part):
-            ids = [without_stop(tokenizer, row) or [tokenizer.eos_token_id] for _, row in said[k * len(people):][:len(people)]]
+            ids = [without_stop(tokenizer, row) or [tokenizer.eos_token_id] for _, row in said[k * len(numbers):][:len(numbers)]]
             turns = [frame.turns(question, persona) for persona in (None, *personas)]
-            likely = log_likelihoods(model, tokenizer, turns, [ids] * len(turns), together * len(people)).cpu()
+            likely = log_likelihoods(model, tokenizer, turns, [ids] * len(turns), together * len(numbers)).cpu()
             plain, high, low = likely / torch.tensor([len(row) for row in ids])
             moved.append((high - low)[1:] - (high - low)[0])
             dearer.append(plain[0] - plain[1:])
@@ -56,10 +56,11 @@ def dose_response(model, tokenizer, bench: Bench, trait: str, frame: Frame, prof
 
 
 def levels(model, tokenizer, bench: Bench, neurons: Neurons, profile_of) -> torch.Tensor:
-    """The dose response of profile_of(pole, multiple); LARGER too where level 1 may be there, SMALLER where a first is too dear."""
-    size = BatchSize(TOGETHER)
+    """The dose response of profile_of(pole, multiple) at MULTIPLES; at LARGER, too, where a pole's level 1 may lie beyond them,
+    and at SMALLER where a pole's first multiple is too dear already."""
+    size, trait = BatchSize(TOGETHER), neurons.trait
 
-    def tried(multiples, trait=neurons.trait):
+    def tried(multiples):
         profiles = [profile_of(pole, multiple) for pole in POLES for multiple in multiples]
 
         def response(together):

@@ -77,8 +77,8 @@ def bounded_client(openai, stopped: threading.Event):
 
 
 class Endpoint:
-    """The key is OPENAI_API_KEY's, never a flag's, and is written nowhere. What fails for the moment (429, 5xx, time-outs) is tried
-    again by the client of the package openai."""
+    """A model behind an OpenAI-compatible server. The key is OPENAI_API_KEY's, never a flag's, and is written nowhere. What fails
+    for the moment (429, 5xx, time-outs) is tried again by the client of the package openai."""
 
     TIMEOUT, CONNECT, RETRIES = 600, 10, 5  # seconds for a reply, for a first sign of life
 
@@ -88,7 +88,7 @@ class Endpoint:
         except ImportError as error:
             raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
         self.url, self.model, self.in_flight, self.openai = checked_url(url, httpx_of(openai)), model, in_flight, openai
-        self.limit, self.key, self.stopped = "max_tokens", os.environ.get("OPENAI_API_KEY") or "", threading.Event()
+        self.limit_name, self.key, self.stopped = "max_tokens", os.environ.get("OPENAI_API_KEY") or "", threading.Event()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has")
         try:
@@ -121,19 +121,19 @@ class Endpoint:
             raise UserError(f"{self.url} has no model {self.model}: {self.shown(error)}") from None
 
     def chat(self, messages: list[dict], fine=bool, max_tokens: int = 512, **options) -> tuple[str, bool]:
-        """(what it answers, whether it came to its end), asked for again where it is not fine(text); raises NoReply."""
+        """(what it answers, whether it came to its end), asked for again a few times where it is not fine(text). Raises NoReply."""
         def request(again):
             given = {**options, limit: max_tokens, **({"temperature": 0.7} if again else {})}  # at 0 it would say the same
             choice = self.client.chat.completions.create(model=self.model, messages=messages, **given).choices[0]
             return (choice.message.content or "").strip(), choice.finish_reason != "length"
 
-        limit = self.limit  # another thread may change it meanwhile
+        limit = self.limit_name  # another thread may change it meanwhile
         try:
             return self.replied(request, fine)
         except NoReply as error:
             if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
                 raise
-            limit = self.limit = "max_completion_tokens"  # the name that newer models of OpenAI want
+            limit = self.limit_name = "max_completion_tokens"  # the name that newer models of OpenAI want
             return self.replied(request, fine)
 
     def completion(self, ids: list[int], **options) -> tuple[str, bool]:
@@ -220,7 +220,7 @@ def fill(replies: Journal, requests: list[tuple], run, refused: str | None = Non
                         "from there")
 
 
-class Engine:
+class RemoteEngine:
     """A server that writes the answers (vLLM, SGLang, llama.cpp, ...), asked with the ids of the same prompts."""
 
     def __init__(self, endpoint: Endpoint, tokenizer, frame: Frame, out, most: int):

@@ -52,8 +52,9 @@ class Frame:
         it follows."""
         framed = lambda text: " ".join(filter(None, (text, self.question)))  # noqa: E731
         *system, asked = conversation(framed(question), " ".join(filter(None, (self.system, persona))))
-        said = ((("user", framed(line)), ("assistant", answer)) for line, answer in before)
-        return [*system, *({"role": role, "content": text} for pair in said for role, text in pair), asked]
+        said = [turn for line, answer in before for turn in ({"role": "user", "content": framed(line)},
+                                                             {"role": "assistant", "content": answer})]
+        return [*system, *said, asked]
 
 
 def conversation(question: str, system: str | None = None) -> list[dict]:

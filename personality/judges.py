@@ -43,7 +43,7 @@ def prefill(model, tokenizer, prompts: list[list[int]]):
     (prompts, vocabulary); cache; mask; position of each one's last token)."""
     differ = (k for k, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
     shared = min(next(differ, len(prompts[0])), min(map(len, prompts)) - 1)  # each keeps a token of its own
-    shared *= looks_everywhere(model)
+    shared = shared if looks_everywhere(model) else 0
     ids, mask = pad_left([prompt[shared:] for prompt in prompts], tokenizer.pad_token_id, model.device)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def prefill(model, tokenizer, prompts: list[list[int]]):
 
 
 def repeat(cache, rows: int, times: int) -> None:
-    """Each of a cache's rows so many times, one behind the other. (As beams are: layers that keep a state can that, too.)"""
+    """Each of a cache's rows so many times, one after the other. (As beams are: layers that keep a state can that, too.)"""
     cache.reorder_cache(torch.arange(rows).repeat_interleave(times))
 
 
@@ -157,8 +157,9 @@ class ContrastJudge:
             for (question, missing), group in todo.items():
                 ids = [self.ids(line) for line in group]
                 self.say_what_is_too_long(question, missing, max(map(len, ids)))
-                of_trait, plain = self.size.fit(lambda rows, traits=[*missing], question=question, ids=ids: contrast(
-                    self.model, self.tokenizer, self.bench, traits, question, ids, rows, self.frame))
+                of_trait, plain = self.size.fit(lambda rows: contrast(
+                    self.model, self.tokenizer, self.bench, [*missing], question, ids, rows, self.frame),
+                    len(ids) * (1 + len(POLES) * JUDGE_PERSONAS * len(missing)))
                 lines = [{"key": self.key(line, "fluency"), "answer": line["key"], "perplexity": math.exp(min(-value, 50)),
                           "repetition": repetition(line["ids"]), "tokens": len(line["ids"])}
                          for line, value in zip(group, plain.tolist())]
@@ -224,8 +225,8 @@ class LocalJudge:
     def rate(self, trait: str | None, pairs: list[tuple[str, str]], store=lambda k, score: None) -> list[float]:
         """Ratings of (question, answer) pairs, for a trait or (None) for fluency; store(k, rating) is called with each."""
         scales = [[conversation(material(*pair), rubric(trait, turned)) for pair in pairs] for turned in (False, True)]
-        up, down = (self.size.fit(lambda rows, turns=turns: torch.cat([expected_digit(
-            self.model, self.tokenizer, turns[k:k + rows]) for k in range(0, len(turns), rows)])) for turns in scales)
+        up, down = (torch.cat([*self.size.each(lambda part: expected_digit(self.model, self.tokenizer, part), turns)])
+                    for turns in scales)
         ratings = ((up + 6 - down) / 2).tolist()
         for k, score in enumerate(ratings):
             store(k, score)

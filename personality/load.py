@@ -79,7 +79,7 @@ def quantized_by(model) -> str | None:
 
 def load_model(name: str | None = None, device: str | None = None, dtype: str | None = None, flag: str = "--model",
                device_map: str | dict | None = None, quantize: str | None = None, world: World = World()):
-    """(model, tokenizer) of a hub id, a local directory, a .gguf path, or (SmolLM2-135M-Instruct, as None) the default model;
+    """(model, tokenizer) of a hub id, a local directory, a .gguf path, or (None, or SmolLM2-135M-Instruct) the default model;
     the model knows its name as model.source. dtype: float32, bfloat16 or float16; default_dtype() where it is None. flag: what
     errors begin with. device_map: "auto" spreads the model over all GPUs and, where they are too small, what comes last over memory
     and disk; or accelerate's map. quantize: a key of QUANTIZED. world: whose team is to hold the model together. Files are
@@ -129,7 +129,7 @@ def load_asked(args, name: str | None = None, flag: str = "--model", world: Worl
     """load_model() as the flags of terminal.model_arguments() say; name: another model than --model, on the same devices. Puts the
     number that it finds in the place of --batch-size auto."""
     model, tokenizer = load_model(name or args.model, args.device, args.dtype, flag, args.device_map, args.quantize, world)
-    if args.batch_size == "auto" and flag == "--model":
+    if args.batch_size == "auto":
         if world.size > 1:  # they might find different numbers, and what shares the questions hangs on it
             raise UserError("--batch-size auto: is tried by one process: torchrun's expect a number")
         args.batch_size = batch_that_fits(model, args.max_new_tokens or ANSWER)
@@ -138,7 +138,7 @@ def load_asked(args, name: str | None = None, flag: str = "--model", world: Worl
 
 
 def batch_that_fits(model, new: int, rows: int = 64, most: int = 512) -> int:
-    """The largest power of two, up to `most`, of rows that the model can read at once with `new` tokens behind a prompt of PROMPT,
+    """The largest power of two, up to `most`, of rows that the model can read at once with `new` tokens after a prompt of PROMPT,
     and a quarter more to be safe: tried on a GPU, where memory is what limits them; `rows` on a CPU, where it is time."""
     def fits(rows: int) -> bool:
         ids = torch.zeros((rows, (PROMPT + new) * 5 // 4), dtype=torch.long, device=model.device)

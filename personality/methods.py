@@ -14,15 +14,7 @@ from .neurons import NeuronFolder, Neurons, answers_path
 from .questions import read_answers
 from .steer import Profile, hidden_states, no_edits
 from .store import read_toml
-from .terminal import UserError, say
-
-METHODS = {  # and what alpha is in each
-    "npti": "NPTI's gamma",
-    "trained": "levels: 1 is the strongest edit at which perplexity grows 1.3 times at most, and what is between is in proportion",
-    "dpn-le": "alpha times the mean difference of a neuron's product",
-    "dpn-le-weighted": "alpha times 0.75 to 1 of the mean difference of a neuron's product",
-    "activation": "alpha times the mean difference of the residual stream",
-}
+from .terminal import METHODS, UserError, say
 
 
 # --------------------------------------------------------------------------------------------------------------- NPTI
@@ -53,8 +45,8 @@ def npti(neurons, alpha: float, min_delta: float = 0.1, min_neurons: int | None 
 
 
 def pull(neurons, sign: float, *limits):
-    """What NPTI does at alpha 1 (or -1) to every neuron for one trait, as one signed number, float64 (layers, d_ff): what a neuron
-    of the target pole is raised by, or less what one of the opposite pole, which is capped, would be raised by for that pole."""
+    """What NPTI does at alpha 1 (or -1) to every neuron for one trait, as one signed number, float64 (layers, d_ff): for one of
+    the target pole, what it is raised by; for one of the opposite pole, which is capped, minus what that pole would raise it by."""
     result = torch.zeros(neurons.shape, dtype=torch.float64)
     for pole, direction in zip(POLES if sign > 0 else POLES[::-1], (1, -1)):
         layer, index, delta, p95 = neurons.select(pole, *limits)
@@ -92,20 +84,20 @@ def composed(parts: list[tuple], min_delta: float = 0.1, min_neurons: int | None
 
 # ------------------------------------------------------------------------------------------------------- trained edits
 
-DEAREST = 1.3  # times the unedited perplexity: what level 1 may cost, and what the levels of several traits are expected to
+DEAREST = 1.3  # times the unedited perplexity: the most that level 1 costs, and that several traits' levels together should cost
 LEVELS = 2  # version of how the levels of several traits become edits: one more where affordable() or trained() change
 
 
 def with_none(dose) -> np.ndarray:
-    """A dose response with the row of no edits above it: float64 (1 + doses, 4 or, of files of before, 3)."""
+    """A dose response with the row of no edits above it: float64 (1 + doses, 4 or, of older files, 3)."""
     return np.concatenate([[[0.0, 0.0, *np.ones(dose.shape[1] - 2)]], dose.double().numpy()])
 
 
 def multiple_at(dose, level: float) -> float:
     """By how much a pole's trained biases are multiplied at a level, 0 to 1 or beyond. dose (doses, 4): a multiple, how far the
-    answers then move to the pole, by what factor their perplexity grows, and by what at most (see doses.dose_response(); files of
-    before lack that). Level 1 is the largest multiple that is at most as dear as DEAREST; between the doses, what is measured is
-    taken as linear; and where the answers move no further by then, the smallest that moves them as far. A level below 1 is the
+    answers then move to the pole, by what factor their perplexity grows, and by what at most (see doses.dose_response();
+    older files lack that). Level 1 is the largest multiple that is at most as dear as DEAREST; between the doses, what is measured
+    is taken as linear; and where the answers move no further by then, the smallest that moves them as far. A level below 1 is the
     smallest multiple that moves the answers by that share of what level 1 does; beyond 1, multiples go on in proportion."""
     dose = with_none(dose)
     multiple, moved, dearer = dose[:, 0], np.maximum.accumulate(dose[:, 1]), np.maximum.accumulate(np.log(dose[:, -1]))
@@ -164,7 +156,7 @@ def trained(parts: list[tuple], name: str = "") -> Profile:
 
 
 def dpn_le(parts: list[tuple], weighted: bool = False, min_effect: float = 0.1, name: str = "") -> Profile:
-    """DPN-LE's selection and edit (ACL 2026), from (neurons, alpha) each: of the layers behind the first three eighths, the
+    """DPN-LE's selection and edit (ACL 2026), from (neurons, alpha) each: of the layers after the first three eighths, the
     neurons whose difference s of the mean product between the poles is over its layer's 0.995 quantile and whose effect size
     (Cohen's d) is at least min_effect; alpha * s is added to the product, weighted 0.75 to 1 by the rank of |d|.
 

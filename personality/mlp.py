@@ -1,7 +1,7 @@
 """A model's MLPs, and their forward through the op. Knows nothing of generate(): any engine that runs the modules can use it.
 
 A gated MLP is down(act(gate(x)) * up(x)). A neuron is one column of gate: (layer, index). In a layer of experts, each of which is
-such an MLP for the tokens that are routed to it, neuron j of expert e has the index e * d_expert + j; shared experts come behind
+such an MLP for the tokens that are routed to it, neuron j of expert e has the index e * d_expert + j; shared experts come after
 them. Layers may be of different widths: the indices of a narrow one just end earlier.
 """
 
@@ -24,9 +24,9 @@ class Site:
 
     layer: int  # the layer's number
     width: int  # neurons of an expert; of an MLP that several processes share, those that are here
-    first: int = 0  # numbers of its first neuron in the layer, and behind its last one, wherever they are
+    first: int = 0  # in the layer: the number of its first neuron, and of the one after its last (end), on whichever process
     end: int = 0
-    offset: int = 0  # of the first one here
+    offset: int = 0  # neurons between that and the first one that this process has
     experts: int = 1
     device: torch.device = torch.device("cpu")
 
@@ -42,7 +42,7 @@ class Site:
 
     @property
     def neurons(self) -> int:
-        """Here."""
+        """How many this process has."""
         return self.experts * self.width
 
 

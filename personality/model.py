@@ -165,11 +165,11 @@ def pad_left(rows: list[list[int]], pad: int | None, device):
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-def writing(tokenizer, prompt: int, **options) -> dict:
+def generate_options(tokenizer, prompt_length: int, **options) -> dict:
     """generate()'s options: greedy unless those given say otherwise; a base model's answer ends where it goes on to ask itself the
-    next question. prompt: its length."""
+    next question."""
     def asks_on(input_ids, scores, **kwargs):  # StopStringCriteria would do, but fails on some vocabularies
-        latest = tokenizer.batch_decode(input_ids[:, max(prompt, input_ids.shape[1] - len(tokenizer.stop_text) - 1):])
+        latest = tokenizer.batch_decode(input_ids[:, max(prompt_length, input_ids.shape[1] - len(tokenizer.stop_text) - 1):])
         return torch.tensor([tokenizer.stop_text in text for text in latest], device=input_ids.device)
 
     ends = {"stopping_criteria": [asks_on]} if tokenizer.stop_text else {}
@@ -237,14 +237,14 @@ def answers(model, tokenizer, conversations: list[list[dict]], max_new_tokens: i
     prompts = [prompt_ids(tokenizer, turns) for turns in conversations]
     check_length(model, conversations, prompts, [max_new_tokens] * len(prompts))
     ids, mask = pad_left(prompts, None, model.device)  # transformers 5.19 and 5.20 penalise padding as if it had been said
-    options = writing(tokenizer, ids.shape[1], max_new_tokens=max_new_tokens, **options)
+    options = generate_options(tokenizer, ids.shape[1], max_new_tokens=max_new_tokens, **options)
     with torch.no_grad():
         output = model.generate(input_ids=ids, attention_mask=mask, **read_once(model, ids, mask, options), **options)
     ends, results = set(end_tokens(model)), []
     for row in output[:, ids.shape[1]:].tolist():
         row = row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
         if tokenizer.stop_text and tokenizer.stop_text in tokenizer.decode(row):
-            while row[-1] == tokenizer.pad_token_id:  # behind an answer that ended before others
+            while row[-1] == tokenizer.pad_token_id:  # after an answer that ended before others
                 row.pop()
         results.append((answer_text(tokenizer, row), row))
     return results
@@ -279,13 +279,13 @@ class BatchSize:
             except (RuntimeError, MemoryError) as error:
                 if not (self.alone and out_of_memory(error)) or rows == 1:
                     raise
-            self.rows = rows // 2  # behind the except, which keeps what the failed batch had
+            self.rows = rows // 2  # after the except, which keeps what the failed batch had
             say(f"\nout of memory: batches of {self.rows}")
 
     def each(self, work, items: list):
         """Yield work(batch) for one batch of the items after the other."""
         while items:
-            batch, done = self.fit(lambda rows, left=items: (left[:rows], work(left[:rows])), len(items))
+            batch, done = self.fit(lambda rows: (items[:rows], work(items[:rows])), len(items))
             yield done
             items = items[len(batch):]
 

@@ -26,7 +26,7 @@ TENSORS = {"mean": torch.float32, "p50": torch.float16, "p95": torch.float32, "p
 SEEN = {"seen": torch.int32}  # where not all neurons were counted on the same tokens
 TRAINED = {"dose": torch.float32, **{f"{pole}_{what}": dtype for pole in POLES
                                      for what, dtype in (("place", torch.int32), ("bias", torch.float32))}}  # see train.py
-TRAINING = 4  # of train.py and doses.py: one more whenever the same answers come to other edits; a file of another is told of
+TRAINING = 4  # version of train.py and doses.py: one more when the same answers come to other edits; older files are reported
 META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
 BARS = 24  # at most, of the picture of the layers in which a pole's neurons are
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
@@ -59,7 +59,7 @@ class Neurons:
         return self.meta["key"]
 
     @property
-    def trained(self) -> str:
+    def trained_key(self) -> str:
         """Tells trained edits apart; empty where the file has none."""
         return self.meta.get("trained", "")
 
@@ -141,7 +141,7 @@ class Neurons:
         expected = {**TENSORS, **SEEN} if "seen" in shapes else TENSORS
         if shapes != dict.fromkeys(expected, shape) or len(shape) != 3 or shape[0] != 2:
             raise UserError(f"{self.path}: expected {', '.join(TENSORS)} of one shape (2, layers, d_ff), got {shapes}")
-        if trained or self.trained:
+        if trained or self.trained_key:
             self.check_trained(trained)
         fine = {name: isinstance(meta.get(name), kind) for name, kind in META.items()}
         for name, dtype in expected.items():
@@ -155,24 +155,23 @@ class Neurons:
         fine["digest"] = meta["format"] == 1 or meta.get("digest") == self.digest()
         wrong = ", ".join(name for name, holds in fine.items() if not holds)
         if wrong:
-            raise UserError(f"{self.path}: damaged, or not of identify.py: what it holds as {wrong} can't be: run identify.py "
-                            "again")
+            raise UserError(f"{self.path}: damaged, or not of identify.py: its {wrong} can't be right: run identify.py again")
 
     def check_trained(self, shapes: dict) -> None:
         """Raise for trained edits that no training writes."""
-        fine = set(shapes) == set(TRAINED) and isinstance(self.trained, str) and self.trained and all(
+        fine = set(shapes) == set(TRAINED) and isinstance(self.trained_key, str) and self.trained_key and all(
             self.tensors[name].dtype == dtype and bool(self.tensors[name].isfinite().all()) for name, dtype in TRAINED.items())
         if fine:
             doses, most = shapes["dose"], torch.tensor(self.shape)
-            fine = len(doses) == 3 and doses[0] == 2 and doses[1] > 0 and doses[2] in (3, 4)  # 3: of before, see multiple_at()
+            fine = len(doses) == 3 and doses[0] == 2 and doses[1] > 0 and doses[2] in (3, 4)  # 3: older, see multiple_at()
             fine = fine and bool((self.dose[..., [0, *range(2, doses[2])]] > 0).all())
             for pole in POLES:
                 place, bias = self.tensors[f"{pole}_place"], self.tensors[f"{pole}_bias"]
                 fine = fine and bias.dim() == 1 and place.shape == (len(bias), 2) and bool(((place >= 0) & (place < most)).all())
                 fine = fine and len(torch.unique(place, dim=0)) == len(place)
         if not fine:
-            raise UserError(f"{self.path}: damaged, or not of identify.py: what it holds as trained edits can't be: run "
-                            "identify.py --train again")
+            raise UserError(f"{self.path}: damaged, or not of identify.py: its trained edits can't be right: run identify.py "
+                            "--train again")
 
     def select(self, pole: str, min_delta: float = 0.1, min_neurons: int | None = None):
         """(layer, index, delta, p95) tensors of a pole's neurons, largest delta first: those whose prob is higher than under
@@ -228,8 +227,8 @@ def answers_path(folder, trait: str) -> Path:
 class NeuronFolder:
     """A folder of neuron files, each read when it is first asked for. folder: of identify.py, or npti:DIR of the released ones.
     identify(trait): makes a file that is not there yet; train(neurons): adds its trained edits (train.add_trained); without
-    them, what is missing is an error. frame: how questions are put; where a file was made with another one, or before there were
-    any, a line says so; and where trained edits are asked for that are of another version of the training."""
+    them, what is missing is an error. frame: how questions are put now. A line says where a file was made with another frame, or
+    before there were any, and where its trained edits are of another version of the training."""
 
     def __init__(self, model, folder: str, identify=None, frame: Frame | None = None, train=None):
         self.model, self.identify, self.train, self.frame, self.files, self.told = model, identify, train, frame, {}, set()
@@ -260,7 +259,7 @@ class NeuronFolder:
         """A trait's file with its trained edits, which are made where it has none."""
         if self.released:
             raise UserError("trained edits need neuron files of identify.py: the released ones come without the answers")
-        if not self[trait].trained:
+        if not self[trait].trained_key:
             if not self.train:
                 raise UserError(f"{self[trait].path}: no trained edits in it: python identify.py --train makes them")
             say(f"{self[trait].path}: no trained edits yet, so they are trained first")
@@ -275,7 +274,7 @@ class NeuronFolder:
         """Raise where a file that was read is another one by now."""
         for neurons in self.files.values() if not self.released else ():
             there = Neurons.load(neurons.path)
-            if (there.key, there.trained) != (neurons.key, neurons.trained):
+            if (there.key, there.trained_key) != (neurons.key, neurons.trained_key):
                 raise UserError(f"{neurons.path}: was replaced while this ran: start it again")
 
 
@@ -298,7 +297,7 @@ def show_folder(folder: str) -> None:
         rows.append([name, meta["model"], ", ".join(str(len(neurons.select(pole)[0])) for pole in POLES),
                      f"{sum(meta['tokens']):,}", f"{date:%Y-%m-%d}",
                      f"{meta['questions']} questions, {meta['bench']}, {meta['max_new_tokens']} tokens, seed {meta['seed']}"
-                     + (f"; {len(neurons.high_bias)} trained a pole" if neurons.trained else "")])
+                     + (f"; {len(neurons.high_bias)} trained a pole" if neurons.trained_key else "")])
     show_table(folder, ("file", "model", "high, low", "tokens", "made", "from"), rows, whole=("file", "tokens", "made"))
 
 

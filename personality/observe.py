@@ -30,12 +30,12 @@ class Statistics:
     sites[i]: of the MLPs of find_mlps(), count int32 (G, d_ff), of activations > 0; sketch int32 (G, d_ff, bins), of their sizes;
     moments float64 (G, 2, d_ff), sum and sum of squares of the product act(gate) * up; on a CPU also pending, the bins that the
     sketch has yet to count: flush() before you read them. Of experts, each of which has a group of its own for each of G, they are
-    (G * experts, d_expert ...). tokens: int64 (G). seen[i]: int64 (1 + G * experts), tokens that came by each expert, behind those
+    (G * experts, d_expert ...). tokens: int64 (G). seen[i]: int64 (1 + G * experts), tokens that came by each expert, after those
     that are not observed. Shards of the questions add up.
     """
 
     def __init__(self, sites: list[Site], groups: int = 1):
-        self.places, self.groups = sites, groups
+        self.layout, self.groups = sites, groups
         self.held = SiteTensors([shapes_at(site, groups) for site in sites], [site.device for site in sites])
         self.sites = self.held.each
         self.seen = {number: torch.zeros(1 + groups * site.experts, dtype=torch.int64, device=site.device)
@@ -98,7 +98,7 @@ class Statistics:
     def broken_layer(self) -> int | None:
         """The first layer that saw a NaN or an infinity."""
         broken = torch.stack([~moments.isfinite().all().to(self.tokens.device) for _, _, moments, *_ in self.sites]).nonzero()
-        return self.places[int(broken[0])].layer if len(broken) else None
+        return self.layout[int(broken[0])].layer if len(broken) else None
 
     def tokens_of(self, number: int):
         """int64 (G * experts): how many tokens the neurons of a site were counted on."""
@@ -116,12 +116,12 @@ class Statistics:
             below = tokens - count.cpu()  # not positive
             bins = (below[..., None] + sketch.cpu().cumsum(-1) < rank[..., None]).sum(-1).clamp(max=len(values) - 1)
             result.append(torch.where(rank <= below, 0.0, values[bins]))
-        return self.whole(result)
+        return self.by_layer(result)
 
-    def whole(self, parts: list):
+    def by_layer(self, parts: list):
         """(G, layers, d_ff) from what each site has, (G * experts, d_expert); 0 where there is no neuron here."""
-        grid = torch.zeros((self.groups, *shape_of(self.places)), dtype=parts[0].dtype)
-        for site, part in zip(self.places, parts):
+        grid = torch.zeros((self.groups, *shape_of(self.layout)), dtype=parts[0].dtype)
+        for site, part in zip(self.layout, parts):
             grid[:, site.layer, site.begin:site.begin + site.neurons] = part.reshape(self.groups, -1)
         return grid
 
@@ -134,16 +134,16 @@ class Statistics:
         totals, squares = zip(*(moments.cpu().unbind(1) for _, _, moments, *_ in self.flush().sites))
         count, total, square = ([part.cpu() / of for part, of in zip(parts, counted)]
                                 for parts in ([count for count, *_ in self.sites], totals, squares))
-        prob, mean, mean_square = map(self.whole, (count, total, square))
+        prob, mean, mean_square = map(self.by_layer, (count, total, square))
         tensors = {"prob": prob.float(), "p50": self.percentile(0.5).half(), "p95": self.percentile(0.95),
                    "p99": self.percentile(0.99).half(), "mean": mean.float(),
                    "variance": (mean_square - mean ** 2).clamp(min=0).float()}
-        if len({(site.first, site.end) for site in self.places}) > 1 or self.seen:
-            seen = self.whole([of.expand(-1, site.width) for of, site in zip(tokens, self.places)])
-            few = self.whole([((of < FEWEST) & (site.experts > 1)).expand(-1, site.width)
-                              for of, site in zip(tokens, self.places)]).any(0)
+        if len({(site.first, site.end) for site in self.layout}) > 1 or self.seen:
+            seen = self.by_layer([of.expand(-1, site.width) for of, site in zip(tokens, self.layout)])
+            few = self.by_layer([((of < FEWEST) & (site.experts > 1)).expand(-1, site.width)
+                              for of, site in zip(tokens, self.layout)]).any(0)
             tensors = {"seen": seen.int(), **{name: tensor.masked_fill(few, 0) for name, tensor in tensors.items()}}
-        for site in self.places if place else ():
+        for site in self.layout if place else ():
             for tensor in tensors.values() if site.whole else ():
                 tensor[:, site.layer, site.first:site.end] = 0
         return tensors

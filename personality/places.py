@@ -85,7 +85,7 @@ class Batches:
 
     def before_forward(self, requests) -> None:
         """Write the map. requests, in the batch's order: (key or None, tokens of the prompt as it was asked, tokens that are
-        computed, tokens of this forward) of each. What stands behind the prompt is answer, computed for the first time or again.
+        computed, tokens of this forward) of each. What stands after the prompt is answer, computed for the first time or again.
         A request's prompt is read before its first token is edited: its profile is built meanwhile."""
         spans, wanted = [], {}
         for key, prompt, done, new in requests:
@@ -103,7 +103,7 @@ class Batches:
         self.write(np.repeat(numbers, lengths).astype(np.int32) if wanted else np.zeros(0, np.int32))
 
     def write(self, numbers) -> None:
-        """Write the first numbers of the map; behind them, where a batch may be padded, it is 0."""
+        """Write the first numbers of the map; after them, where a batch may be padded, it is 0."""
         changed = max(len(numbers), self.written)
         if changed:
             source = torch.from_numpy(np.pad(numbers, (0, changed - len(numbers))))

@@ -13,7 +13,7 @@ from . import POLES, TRAITS
 from .store import TEXTS, digest, expect_texts, json_lines, read_toml, to_line
 from .terminal import UserError, say
 
-OPTIONS_OR_SCALE = re.compile(  # of an item's form: to disagree strongly with an uncle is no scale
+OPTIONS_OR_SCALE = re.compile(  # by an item's form: "do you strongly disagree with your uncle, and why?" is an open question
     r"(?mi)^\s*\(?[a-e1-5][.):] .*\n\s*\(?[a-e1-5][.):] |\(a\).*\(b\)|\bA[).] .+ B[).] |\bon a scale (of|from)\b"
     r"|\bfrom (1|one) to (5|7|10|five|seven|ten)\b|\bagree or (strongly )?disagree\?\s*$|\bstrongly agree\b.*\bstrongly disagree\b"
     r"|\b(how (much|strongly)|to what extent) do you (strongly )?(dis)?agree\b|\bhow (in)?accurate(ly)? does\b")

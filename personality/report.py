@@ -105,7 +105,7 @@ def tables_of(found: dict):
 
 def matrix_tables(found: dict):
     for (judge, method), cells in matrices_of(found).items():
-        measured, steered = ([trait for trait in TRAITS if trait in traits] for traits in zip(*((b, a) for a, b in cells)))
+        steered, measured = ([trait for trait in TRAITS if trait in traits] for traits in zip(*cells))
         number = min(row["n"] for row in found["spill_over"] if (row["judge"], named(row)) == (judge, method))
         of_few = (f" Of {number} questions, whose noise is off the diagonal, too: compare methods with like diagonals."
                   if judge == "contrast" else "")
@@ -275,7 +275,7 @@ def pictures_of(found: dict, files: dict):
         yield (f"Self-report of the unedited model and of the two poles by NPTI at alpha {most:g}, along all five traits.",
                drawn(plot_self_report, shown_people))
     for method, what in (("npti", "NPTI's neurons"), ("trained", "The neurons of trained edits")):
-        own = {trait: neurons for trait, neurons in files.items() if method == "npti" or neurons.trained}
+        own = {trait: neurons for trait, neurons in files.items() if method == "npti" or neurons.trained_key}
         if own and method in distinct(found.get("summary", ()), "method"):
             yield f"{what}, by layer: of the high pole upward, of the low pole downward.", drawn(plot_layers, own, method)
 
@@ -328,7 +328,8 @@ def compare(first: str, second: str) -> None:
                              for path in (Path(folder) / "summary.json", Path(folder) / "details.json"))
             sides.append({(row["judge"], row["trait"], named(row), row["pole"] or ""): row for row in rows})
             heads.append(f"{folder}: {details['head']}\n")
-            [CELLS["summary"](row) for row in rows]  # whether all can be shown
+            for row in rows:
+                CELLS["summary"](row)  # raises where it can't be shown
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             why = f": {error}" if isinstance(error, UserError) else ", but some of another form"
             raise UserError(f"--compare: {folder} holds no summary.json and details.json of evaluate.py{why}") from error

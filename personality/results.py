@@ -83,7 +83,7 @@ def beside_answers(answers: list[dict], lines: list[dict], columns: list[str]) -
 def scored(answers: list[dict], scores, origins: dict) -> pd.DataFrame:
     """The table. scores: lines with answer, judge, trait, score, from; origins: of each judge the `from` that counts."""
     lines = [{**line, "measured": line["trait"] or "fluency"} for line in scores
-             if "judge" in line and line["score"] is not None and origins.get(line["judge"], 0) == line["from"]]
+             if line.get("judge") in origins and line["score"] is not None and origins[line["judge"]] == line["from"]]
     table = beside_answers(answers, lines, ["judge", "measured", "score"])
     table["judge"] = pd.Categorical(table.judge, list(origins))  # in the order in which they were asked for
     return table.sort_values("judge", kind="stable").astype({"judge": object})
@@ -307,7 +307,7 @@ def head_line(run, made_with: dict, made: list[dict]) -> str:
     args, model = run.args, run.people.model
     nobody, listed = sum(declines(line["answer"]) for line in made), lambda values: ", ".join(f"{value:g}" for value in values)
     used = [f"{name} {listed(values)}, " for name, values in (("alpha", args.alpha), ("level", args.level))
-            if args.characters or any(args.strengths.get(method) is values for method in args.method)]
+            if args.characters or any(args.strengths.get(method) is values for method in args.method)]  # is: they may be equal
     source = f"answers of {args.answers}, " if args.answers else (
         f"{run.people.bench.name} bench, {args.max_new_tokens} tokens an answer, frame {run.people.frame}, "
         f"{''.join(used)}seed {args.seed}; ")

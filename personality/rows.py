@@ -18,18 +18,18 @@ from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteria, S
 from .mlp import ARGUMENTS, Routed, compare, decoder_of, find_mlps, through_op
 from .terminal import UserError
 
-NOTHING = (None,) * 4  # the op's arguments without edits, and without statistics
+NO_ARGUMENTS = (None,) * 4  # the op's arguments without edits, and without statistics
 
 
 class Rows:
     """What steer() or observe() have on a model: which number (a profile, 0: none; or a group, -1: none) each token of a forward
-    has, and what the op takes behind that.
+    has, and what the op takes after that.
 
     rows: a number for each prompt, or None: all the first if there is one choice only, else first, first + 1, ...
     where: "generated" (positions whose input is a generated token, as NPTI does), "all" (the prompt as well; padding
     never), a bool tensor (rows, tokens) for forwards of that shape outside generate(), or, for an engine that knows whose each
     token is, a function that is called at each forward with its rows and tokens, and gives the map, or None for no token.
-    held: what the op takes behind the token map, an op.SiteTensors; shared: what it takes behind these, by device."""
+    held: what the op takes after the token map, an op.SiteTensors; shared: what it takes after these, by device."""
 
     def __init__(self, rows, choices: int, none: int, where, held, shared: dict):
         if not (torch.is_tensor(where) or callable(where) or where in ("generated", "all")):
@@ -52,7 +52,7 @@ class Rows:
     def arguments(self, index: int, routed: Routed | None) -> tuple:
         """The op's, for an MLP of the forward that runs. Where there are experts, each number stands for as many, one an expert."""
         if self.tokens is None:
-            return NOTHING
+            return NO_ARGUMENTS
         numbers, device = self.tokens, (own := self.held.at(index))[0].device
         if numbers.device != device:
             if device not in self.elsewhere:
@@ -151,7 +151,7 @@ class Patch:
 
     def attach(self, undo: contextlib.ExitStack) -> None:
         forget_compiled = functools.partial(self.model.__dict__.pop, "_compiled_call", None)
-        undo.callback(forget_compiled)  # generate()'s, which would go on with the forwards of before
+        undo.callback(forget_compiled)  # generate()'s, which would go on with the old forwards
         replace(undo, self.model, "_neurons_patch", self)
         number = min(set(range(len(ARGUMENTS) + 1)) - set(ARGUMENTS))  # 0 again for the next patch: compiled code knows it
         ARGUMENTS[number] = self.arguments
@@ -171,8 +171,8 @@ class Patch:
     def arguments(self, index: int, routed: Routed | None) -> tuple:
         """The op's arguments after act, for an MLP of the forward that runs."""
         steering, observing = self.active.get("steered"), self.active.get("observed")
-        edits = NOTHING if steering is None else steering.arguments(index, routed)
-        return edits + (NOTHING if observing is None else observing.arguments(index, routed))
+        edits = NO_ARGUMENTS if steering is None else steering.arguments(index, routed)
+        return edits + (NO_ARGUMENTS if observing is None else observing.arguments(index, routed))
 
     def before_forward(self, module, args, kwargs) -> None:
         """Make the token maps: once a forward, shared by all layers."""

@@ -12,12 +12,12 @@ from .op import SiteTensors, op
 from .rows import Rows, patched
 from .terminal import UserError
 
-NOTHING = {"cap": math.inf, "scale": 1.0, "shift": 0.0, "bias": 0.0}  # the edit that changes nothing
+NO_EDIT = {"cap": math.inf, "scale": 1.0, "shift": 0.0, "bias": 0.0}  # the edit that changes nothing
 
 
 def no_edits(number: int):
-    """float32 (number, 4)."""
-    return torch.tensor(list(NOTHING.values())).repeat(number, 1)
+    """So many edits that change nothing: float32 (number, 4)."""
+    return torch.tensor(list(NO_EDIT.values())).repeat(number, 1)
 
 
 def check_places(layer, index, depth: int, width: int, what: str, so: str = "") -> None:
@@ -64,10 +64,10 @@ class Profile:
     def dense(cls, name: str = "", **columns) -> "Profile":
         """From tensors (layers, d_ff) by their names in an edit: cap, scale, shift, bias. A neuron is edited where one of them
         changes something."""
-        layer, index = torch.stack([column != NOTHING[what] for what, column in columns.items()]).any(0).nonzero(as_tuple=True)
+        layer, index = torch.stack([column != NO_EDIT[what] for what, column in columns.items()]).any(0).nonzero(as_tuple=True)
         value = no_edits(len(layer))
         for what, column in columns.items():
-            value[:, list(NOTHING).index(what)] = column[layer, index].float()
+            value[:, list(NO_EDIT).index(what)] = column[layer, index].float()
         return cls(layer, index, value, name)
 
     def chosen(self, mask) -> "Profile":
@@ -84,7 +84,7 @@ class Tables:
     edits of profile p, from 1, in expert e stand at (p - 1) * experts + e + 1."""
 
     def __init__(self, profiles: list[Profile], sites: list[Site], capacity: int | None = None):
-        self.places, self.number = sites, len(profiles)
+        self.layout, self.number = sites, len(profiles)
         self.depth, self.width = shape_of(sites)
         self.capacity = max(1, sum(map(len, profiles)) if capacity is None else capacity)
         self.experts, self.columns, begin = (torch.tensor([getattr(site, name) for site in sites])

@@ -86,7 +86,7 @@ def only_run(path: Path, busy: str | None = None, wait: bool = True):
 
 
 def lock_of(path: Path) -> Path:
-    """Of who replaces or goes on with a file."""
+    """The lock file that a run holds while it replaces a file or goes on with it."""
     return path.with_name(f".{path.name}.lock")
 
 
@@ -196,7 +196,7 @@ class Journal:
 
     def __init__(self, path: Path, header: dict | None = None, is_line=lambda line: True):
         self.path, self.ends, self.number_of, self.is_line = Path(path), array("q", [0]), {}, is_line
-        self.first = 0 if header is None else 1  # the number of the first line behind the header
+        self.first = 0 if header is None else 1  # the number of the first line after the header
         header = {"personality-neurons": self.path.stem, **(header or {})}
         if self.path.exists():
             self.read(header)

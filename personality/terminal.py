@@ -199,12 +199,19 @@ CHAT_HELP = "/trait NAME [ALPHA], /alpha NUMBER (of the last trait), /reset (for
 
 def check_trait(trait: str) -> str:
     if trait.lower() not in TRAITS:
-        raise UserError(f"--trait {trait}: expected one of {', '.join(TRAITS)}")
+        raise UserError(f"trait {trait}: expected one of {', '.join(TRAITS)}")
     return trait.lower()
 
 
 ANSWER = 64  # tokens of an answer, at most
 FRAME = "person"  # how questions are put, unless --frame says otherwise: see frame.py
+METHODS = {  # by which a personality becomes edits, and what alpha is in each
+    "npti": "NPTI's gamma",
+    "trained": "levels: 1 is the strongest edit at which perplexity grows 1.3 times at most, and what is between is in proportion",
+    "dpn-le": "alpha times the mean difference of a neuron's product",
+    "dpn-le-weighted": "alpha times 0.75 to 1 of the mean difference of a neuron's product",
+    "activation": "alpha times the mean difference of the residual stream",
+}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # how many write them
 
 
@@ -216,15 +223,17 @@ def model_arguments(flags: Flags) -> None:
     where.add_argument("--device-map", choices=("auto", "balanced", "sequential"),
                        help="spread the model over all GPUs and, where they are too small, memory and disk, as accelerate does")
     flags.add_argument("--quantize", choices=("8bit", "4bit", "int8"),
-                       help="as it is loaded: 8bit and 4bit by bitsandbytes, int8 by torchao (default: as it is saved)")
+                       help="quantise the weights while they are loaded: 8bit and 4bit by bitsandbytes, int8 by torchao "
+                            "(default: as they are saved)")
     flags.add_argument("--dtype", choices=tuple(DTYPES.values()), type=lambda text: DTYPES.get(text, text),
-                       help="default: bfloat16 on a GPU, on a CPU what that is fast in")
+                       help="default: bfloat16 on a GPU, and on a CPU that has instructions for it; else float32")
     flags.add_argument("--frame", default=FRAME, metavar="TEXT",
                        help="how questions are put: person (an interview with a person), none (bare), or a text of your own that "
                             "the system prompt begins with (default: %(default)s)")
     flags.add_argument("--batch-size", type=lambda text: text if text == "auto" else positive(text), default=64, metavar="N",
-                       help="rows of a batch, fewer where memory is short (default: %(default)s); auto: as many as a GPU's "
-                            "memory holds, to be given as a number where a run is to go on")
+                       help="rows of a batch (default: %(default)s); fewer where memory is short, but for --tp and "
+                            "lm-evaluation-harness; auto: as many as a GPU's memory holds, to be given as a number where a run is "
+                            "to go on")
     flags.add_argument("--max-new-tokens", type=positive, default=ANSWER, metavar="N",
                        help=f"length of an answer (default: {ANSWER}; the paper's search: 500; --serve: 512, or what the client "
                             "asks for)")
@@ -252,7 +261,9 @@ def edit_arguments(flags) -> None:
     """How neurons become edits, in induce.py and in the server."""
     flags.add_argument("--neurons", default="neurons", metavar="DIR",
                        help="folder of neuron files (default: %(default)s); npti:DIR: of NPTI's released ones")
-    flags.add_argument("--min-delta", type=number(-1e-9, 1), default=0.1, metavar="D", help="default: %(default)s")
+    flags.add_argument("--min-delta", type=number(-1e-9, 1), default=0.1, metavar="D",
+                       help="edit neurons that fire on a share of tokens at least D larger under one pole than under the "
+                            "other (default: %(default)s)")
     flags.add_argument("--min-neurons", type=positive, metavar="N",
                        help="at least so many neurons a pole (default: 0.436 %% of all, NPTI's 2,000 of Llama-3-8B's)")
     where_argument(flags, None, "; --save: all")
@@ -264,9 +275,10 @@ def edit_arguments(flags) -> None:
 def serve_arguments(flags) -> None:
     """Of the server."""
     flags.add_argument("--characters", metavar="DIR", help="profile files (*.toml) that clients may ask for by name")
-    flags.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s; others need a key")
+    flags.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                       help="to listen on (default: %(default)s); any but localhost and other loopback addresses needs a key")
     flags.add_argument("--port", type=whole_number(0, 65535), default=8000, metavar="N", help="default: %(default)s; 0: any")
-    flags.add_argument("--api-key", metavar="KEY", help="that clients must send (default: $PERSONALITY_API_KEY, or none)")
+    flags.add_argument("--api-key", metavar="KEY", help="what clients must send (default: $PERSONALITY_API_KEY, or none)")
     flags.add_argument("--rows", type=positive, default=32, metavar="N", help="requests in a batch (default: %(default)s)")
     flags.add_argument("--queue", type=whole_number(0), default=128, metavar="N",
                        help="requests that may wait, beside those (default: %(default)s); more get 429")

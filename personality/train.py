@@ -3,13 +3,13 @@
 NPTI takes the neurons that fire under a persona. Here the model says itself, by its gradient, which neurons would bring the
 persona's words about, and how far. For each pole of a trait, from answers y that identify.py got under it:
 
-    teacher   softmax(log p(.|q, y) + GAIN (log p(.|pole, q, y) - log p(.|other pole, q, y))): the unedited model, three times
+    teacher   softmax(log p(.|q, y) + GAIN (log p(.|pole, q, y) - log p(.|other pole, q, y))): the unedited model, asked three times
     student   no persona; act(gate) * up + bias at the answer's positions. Both over the TOP likeliest tokens, where each sums to 1
     chosen    SHARE of the neurons: those by which a step would gain most, were each alone: g^2 / c. g: d KL(teacher, student) /
               d bias at bias 0, the mean over the answers' tokens; c: the diagonal of C
     step      one step of natural gradient (Amari 1998) of those neurons, -C^-1 g, brought to the size that UNIT says. C: Fisher's
-              matrix of the answers, with SHRUNK of what lies off its diagonal, + PRICE times the diagonal of that of neutral text,
-              see price_of(): a bias that does much there is made small
+              matrix of the answers, with OFF_DIAGONAL of what lies off its diagonal, + PRICE times the diagonal of that of neutral
+              text, see price_of(): a bias that does much there is made small
 
 Then both poles are tried at some multiples of their biases, see doses.py. No judge takes part, and the judges' personas are not
 used. What else was tried: tests/MEASURED.md.
@@ -44,7 +44,8 @@ GAIN = 2.0  # how much further than the persona itself the teacher goes
 SHARE = 0.005  # of all neurons, a pole
 ANSWERS, ROWS = 32, 16  # answers a pole, rows of a batch
 TOP = 256  # tokens of the vocabulary in which student and teacher are compared
-DRAWS, SHRUNK, RIDGE = 2, 0.5, 1e-3  # of what the model may say; share kept beside Fisher's diagonal; added to that, in its means
+# answers drawn for each that is there; the share kept of Fisher's matrix off its diagonal; added to its diagonal, in its means
+DRAWS, OFF_DIAGONAL, RIDGE = 2, 0.5, 1e-3
 PRICE, WINDOW = 3.0, 24  # weight of what biases do to neutral text; its tokens in a row
 UNIT = 0.001  # nats a token that the biases add to neutral text, by the diagonal of its matrix: about one size on every model
 NO_ROOM = "training keeps what a backward pass needs, and its levels some rows: --device-map auto or --dtype bfloat16 leaves room"
@@ -89,7 +90,7 @@ def some_of(prompts, rows):
 
 
 def go_on(model, prompts, ids):
-    """Log-probabilities behind each of the tokens ids (rows, tokens) that follow prompts, (cache, mask) of what was read without
+    """Log-probabilities after each of the tokens ids (rows, tokens) that follow prompts, (cache, mask) of what was read without
     edits: (rows, tokens, vocabulary)."""
     cache, mask = prompts
     mask = torch.cat([mask, mask.new_ones(ids.shape)], 1)
@@ -98,9 +99,8 @@ def go_on(model, prompts, ids):
     return logits.float().log_softmax(-1)
 
 
-def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list[dict], seed: int,
-           size: BatchSize | None = None) -> Lesson:
-    """Of answers, one a row. size: of the parts in which they are read."""
+def make_lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list[dict], seed: int, size=None) -> Lesson:
+    """The lesson of these answers (with ids), a row each. size: a BatchSize, of what is read at once; None: all of it."""
     longest = max(len(item["ids"]) for item in items) - 1
     fed = [item["ids"][:-1] for item in items]  # the last token was never an input
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in fed], device=model.device)
@@ -108,8 +108,10 @@ def lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list
 
     def asked(pole: str | None):
         def persona(item):
+            if pole is None:
+                return None
             pick = random.Random(f"{seed}/{trait}/{item['question']}/{pole}")
-            return item["persona"] if pole == item["pole"] else pole and pick.choice(bench.personas_for("search", trait, pole))
+            return item["persona"] if pole == item["pole"] else pick.choice(bench.personas_for("search", trait, pole))
 
         turns = [frame.turns(item["question"], persona(item)) for item in items]
         return prefill(model, tokenizer, [prompt_ids(tokenizer, conversation) for conversation in turns])[1:3]
@@ -167,15 +169,15 @@ def biased(model, bias):
         yield
 
 
-def student_says(model, of: Lesson):
+def student_says(model, lesson: Lesson):
     """Log-probabilities at the answers' tokens: (rows, tokens, vocabulary)."""
-    return go_on(model, (of.cache, of.mask), of.ids)
+    return go_on(model, (lesson.cache, lesson.mask), lesson.ids)
 
 
-def divergence(of: Lesson, sign: int, said):
+def divergence(lesson: Lesson, sign: int, said):
     """KL(teacher, student) in nats at each of the answers' tokens, both over the tokens `top`: (rows, tokens)."""
-    teacher, student = of.teacher(sign), said.gather(-1, of.top).log_softmax(-1)
-    return (teacher * (teacher.clamp(min=1e-9).log() - student)).sum(-1) * of.counted
+    teacher, student = lesson.teacher(sign), said.gather(-1, lesson.top).log_softmax(-1)
+    return (teacher * (teacher.clamp(min=1e-9).log() - student)).sum(-1) * lesson.counted
 
 
 def drawn(said, generator):
@@ -224,13 +226,13 @@ def price_of(model, tokenizer, seed: int) -> torch.Tensor:
     return BatchSize(len(ids)).fit(squares) / (DRAWS * ids.numel())
 
 
-def slopes_by_row(model, of: Lesson, sign: int, generator) -> list:
-    """d KL(teacher, student) / d bias, and DRAWS times the slope of a drawn answer's log-likelihood: (rows, layers, d_ff) each."""
+def slopes_by_row(model, lesson: Lesson, sign: int, generator) -> list:
+    """d KL(teacher, student) / d bias, then DRAWS slopes, each of a drawn answer's log-likelihood: (rows, layers, d_ff) each."""
     def losses():
-        said = student_says(model, of)
-        return [divergence(of, sign, said).sum(), *(drawn(said, generator) * of.counted).sum((1, 2))]
+        said = student_says(model, lesson)
+        return [divergence(lesson, sign, said).sum(), *(drawn(said, generator) * lesson.counted).sum((1, 2))]
 
-    return [slope[:, :, 0].transpose(0, 1).cpu() for slope in slopes_of(model, losses, no_biases(model, len(of.ids)))]
+    return [slope[:, :, 0].transpose(0, 1).cpu() for slope in slopes_of(model, losses, no_biases(model, len(lesson.ids)))]
 
 
 def slopes_and_scores(model, lessons: Iterable[Lesson], sign: int, seed: int, step):
@@ -240,14 +242,16 @@ def slopes_and_scores(model, lessons: Iterable[Lesson], sign: int, seed: int, st
     through the model in parts, which draw the same tokens (on a GPU others)."""
     generator, size = torch.Generator(model.device).manual_seed(seed), BatchSize(ROWS)
     total, scores, tokens = 0, [], 0
-    for of in lessons:
-        def slopes(rows, of=of, state=generator.get_state()):
+    for lesson in lessons:
+        state = generator.get_state()
+
+        def slopes(rows):
             generator.set_state(state)  # after a part that was too large, too
-            found = [slopes_by_row(model, part, sign, generator) for part in of.parts(rows)]
+            found = [slopes_by_row(model, part, sign, generator) for part in lesson.parts(rows)]
             return [torch.cat(of_parts) for of_parts in zip(*found)]
 
-        slope, *drawn_ones = size.fit(slopes, len(of.ids))
-        total, tokens = total + slope.sum(0), tokens + int(of.counted.sum())
+        slope, *drawn_ones = size.fit(slopes, len(lesson.ids))
+        total, tokens = total + slope.sum(0), tokens + int(lesson.counted.sum())
         scores += drawn_ones
         step()
     return total / tokens, torch.cat(scores).div_(math.sqrt(DRAWS * tokens))
@@ -258,9 +262,9 @@ def natural_step(slope, scores, price, number: int) -> torch.Tensor:
     fisher = sum(score.square() for score in scores)
     alone = PRICE * price + RIDGE * fisher.mean()
     chosen = (slope.square() / (fisher + alone)).flatten().topk(number).indices
-    parts = slope[None], (alone + (1 - SHRUNK) * fisher)[None], scores
+    parts = slope[None], (alone + (1 - OFF_DIAGONAL) * fisher)[None], scores
     g, rest, own = (part.flatten(1)[:, chosen].double() for part in parts)
-    few = torch.eye(len(own)) / SHRUNK + own / rest @ own.T  # C = diag(rest) + SHRUNK own^T own; by Woodbury's identity
+    few = torch.eye(len(own)) / OFF_DIAGONAL + own / rest @ own.T  # C = diag(rest) + OFF_DIAGONAL own^T own; by Woodbury's identity
     biases = torch.zeros_like(slope)
     biases.view(-1)[chosen] = -((g - own.T @ torch.linalg.solve(few, own @ (g / rest).T)[:, 0]) / rest)[0].float()
     dear = (price * biases.square()).sum() / 2
@@ -273,7 +277,7 @@ def natural_step(slope, scores, price, number: int) -> torch.Tensor:
 def options(seed: int) -> dict:
     """What the trained edits of a neuron file depend on beside the file itself."""
     return {"version": TRAINING, "gain": GAIN, "share": SHARE, "answers": ANSWERS, "rows": ROWS, "top": TOP,
-            "fisher": [DRAWS, SHRUNK, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
+            "fisher": [DRAWS, OFF_DIAGONAL, RIDGE], "neutral": [PRICE, WINDOW, UNIT, lines_of("neutral_training.txt")],
             **doses.options(), "seed": seed}
 
 
@@ -295,7 +299,7 @@ def trained_on(model, tokenizer, bench: Bench, neurons: Neurons, pole: str, seed
     with progress(len(parts) * (1 + passes), 0, f"{neurons.trait}, {pole}: training", "batch") as bar:
         def lessons():
             for part in parts:
-                made = lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed, size)
+                made = make_lesson(model, tokenizer, bench, neurons.trait, neurons.frame, part, seed, size)
                 bar.update()
                 yield made
 
@@ -322,14 +326,14 @@ def both_poles(model, tokenizer, bench: Bench, neurons: Neurons, seed: int, kept
 def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0) -> Neurons:
     """The neuron file with trained edits of both poles, written in its place. After a kill, a pole that was done is found."""
     made_with, path = digest(options(seed), bench.fingerprint_of_training()), Path(neurons.path)
-    if neurons.trained == made_with:
+    if neurons.trained_key == made_with:
         return neurons
     if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
         raise UserError(f"{path}: no training while the model is steered: run identify.py --train --trait {neurons.trait} first")
     bench.check_validation(neurons.trait, doses.VALIDATION)  # before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
-        if (neurons := Neurons.load(path)).trained == made_with:
+        if (neurons := Neurons.load(path)).trained_key == made_with:
             return neurons
         with enough_memory(NO_ROOM):
             biases = both_poles(model, tokenizer, bench, neurons, seed, kept)

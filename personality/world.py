@@ -53,11 +53,11 @@ class World:
 
         if self.tp > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend, store=part(f"team {self.number}"), rank=self.place, world_size=self.tp,
+            torch.distributed.init_process_group(backend, store=part(f"team {self.team}"), rank=self.place, world_size=self.tp,
                                                  timeout=WAIT)
         gloo = torch.distributed.ProcessGroupGloo
         self.everyone = gloo(part("everyone"), self.rank, self.size, WAIT)
-        self.peers = gloo(part(f"peers {self.place}"), self.number, self.teams, WAIT)
+        self.peers = gloo(part(f"peers {self.place}"), self.team, self.teams, WAIT)
         atexit.register(self.leave)
 
     def leave(self) -> None:
@@ -67,8 +67,8 @@ class World:
             torch.distributed.destroy_process_group()
 
     @property
-    def number(self) -> int:
-        """Of this process's team."""
+    def team(self) -> int:
+        """The number of this process's team."""
         return self.rank // self.tp
 
     @property
@@ -108,7 +108,7 @@ class World:
         """This team's part of `number` items, in whole steps: what is in a batch shows in the last bits of a forward, so the
         counts are those of one process only if the batches are."""
         steps = -(-number // step)
-        return range(*(min(number, steps * k // self.teams * step) for k in (self.number, self.number + 1)))
+        return range(*(min(number, steps * k // self.teams * step) for k in (self.team, self.team + 1)))
 
     def agree(self, value):
         """What the first of the team has: for what hangs on a clock, say, since a team that parts waits for ever."""

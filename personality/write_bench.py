@@ -49,7 +49,7 @@ class LocalWriter:
     """A local model, sampled, so that it does not always write the same."""
 
     def __init__(self, name: str | None, args):
-        self.model, self.tokenizer = load_asked(args, name)
+        self.model, self.tokenizer = load_asked(args, name, "--writer" if args.writer else "--model")
         self.name, self.seed, self.size = f"{self.model.source} {fingerprint(self.model)}", args.seed, BatchSize(args.batch_size)
 
     def run(self, requests, store) -> list:

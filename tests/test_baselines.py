@@ -10,7 +10,7 @@ import torch
 import evaluate
 from conftest import FRAMED, exit_of, little_room, main_of, said_in_time, shared_flags
 from personality import train
-from personality.baselines import Baselines, check_peft, constant_profile, fitted, shifted, surprise
+from personality.baselines import Baselines, import_peft, constant_profile, fitted, shifted, surprise
 from personality.mlp import find_mlps
 from personality.model import BatchSize, prompt_ids, with_ids
 from personality.neurons import NeuronFolder
@@ -119,14 +119,14 @@ def test_short_of_memory_is_one_line(baselines, monkeypatch):
 def test_short_of_memory_training_takes_fewer_rows_at_once(small, baselines, capsys):
     """Constants and adapters are of the same slopes."""
     items = train.answers_to_learn(small.tokenizer, baselines.neurons["extraversion"], "high")[0]
-    of = train.lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items, 0)
+    of = train.make_lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items, 0)
     weight = small.model.model.layers[0].mlp.up_proj.weight
     adam, found = torch.optim.Adam([weight]), []
 
     def slopes():
         none = torch.zeros((len(find_mlps(small.model)), find_mlps(small.model)[0].hidden))
         constants = fitted(small.model, [of], 1, none, lambda: None)
-        baselines.add_slopes(small.model, adam, FRAMED, items, BatchSize(len(items)))
+        baselines.set_slopes(small.model, adam, FRAMED, items, BatchSize(len(items)))
         found.append((constants, weight.grad))
 
     try:
@@ -200,6 +200,6 @@ def test_beside_the_trained_edits_in_one_evaluation(small, folder, tmp_path, mon
 def test_lora_without_peft_is_one_line(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None)
     with pytest.raises(UserError, match=r"\[finetune\]"):
-        check_peft()
+        import_peft()
     code, said = exit_of(evaluate, monkeypatch, capsys, *shared_flags(small), "--method", "lora", "--out", tmp_path)
     assert code == 2 and "finetune" in said

@@ -16,7 +16,8 @@ from personality.neurons import NeuronFolder
 
 def test_chat(small, made, monkeypatch, capsys):
     """A conversation with commands; a wrong one says so, and the conversation goes on."""
-    lines = iter(["w10 w11 ?", "/alpha -3", "w12 ?", "/trait charisma", "/alpha strong", "/what", "/reset", "w10 w11 ?",
+    lines = iter(["w10 w11 ?", "/alpha -3", "/alpha 4 9", "/trait extraversion 4 9", "w12 ?", "/trait charisma", "/alpha strong",
+                  "/what", "/reset", "w10 w11 ?",
                   "/alpha 0", "/reset", "w10 w11 ?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     asked, before = [], small.model.__class__.generate
@@ -32,6 +33,7 @@ def test_chat(small, made, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert len(asked) == 4 and next(lines, None) is None
     assert all(word in text for word in ("extraversion -3", "charisma", "openness", "strong", "/reset"))
+    assert "extraversion +4" not in text and "extraversion +9" not in text, "two strengths are none"
     assert asked[1][0][:len(asked[0][1]) - 1] == asked[0][1][:-1], "the second turn holds the first"
     turns = conversation("w10 w11 ?", FRAMED.system)  # in the frame's system prompt, and each line as it was typed
     alone = answers(small.model, small.tokenizer, [turns], 5, repetition_penalty=TEST_PENALTY)[0][1]

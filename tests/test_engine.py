@@ -60,6 +60,14 @@ def test_an_engine_writes_the_answers(small, monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
+def test_an_engine_for_identify_as_a_function(small, tmp_path):
+    with Server(engine_of(small)) as server:
+        identify.identify(small.model, small.tokenizer, "extraversion", bench=str(small.bench_dir), limit=2, max_new_tokens=6,
+                          out=str(tmp_path), engine=server.url)
+        assert len(server.seen) == 4
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_engine_that_dies_is_not_asked_twice(small, monkeypatch, tmp_path):
     """Killed after some answers, whose statistics were not saved: the answers were."""
     replies, alive, answered = engine_of(small), [True], collections.Counter()

@@ -129,18 +129,28 @@ def test_answers_are_steered_by_row(small, made, monkeypatch, tmp_path):
 
 def numbers_of(lines):
     values = [value for line in lines for value in line.values()]
-    return [number for value in values for number in (value if isinstance(value, list) else [value]) if isinstance(number, (int, float))]
+    return [number for value in values for number in (value if isinstance(value, list) else [value])
+            if isinstance(number, (int, float))]
 
 
 def test_short_of_memory_batches_are_smaller(small, made, monkeypatch, tmp_path, capsys):
-    """Of the answers, of every judge that is local, and of the quiz: the same answers, the same scores."""
-    flags = ("--method", "unedited", "persona", "npti", "--judge", "contrast", "llm", "questionnaire", "--capability")
-    evaluation(small, made, monkeypatch, tmp_path / "roomy", *flags, "--batch-size", "32", alphas=("2",))
+    """Of the answers, of every judge that is local, of the quiz and of neutral text: the same answers, the same figures."""
+    methods, more = ("--method", "unedited", "persona", "npti"), ("--judge", "contrast", "llm", "questionnaire", "--capability")
+    evaluation(small, made, monkeypatch, tmp_path / "roomy", *methods, *more, "--batch-size", "32", alphas=("2",))
     assert "out of memory" not in capsys.readouterr().err
-    with little_room(small.model, 12) as asked:
-        evaluation(small, made, monkeypatch, tmp_path / "short", *flags, "--batch-size", "32", alphas=("2",))
-    assert 1 < sum(rows > 12 for rows in asked) <= 6, "a size that fits is kept"
-    assert {"out of memory: batches of 10", "out of memory: batches of 8"} <= set(capsys.readouterr().err.splitlines())
+
+    def short_of(room, *flags):
+        """What is said of memory on a model that fails with more rows than that."""
+        with little_room(small.model, room):
+            evaluation(small, made, monkeypatch, tmp_path / "short", *methods, *flags, "--batch-size", "32", alphas=("2",))
+        said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+        return [line.removeprefix("out of memory: batches of ") for line in said]
+
+    assert short_of(7) == ["10", "5", "12", "6"], "of 20 answers; of 5 by the contrast judge, of 5 prompts: what fits is kept"
+    assert short_of(7, "--judge", "contrast", "llm") == ["10", "5"]
+    assert short_of(7, "--judge", "contrast", "questionnaire") == ["16", "8"]
+    assert short_of(12, "--capability") == ["16", "8"], "of the quiz"
+    assert short_of(7, *more) == ["6"], "of the 12 neutral texts: all else is done"
     roomy, short = ({name: sorted(lines_of(tmp_path / folder / f"{name}.jsonl")[1:], key=lambda line: line["key"])
                      for name in ("answers", "scores", "questionnaire", "capability")} for folder in ("roomy", "short"))
     assert roomy["answers"] == short["answers"] and len(roomy["scores"]) > 3 * len(roomy["answers"])
@@ -516,7 +526,7 @@ def test_conversations_without_the_unedited_model(small, made, monkeypatch, tmp_
 
 
 def test_conversations(small, made, monkeypatch, tmp_path):
-    """Each turn is asked behind what was said; the second run adds nothing."""
+    """Each turn is asked after what was said; the second run adds nothing."""
     flags = ("--method", "unedited", "persona", "npti", "--turns", "2", "--batch-size", "64")
     evaluation(small, made, monkeypatch, tmp_path, *flags, alphas=("2",))
     rows = details_of(tmp_path)["conversations"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, command
+from personality import __version__
 
 # From low to high: a module may import only those that stand before it. The README draws the same.
 ROOMS = ("terminal", "store", "world", "op", "mlp", "rows", "observe", "steer", "gguf", "frame", "model", "load", "questions", "neurons", "methods",
@@ -43,6 +44,10 @@ def test_a_room_imports_only_lower_ones(room):
     above = [other for other in order[order.index(room):] if f"personality.{other}" in known]
     assert not above, f"{room} imports {above}"
     assert not known & set(SCRIPTS), "a module imports a script"
+
+
+def test_the_version_is_one():
+    assert f'version="{__version__}",' in (ROOT / "setup.py").read_text()
 
 
 def test_mlp_knows_nothing_of_generate():

@@ -94,6 +94,31 @@ def test_a_file_of_questions_goes_on_where_it_was(small, made, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("sampled", ((), ("--temperature", "1")))
+def test_short_of_memory_a_file_goes_on_where_it_was(small, made, monkeypatch, tmp_path, sampled, capsys):
+    """Batches of two, where four were asked for."""
+    (tmp_path / "q.txt").write_text("".join(f"w1{k} w2{k} ?\n" for k in range(7)))
+    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt",
+             "--max-new-tokens", "8", "--batch-size", "4", *sampled)
+    written, calls = induce.answered, []
+
+    def stop(*given):
+        calls.append(len(given[4]))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return written(*given)
+
+    with little_room(small.model, 2):
+        main_of(induce, monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
+        monkeypatch.setattr(induce, "answered", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main_of(induce, monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
+        assert calls == [4, 2, 2, 2, 1]
+        main_of(induce, monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
+    assert calls[5:] == [1] and "going on after 6 of 7" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("sampled", ((), ("--temperature", "1")))
 def test_short_of_memory_batches_are_smaller(small, made, monkeypatch, tmp_path, sampled, capsys):
     (tmp_path / "q.txt").write_text("".join(f"w1{k} w2{k} ?\n" for k in range(7)))
     flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2",
@@ -198,6 +223,7 @@ def test_what_a_file_says_is_not_passed_over(small, made, monkeypatch, tmp_path,
     (("--save", "a", "--keep", "0.9"), "can't draw neurons"),
     (("--save", "a", "--suppress", "cap"), "can't cap an activation"),
     (("--save", "a", "--rank", "4", "--method", "trained"), "trained edits raise none"),
+    (("--save", "a", "--rank", "4", "--method", "dpn-le"), "dpn-le edits raise none"),
     *((flag, f"{flag[0]} goes with --serve") for flag in (("--characters", "c"), ("--host", "::1"), ("--port", "9"),
                                                          ("--api-key", "k"), ("--rows", "2"), ("--queue", "0"))),
     (("--served-model", "m"), "--served-model goes with --serve or --verify-server"),
@@ -210,6 +236,12 @@ def test_flags_that_do_not_go_together(monkeypatch, tmp_path, flags, expected):
     with pytest.raises(UserError, match=expected):
         main_of(induce, monkeypatch, "--trait", "openness", "--alpha", "1", *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_is_of_what_the_profile_file_says(monkeypatch, tmp_path):
+    (tmp_path / "who.toml").write_text('method = "trained"\n[traits]\nextraversion = 0.5\n')
+    with pytest.raises(UserError, match="trained edits raise none"):
+        main_of(induce, monkeypatch, "--profile", tmp_path / "who.toml", "--save", tmp_path / "a", "--rank", "4")
 
 
 @pytest.mark.parametrize("method, refused", (("trained", True), ("npti", False)))

@@ -71,7 +71,7 @@ def found():
 def files():
     """Neurons of two traits, as the picture of the layers takes them."""
     select = lambda pole: (torch.tensor([0, 1, 1]), None, None, None)  # noqa: E731
-    return {trait: SimpleNamespace(shape=(2, 48), select=select, trained="", tensors={}) for trait in TRAITS[:2]}
+    return {trait: SimpleNamespace(shape=(2, 48), select=select, trained_key="", tensors={}) for trait in TRAITS[:2]}
 
 
 def answers_of(*texts):
@@ -181,7 +181,7 @@ def test_layers_show_neurons_of_both_poles():
 def test_layers_are_those_of_the_method_that_was_asked_for(found):
     trained, place = files(), lambda *layers: torch.tensor([[layer, 5] for layer in layers])
     for neurons in trained.values():
-        neurons.trained, neurons.tensors = "x", {"high_place": place(0, 0, 0), "low_place": place(1)}
+        neurons.trained_key, neurons.tensors = "x", {"high_place": place(0, 0, 0), "low_place": place(1)}
     first, _ = drawing(plot_layers, trained, "trained")
     assert [bar.get_height() for bar in first.patches] == [3, 0, 0, -1]
     captions = lambda method, some: [caption for caption, _ in pictures_of(  # noqa: E731

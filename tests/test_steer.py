@@ -37,7 +37,7 @@ def test_edit_equals_hooks(family):
 
 
 def test_left_by_an_exception_while_entering():
-    """What is refused behind the patch, a residual vector of a layer that is not there, takes the patch off again."""
+    """What is refused after the patch, a residual vector of a layer that is not there, takes the patch off again."""
     model, before = shared("llama"), state_of(shared("llama"))
     wrong = Profile.empty("mine")
     wrong.residual = {7: torch.ones(32)}

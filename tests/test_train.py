@@ -25,7 +25,7 @@ from personality.terminal import UserError
 
 def lessons_of(small, made, pole="high", rows=3):
     items = [item for item in lines_of(made / "extraversion.answers.jsonl") if item["pole"] == pole][:6]
-    return [train.lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items[k:k + 3], 0, BatchSize(rows))
+    return [train.make_lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items[k:k + 3], 0, BatchSize(rows))
             for k in (0, 3)]
 
 
@@ -143,7 +143,7 @@ def test_the_step_and_its_neurons():
     slope, price = torch.tensor([[1.0, -2.0], [0.5, 0.1]]), torch.tensor([[0.1, 0.2], [0.4, 9.0]])
     scores = torch.tensor([[[1.0, 1.0], [0.1, 0.0]], [[0.5, -1.0], [0.1, 0.0]], [[0.0, 2.0], [0.1, 0.2]]])
     cost = scores.square().sum(0) + train.PRICE * price + 1e-3 * scores.square().sum(0).mean()
-    off = train.SHRUNK * (1 * 1 - 0.5 * 1)
+    off = train.OFF_DIAGONAL * (1 * 1 - 0.5 * 1)
     expected = -torch.linalg.inv(torch.tensor([[cost[0, 0], off], [off, cost[0, 1]]])) @ slope[0]
     bias = train.natural_step(slope, scores, price, 2)
     assert bias[1].tolist() == [0, 0] and torch.allclose(bias[0] / bias[0, 0], expected / expected[0], rtol=1e-5)
@@ -183,7 +183,7 @@ def learnt(small, made, tmp_path):
 def test_the_file_holds_both_poles(small, made, learnt):
     before, neurons = (Neurons.load(folder / "extraversion.safetensors", small.model) for folder in (made, learnt))
     number = max(1, round(train.SHARE * neurons.shape[0] * neurons.shape[1]))
-    assert neurons.key == before.key and neurons.trained and not before.trained
+    assert neurons.key == before.key and neurons.trained_key and not before.trained_key
     assert torch.equal(neurons.prob, before.prob)
     for pole in POLES:
         assert 0 < len(neurons.tensors[f"{pole}_bias"]) <= number
@@ -209,7 +209,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(small, made, learnt, tmp_pa
     with pytest.raises(KeyboardInterrupt, match="what was finished is kept"):
         train.add_trained(small.model, small.tokenizer, small.bench, neurons)
     run(small, folder).identify()  # identify.py --train comes by here first, and leaves what is kept
-    assert not Neurons.load(folder / "extraversion.safetensors").trained
+    assert not Neurons.load(folder / "extraversion.safetensors").trained_key
     train.add_trained(small.model, small.tokenizer, small.bench, neurons)
     assert calls == [1, -1, -1] and contents(folder) == contents(learnt)
     assert not list(folder.glob(".*safetensors"))
@@ -227,7 +227,7 @@ def test_a_file_that_is_replaced_meanwhile_stays(small, made, tmp_path, monkeypa
     with pytest.raises(UserError, match="extraversion.safetensors: was replaced while"):
         train.add_trained(small.model, small.tokenizer, small.bench, first)
     there = Neurons.load(tmp_path / "extraversion.safetensors")
-    assert there.key != first.key and not there.trained
+    assert there.key != first.key and not there.trained_key
 
 
 def test_what_can_not_be_trained_is_one_line(small, made, tmp_path, monkeypatch, capsys):
@@ -277,7 +277,7 @@ def test_short_of_memory_training_takes_fewer_rows_at_once(small, made, tmp_path
     assert torch.equal(short.tensors["high_place"], roomy.tensors["high_place"]), "the same tokens are drawn"
     for name in ("high_bias", "low_bias", "dose"):
         assert torch.allclose(short.tensors[name], roomy.tensors[name], rtol=1e-3, atol=1e-4)
-    assert short.trained == roomy.trained
+    assert short.trained_key == roomy.trained_key
 
 
 def test_parts_of_a_lesson(small, made):
@@ -466,7 +466,7 @@ def test_edits_of_another_training_are_told_of(small, learnt, capsys):
     assert not capsys.readouterr().err
     Neurons(neurons.tensors, {name: of for name, of in neurons.meta.items() if name != "training"}).save(path)
     folder = NeuronFolder(small.model, str(learnt))
-    assert torch.equal(folder.trained("extraversion").high_bias, neurons.high_bias) and folder.trained("extraversion").trained
+    assert torch.equal(folder.trained("extraversion").high_bias, neurons.high_bias) and folder.trained("extraversion").trained_key
     assert capsys.readouterr().err.count("another version of the training: python identify.py --train") == 1
 
 
@@ -489,7 +489,7 @@ def test_level_from_the_command_line(small, tmp_path, monkeypatch, capsys):
     main_of(identify, monkeypatch, "--trait", "extraversion", "--train", "--limit", 4, "--out", out,
             *shared_flags(small), "--max-new-tokens", 6)
     again = Neurons.load(out / "extraversion.safetensors")
-    assert (again.key, again.trained) == (made.key, made.trained)
+    assert (again.key, again.trained_key) == (made.key, made.trained_key)
     main_of(induce, monkeypatch, "--list", "--neurons", out)
     assert f"{len(made.high_bias)} trained" in " ".join(capsys.readouterr().out.split())
 
@@ -512,7 +512,7 @@ def test_answers_of_one_pole_only(small, made, tmp_path):
 
 def test_training_with_the_bench_that_was_searched(small, tmp_path):
     neurons = run(small, tmp_path, "openness").identify()
-    assert train.add_trained(small.model, small.tokenizer, small.bench, neurons).trained
+    assert train.add_trained(small.model, small.tokenizer, small.bench, neurons).trained_key
 
 
 def test_a_level_in_a_checkpoint(small, learnt, tmp_path, monkeypatch, capsys):

@@ -61,7 +61,7 @@ def test_each_token_has_its_requests_profile():
     check(whose, acts, [(None, 2, 5, 1)], [None])
 
 
-def test_what_stands_behind_the_prompt_is_answer():
+def test_what_stands_after_the_prompt_is_answer():
     """Chunks of a prompt, a prefix that was found in the cache, an answer that is computed again after its request had to leave."""
     whose, acts = batches()
     check(whose, acts, [(1, 6, 0, 4)], [None] * 4)

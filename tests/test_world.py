@@ -234,6 +234,6 @@ def test_batch_size_auto_is_of_one_process(small):
 
 def test_teams():
     teams = [World(rank, 6, 2) for rank in range(6)]
-    assert [(world.number, world.place) for world in teams] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(world.team, world.place) for world in teams] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     parts = [world.share(24, 4) for world in teams]
     assert parts[::2] == parts[1::2] == [range(0, 8), range(8, 16), range(16, 24)]

@@ -13,9 +13,10 @@ import pytest
 from tqdm import tqdm
 
 import identify
-from conftest import Server, lines_of, main_of, save_bench
+from conftest import Server, lines_of, little_room, main_of, save_bench
 from personality import POLES, TRAITS, UserError, load_bench
 from personality.endpoint import Endpoint
+from personality.frame import conversation
 from personality.questions import all_facets, built_in_bench, text_table
 from personality.store import only_run
 from personality.write_bench import PER_REPLY, Builder, Duplicates, LocalWriter, fault, reply_lines
@@ -310,8 +311,19 @@ def test_a_local_model_writes(small, monkeypatch, tmp_path, capsys, topics):
     assert "cut off" in card and "topics are used up" in capsys.readouterr().err and not builder.texts
 
 
+def test_short_of_memory_a_local_model_writes_the_same(small, capsys):
+    requests, written = [(f"key {k}", conversation(f"w1{k} w2{k} ?")) for k in range(5)], []
+    for batch, room in (("2", 2), ("4", 2)):
+        flags, replies = identify.parser().parse_args(["--device", "cpu", "--dtype", "float32", "--batch-size", batch]), {}
+        with little_room(small.model, room):
+            LocalWriter(str(small.model_dir), flags).run(requests, replies.__setitem__)
+        written.append(replies)
+    assert written[0] == written[1] and [*written[0]] == [key for key, _ in requests]
+    assert capsys.readouterr().err.count("out of memory: batches of 2") == 1
+
+
 def test_a_writer_that_is_no_address_is_a_local_model(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="--model /none/such: neither a readable directory"):
+    with pytest.raises(UserError, match="--writer /none/such: neither a readable directory"):
         built(monkeypatch, tmp_path, "/none/such")
 
 

@@ -22,12 +22,10 @@ struct Call {
   Tensor& gate;
   const OptTensor& up;
   int64_t act;
-  const OptTensor &token_profile, &edit_ptr, &edit_index, &edit_value;
-  const OptTensor &token_group, &count, &sketch, &moments, &pending;
+  const OptTensor &token_profile, &edit_ptr, &edit_index, &edit_value, &token_group, &count, &sketch, &moments, &pending;
 };
 
-// What messages are made of: strings alone. Printing numbers through a stream crashes where a toolchain links its own
-// libstdc++ into this library beside the one that torch uses.
+// Messages are made of strings: printing to a stream crashes where a toolchain links its own libstdc++ into this library.
 std::string text(int64_t x) { return std::to_string(x); }
 std::string text(at::IntArrayRef x) {
   std::string all = "[";
@@ -199,6 +197,8 @@ struct NoDerivative : torch::autograd::Function<NoDerivative> {
 };
 
 void glu_on_autograd(const Call& c) {
+  const bool tangents = c.gate._fw_grad(0).defined() || (c.up && c.up->_fw_grad(0).defined());  // of forward mode
+  TORCH_CHECK(!tangents, "neurons::glu_: the derivative is not implemented");
   if (at::GradMode::is_enabled() && (c.gate.requires_grad() || (c.up && c.up->requires_grad())))
     NoDerivative::apply(c.gate, c.up, c);
   else

@@ -11,9 +11,9 @@ import transformers
 from packaging.version import Version
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .calls import option_of
 from .frame import Frame, conversation
 from .mlp import decoder_of, find_mlps, is_numbers, layers_of, shape_of
-from .rows import option_of
 from .terminal import FRAME, UserError, out_of_memory, say
 
 # what a forward and generate() call the keys and values of what was read: since 5.24 the other name is one that is warned of

@@ -7,7 +7,6 @@ reliably from a prompt's: so generate() is followed from without, by a stopping 
 import contextlib
 import functools
 import inspect
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -15,10 +14,13 @@ from collections.abc import Callable
 import torch
 from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
+from .calls import cached, inside_generate, option_of, prompt_of, refuse_batching, refuse_mixing
 from .mlp import ARGUMENTS, Routed, compare, decoder_of, find_mlps, through_op
 from .terminal import UserError
 
 NO_ARGUMENTS = (None,) * 4  # the op's arguments without edits, and without statistics
+# one thread at a time puts a patch on or takes it off, of any model; R: Python may close a forgotten with while a thread has it
+PATCHING = threading.RLock()
 
 
 class Rows:
@@ -145,9 +147,21 @@ class Patch:
         self.active[what] = rows
 
     def take_off(self, what: str) -> None:
-        del self.active[what]
-        if not self.active:
-            self.undo.close()
+        with PATCHING:
+            self.active.pop(what).put(None)  # what still has these rows, a hook, say, finds no token in them
+            if not self.active:
+                self.undo.close()
+
+    def leave(self, what: str) -> None:
+        """Take off once no other thread is in generate(): an answer that one has begun, for a streamer, say, ends as it began."""
+        waited = False
+        try:
+            if self.thread != threading.get_ident():  # else it is left by a callback of its own generate()
+                waited = self.generating.acquire()
+        finally:
+            self.take_off(what)
+            if waited:
+                self.generating.release()
 
     def attach(self, undo: contextlib.ExitStack) -> None:
         forget_compiled = functools.partial(self.model.__dict__.pop, "_compiled_call", None)
@@ -157,6 +171,9 @@ class Patch:
         ARGUMENTS[number] = self.arguments
         undo.callback(ARGUMENTS.pop, number)
         for index, mlp in enumerate(self.mlps):
+            if vars(mlp.module).get("_neurons_patch", self) is not self:
+                raise UserError("a part of this model, or what it is part of, is steered or observed: name one model to both")
+            replace(undo, mlp.module, "_neurons_patch", self)
             forward = through_op(mlp, index, number)
             compare(mlp, functools.partial(run_as, mlp.module, forward))
             replace_forward(undo, mlp.module, forward)
@@ -242,14 +259,14 @@ class Patch:
                 criteria.append(StopStringCriteria(kwargs["tokenizer"], option("stop_strings")))
             lengths = [criterion for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]  # generate() looks for them
             follow = Follow(self, ends, [criterion for criterion in criteria if criterion not in lengths])
-            if not self.generating.acquire(blocking=False):
+            if not self.generating.acquire(blocking=self.thread is None):  # None: of one who leaves, for a moment
                 raise UserError("generate() of this model is running already: while it is steered or observed, one at a time")
             try:
                 self.phase, self.mask, self.thread = "prompt", mask, threading.get_ident()
                 self.left = mask.shape[1] - cached(kwargs)
                 return original(**kwargs, stopping_criteria=StoppingCriteriaList([*lengths, follow]))
             finally:
-                self.phase = self.mask = self.ended = None
+                self.phase = self.mask = self.ended = self.thread = None
                 self.generating.release()
 
         return generate
@@ -289,62 +306,17 @@ def run_as(module, forward, *arguments):
         return module.forward(*arguments)
 
 
-def cached(kwargs) -> int:
-    """Tokens that a call's cache holds already."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # since transformers 5.24, and before
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def inside_generate(model) -> bool:
-    """Whether a model's generate() is on the stack, whatever wraps it."""
-    code, frame = inspect.unwrap(GenerationMixin.generate).__code__, sys._getframe(1)
-    while frame and not (frame.f_code is code and frame.f_locals.get("self") is model):
-        frame = frame.f_back
-    return frame is not None
-
-
-def option_of(model, kwargs, name: str):
-    """An option as generate() looks it up: what is not given is the model's own."""
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in values if value is not None), None)
-
-
-def refuse_batching(*args, **kwargs):
-    raise UserError("generate_batch() and continuous batching mix the rows of a batch: not supported while steering or observing")
-
-
-def refuse_mixing(option) -> None:
-    assisted = option("assistant_model") is not None or option("prompt_lookup_num_tokens")
-    guided = option("guidance_scale") not in (None, 1)
-    for applies, what in ((assisted, "assisted decoding mixes the rows of a batch"),
-                          (option("use_cache") is False, "generate(use_cache=False) feeds every token again at every step"),
-                          (guided, "classifier-free guidance calls the model inside its own generate()")):
-        if applies:
-            raise UserError(f"{what}: not supported while steering or observing")
-
-
-def prompt_of(kwargs, option):
-    """(the prompt's mask (rows, tokens), the end tokens) of a call of generate()."""
-    prompt = next((kwargs[name] for name in ("inputs_embeds", "inputs", "input_ids") if kwargs.get(name) is not None), None)
-    if prompt is None:
-        raise UserError("generate(): expected input_ids or inputs_embeds")
-    mask, pad, ends = kwargs.get("attention_mask"), option("pad_token_id"), option("eos_token_id")
-    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=prompt.device).flatten()
-    if mask is None:  # as generate() does it
-        padded = prompt.dim() == 2 and pad is not None and pad not in ends.tolist()
-        mask = prompt != pad if padded else torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
-    return mask, ends
-
-
 @contextlib.contextmanager
 def patched(model, what: str, rows: Rows):
     """Have the model "steered" or "observed" meanwhile; the first puts the patch on, the last takes it off."""
     # of a wrapper (a PeftModel, say) the module inside whose generate() it is: there both ways to call it meet
     model = next((module for module in model.modules() if isinstance(module, GenerationMixin)), model)
-    patch = model.__dict__.get("_neurons_patch") or Patch(model)
-    patch.put_on(what, rows)
+    with PATCHING:
+        patch = model.__dict__.get("_neurons_patch") or Patch(model)
+        patch.put_on(what, rows)
     try:
         yield
-    finally:
+    except BaseException:  # who is thrown out, or interrupted, waits for nobody
         patch.take_off(what)
+        raise
+    patch.leave(what)

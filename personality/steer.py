@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,7 @@ def check_places(layer, index, depth: int, width: int, what: str, so: str = "") 
             raise UserError(f"{what}: {kind} {int(wrong[0])} of a model of {most} {of}{so}")
 
 
-@dataclass
+@dataclass(eq=False)  # of tensors: two are the same where they are one
 class Profile:
     """The edits of one personality over all layers. layer, index: int64 (n); value: float32 (n, 4), a row being
     cap, scale, shift, bias of (scale * min(a, cap) + shift) * up + bias. No neuron stands twice. residual: {layer: float32
@@ -64,6 +65,8 @@ class Profile:
     def dense(cls, name: str = "", **columns) -> "Profile":
         """From tensors (layers, d_ff) by their names in an edit: cap, scale, shift, bias. A neuron is edited where one of them
         changes something."""
+        if not columns or columns.keys() - NO_EDIT.keys():
+            raise UserError(f"Profile.dense(): expected some of {', '.join(NO_EDIT)}, got {', '.join(columns) or 'none'}")
         layer, index = torch.stack([column != NO_EDIT[what] for what, column in columns.items()]).any(0).nonzero(as_tuple=True)
         value = no_edits(len(layer))
         for what, column in columns.items():
@@ -221,7 +224,7 @@ class Steering:
 
 
 def as_list(profiles) -> list[Profile]:
-    profiles = [profiles] if isinstance(profiles, Profile) else list(profiles)
+    profiles = list(profiles) if isinstance(profiles, Iterable) else [profiles]
     for profile in profiles:
         if not isinstance(profile, Profile):
             raise UserError(f"profiles: expected Profile objects, got {type(profile).__name__}")
@@ -231,7 +234,9 @@ def as_list(profiles) -> list[Profile]:
 @contextlib.contextmanager
 def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed: int = 0, capacity: int | None = None):
     """Edit the model's neurons while it runs: `with steer(model, profile): model.generate(...)`. Afterwards, also after an
-    exception, the model is untouched.
+    exception, the model is untouched. Its weights never change: save_pretrained() writes the unedited model, personality/bake.py an
+    edited one. Gives a Steering, whose update() and assign() change profiles and rows. Where another thread is in generate() at the
+    end of the with, it is waited for; a second steer() of the model is refused.
 
     profiles: one Profile or a list. rows: for each prompt of the batch 0 (no edit) or the number, from 1, of its profile;
     None: all have the one profile, or prompt i has profile i + 1. where: "generated" (positions whose input is a generated
@@ -249,9 +254,9 @@ def steer(model, profiles, rows=None, where="generated", keep: float = 1.0, seed
     if keep < 1:
         rows.before_decode = functools.partial(tables.thin, keep, torch.Generator().manual_seed(seed))
         rows.before_decode()
-    with patched(model, "steered", rows):
-        try:
-            steering.hook(residual)
+    try:
+        steering.hook(residual)
+        with patched(model, "steered", rows):
             yield steering
-        finally:
-            steering.hook({})
+    finally:
+        steering.hook({})

@@ -395,6 +395,16 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.neurons.flush_, (*new_statistics(1, 40)[:2], new_pending(40)))
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_results_are_rounded_to_nearest(dtype):
+    """And not cut off, by which each would be too small by half a unit of its last place."""
+    up = (1 + torch.arange(256) * torch.finfo(dtype).eps).to(dtype)[None]
+    gate = torch.full((1, 256), 3.0, dtype=dtype)
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    glu_(gate, up, 0, *(None,) * 8)
+    assert abs(float(((gate.double() - exact) / exact).mean())) < 0.2 * torch.finfo(dtype).eps
+
+
 def test_no_autograd():
     x = torch.randn(3, 8, requires_grad=True)
     gate = x * 1.0
@@ -405,6 +415,17 @@ def test_no_autograd():
     glu_(half, torch.randn(3, 8), 0, *(None,) * 8)
     with pytest.raises(RuntimeError, match="not implemented"):
         half.sum().backward()
+
+
+@pytest.mark.parametrize("of", ("gate", "up"))
+def test_no_forward_mode_either(of):
+    """It writes to gate, whose tangent would stay what it was."""
+    gate, up = torch.randn(3, 8), torch.randn(3, 8)
+    for call in (lambda x: glu_(x.clone(), up, 0, *(None,) * 8), lambda x: glu_(gate.clone(), x.clone(), 0, *(None,) * 8)):
+        call(gate)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.func.jvp(lambda x: glu_(x.clone() if of == "gate" else gate.clone(), up if of == "gate" else x, 0, *(None,) * 8),
+                       (gate,), (torch.ones(3, 8),))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import re
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -13,7 +14,9 @@ import transformers
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from conftest import prompts, tiny
-from personality import Neurons, Statistics, UserError, npti, observe, steer
+from personality import Neurons, Profile, Statistics, UserError, npti, observe, rows, steer
+from personality.calls import prompt_of
+from personality.methods import activation_addition
 from personality.model import CACHE
 from reference import close, decoding, hooks, random_profile, shared, state_of, with_logits, write
 
@@ -174,6 +177,14 @@ def test_mask_left_out():
     with observe(model, statistics, where="all"):
         write(model, attention_mask=None)
     assert statistics.tokens == x["attention_mask"].sum() + 4 * 4
+
+
+def test_a_pad_token_that_ends_answers_is_no_padding():
+    """Where no mask is given, as in generate()."""
+    ids = torch.tensor([[2, 5, 2, 6]])
+    for ends, expected in ((2, [True] * 4), ([1, 2], [True] * 4), (1, [False, True, False, True]), (None, [False, True, False, True])):
+        mask, _ = prompt_of({"input_ids": ids}, {"pad_token_id": 2, "eos_token_id": ends}.get)
+        assert mask.tolist() == [expected]
 
 
 def test_continued_conversation():
@@ -527,6 +538,177 @@ def test_generate_in_two_threads_is_refused():
     assert "generate() of this model is running already" in results[0]
     assert "another thread is in generate() of this model" in results[1]
     assert torch.equal(results[2], expected), "in another thread, too"
+
+
+def in_background(work):
+    thread = threading.Thread(target=work, daemon=True)  # a test that fails leaves nobody to wait for
+    thread.start()
+    return thread
+
+
+def test_two_threads_that_steer_at_once(monkeypatch):
+    """One of them is refused, whatever comes between; in the end the model is as it was."""
+    model, before, refused, plain_compare = shared("llama"), state_of(shared("llama")), [], rows.compare
+    entered, tried = threading.Event(), threading.Event()
+
+    def slowly(*given):
+        entered.set()
+        time.sleep(0.05)  # so that the other one comes while the layers are compared
+        plain_compare(*given)
+
+    def second():
+        entered.wait(20)
+        try:
+            with steer(model, random_profile(1)):
+                refused.append("not at all")
+        except UserError as error:
+            refused.append(str(error))
+        tried.set()
+
+    monkeypatch.setattr(rows, "compare", slowly)
+    thread = in_background(second)
+    with steer(model, random_profile()):
+        assert tried.wait(20)
+    thread.join(20)
+    assert len(refused) == 1 and "steered already" in refused[0] and state_of(model) == before
+
+
+def test_who_leaves_does_not_come_between_who_enters():
+    """Else the last one to leave took off what the other one has just found on the model."""
+    model, before, leave = shared("llama"), state_of(shared("llama")), threading.Event()
+
+    def other():
+        with steer(model, random_profile()):
+            leave.wait(20)
+
+    with rows.PATCHING:
+        thread = in_background(other)
+        leave.set()
+        thread.join(0.2)
+        assert thread.is_alive() and state_of(model) == before, "who enters waits"
+    thread.join(20)
+    leave.clear()
+    thread = in_background(other)
+    while "_neurons_patch" not in vars(model):
+        time.sleep(0.01)
+    with rows.PATCHING:
+        leave.set()
+        thread.join(0.2)
+        assert thread.is_alive() and state_of(model) != before, "and who leaves"
+    thread.join(20)
+    assert state_of(model) == before
+
+
+def steered_both_ways():
+    """Neurons, and the residual stream; and rows of which one is unedited."""
+    vector = 10 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    return [random_profile(), activation_addition([({1: vector}, 1.0)])], [1, 2, 0, 2]
+
+
+def test_a_generate_that_has_begun_ends_as_it_began(monkeypatch):
+    """In another thread, as with a streamer: who leaves the with meanwhile waits for it."""
+    model, before, results = shared("llama"), state_of(shared("llama")), []
+    plain, chosen, leaving, plain_leave = write(model), threading.Event(), threading.Event(), rows.Patch.leave
+    with steer(model, *steered_both_ways()):
+        expected = write(model)
+    assert (expected != plain).any(1).tolist() == [True, True, False, True]
+
+    def leave(self, what):
+        leaving.set()
+        plain_leave(self, what)
+
+    def wait():
+        chosen.set()
+        leaving.wait(20)
+        time.sleep(0.05)  # so that who leaves is further than that
+
+    monkeypatch.setattr(rows.Patch, "leave", leave)
+    statistics = Statistics.of(model)
+    with steer(model, *steered_both_ways()), observe(model, statistics):
+        thread = in_background(lambda: results.append(write(model, stopping_criteria=[Calls(wait, at=1)])))
+        assert chosen.wait(20)
+    assert state_of(model) == before and statistics.tokens == 16
+    thread.join(20)
+    assert torch.equal(results[0], expected)
+
+
+def test_answers_before_and_after_leaving(monkeypatch):
+    """Of a thread that goes on asking: each is wholly steered or not at all, and none is refused."""
+    model, results, off = shared("llama"), [], rows.Patch.take_off
+    plain, left = write(model), threading.Event()
+    with steer(model, *steered_both_ways()):
+        steered = write(model)
+
+    def slowly(self, what):
+        time.sleep(0.02)
+        off(self, what)
+
+    def ask():
+        while not left.is_set():
+            try:
+                results.append(write(model))
+            except Exception as error:  # noqa: BLE001  it is what is looked for
+                results.append(error)
+        results.append(write(model))
+
+    monkeypatch.setattr(rows.Patch, "take_off", slowly)
+    with steer(model, *steered_both_ways()):
+        thread = in_background(ask)
+        while not results:
+            time.sleep(0.01)
+    left.set()
+    thread.join(20)
+    kinds = ["error" if isinstance(found, Exception) else "steered" if torch.equal(found, steered) else
+             "plain" if torch.equal(found, plain) else "neither" for found in results]
+    assert set(kinds) == {"steered", "plain"} and kinds[0] == "steered" and kinds[-1] == "plain"
+
+
+def test_who_is_thrown_out_waits_for_nobody():
+    """An answer that another thread has begun may wait for just this one: its streamer's queue is full, say."""
+    model, before, chosen, go = shared("llama"), state_of(shared("llama")), threading.Event(), threading.Event()
+
+    def ask():
+        with contextlib.suppress(Exception):
+            write(model, stopping_criteria=[Calls(lambda: (chosen.set(), go.wait(20)), at=1)])
+
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError), steer(model, random_profile()):
+        thread = in_background(ask)
+        assert chosen.wait(20)
+        1 / 0
+    assert time.monotonic() - start < 15 and state_of(model) == before and thread.is_alive()
+    go.set()
+    thread.join(20)
+
+
+def test_what_leaves_has_no_token_any_more():
+    """Its hooks, which are off a moment later, add nothing to a forward that comes between."""
+    model = shared("llama")
+    with steer(model, *steered_both_ways(), where="all") as steering:
+        model(**prompts())
+        assert steering.rows.tokens is not None
+    assert steering.rows.tokens is None
+
+
+def test_two_layers_of_one_mlp():
+    model = tiny()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    plain = write(model)
+    with steer(model, Profile.empty()):
+        assert torch.equal(write(model), plain)
+    assert "_neurons_patch" not in vars(model.model.layers[0].mlp)
+
+
+def test_a_part_of_a_steered_model_is_no_other_model():
+    """Both would put their forwards on the same MLPs, and the one that comes last has what the other one wants."""
+    model, before = shared("llama"), state_of(shared("llama"))
+    for first, second in ((model, model.model), (model.model, model)):
+        with steer(first, random_profile()), pytest.raises(UserError, match="name one model to both"):
+            with observe(second, Statistics.of(second)):
+                pass
+        assert state_of(model) == before
+    with steer(model, random_profile()), pytest.raises(UserError, match="copied while it is steered"):
+        copy.deepcopy(model.model.layers[0])
 
 
 class CallsModel(LogitsProcessor):

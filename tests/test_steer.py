@@ -51,7 +51,7 @@ def test_left_by_an_exception_while_entering():
 
 @pytest.mark.parametrize("profiles, pattern", (
     ([], "at least one, got none"), (["extraversion"], "Profile objects, got str"), ([None], "Profile objects, got NoneType"),
-    ([random_profile(), {"layer": 1}], "Profile objects, got dict"), ("npti", "Profile objects, got str")))
+    ([random_profile(), {"layer": 1}], "Profile objects, got dict"), ("npti", "Profile objects, got str"), (None, "Profile objects, got NoneType")))
 def test_what_is_no_profile_is_a_user_error(profiles, pattern):
     model, before = shared("llama"), state_of(shared("llama"))
     with pytest.raises(UserError, match=f"profiles: expected {pattern}"), steer(model, profiles):
@@ -263,6 +263,12 @@ def test_refused_residual_update_changes_nothing():
         with pytest.raises(UserError, match="layer 7 of a model of 2"):
             steering.update(with_residual(7, torch.ones(32)))
         assert torch.equal(write(model), expected)
+    with steer(model, random_profile()) as steering:
+        expected, wrong = write(model), random_profile(1)
+        wrong.residual = {7: torch.ones(32)}
+        with pytest.raises(UserError, match="layer 7 of a model of 2"):
+            steering.update(wrong)
+        assert torch.equal(write(model), expected), "nor its neurons"
 
 
 def test_residual_of_another_width_is_a_user_error():

@@ -196,7 +196,7 @@ def answer_batches(model, tokenizer, profiles: Profiles, questions: list[tuple],
         return [{"question": question, "answer": text, "personality": character.strengths, "method": character.method, "ids": ids}
                 for (question, character), (text, ids) in zip(batch, written)]
 
-    return BatchSize(args.batch_size, alone=args.world.tp == 1).each(lines, [*enumerate(questions)][first:])
+    return BatchSize(args.batch_size).each(lines, [*enumerate(questions)][first:])
 
 
 def several_levels(who: Character) -> bool:

@@ -99,8 +99,9 @@ def judge_personas(bench: Bench, trait: str) -> list[str]:
 
 def contrast(model, tokenizer, bench: Bench, traits: list[str], question: str, answers: list[list[int]], rows: int = 64,
              frame: Frame = Frame()):
-    """The contrast judge, offline: the mean log-likelihood a token of an answer under the unedited model with personas of
-    the high pole, less that with personas of the low pole. In nats a token; higher is more of the trait.
+    """The contrast judge, offline: the mean log-likelihood a token of an answer under the model as it is (so outside steer()) with
+    personas of the high pole, less that with personas of the low pole. In nats a token; higher is more of the trait. frame: in
+    which the question was answered; answer() and the scripts have Frame.named("person").
     ({trait: float tensor (answers)}, the log-likelihood with no persona (answers))."""
     systems = [None, *(persona for trait in traits for persona in judge_personas(bench, trait))]
     turns = [frame.turns(question, system) for system in systems]

@@ -15,7 +15,7 @@ from .mlp import Experts, find_mlps, layers_of
 from .model import end_tokens, prepared
 from .op import check_cuda
 from .store import cache_folder
-from .terminal import ANSWER, UserError, out_of_memory, say
+from .terminal import ANSWER, DTYPES, UserError, out_of_memory, say
 from .world import World
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,7 +77,7 @@ def quantized_by(model) -> str | None:
     return config.get("quant_method") if isinstance(config, dict) else config.quant_method
 
 
-def load_model(name: str | None = None, device: str | None = None, dtype: str | None = None, flag: str = "--model",
+def load_model(name: str | None = None, device: str | None = None, dtype: str | torch.dtype | None = None, flag: str = "--model",
                device_map: str | dict | None = None, quantize: str | None = None, world: World = World()):
     """(model, tokenizer) of a hub id, a local directory, a .gguf path, or (None, or SmolLM2-135M-Instruct) the default model;
     the model knows its name as model.source. dtype: float32, bfloat16 or float16; default_dtype() where it is None. flag: what
@@ -95,7 +95,11 @@ def load_model(name: str | None = None, device: str | None = None, dtype: str | 
             raise UserError(f"{flag} {name}: no such file")
         place, source = dequantised(Path(name)), Path(name).name
     place_on = {"distributed_config": tensor_parallel(world)} if world.tp > 1 else {"device_map": device_map or {"": device}}
-    options = {"dtype": getattr(torch, dtype or default_dtype(device)), **place_on,
+    dtype = str(dtype or default_dtype(device)).removeprefix("torch.")
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in DTYPES.values():
+        raise UserError(f"dtype: expected one of {', '.join(DTYPES.values())}, got {dtype!r}")
+    options = {"dtype": getattr(torch, dtype), **place_on,
                **({"offload_folder": str(cache_folder("offload"))} if device_map else {}),
                **({"quantization_config": quantization(quantize)} if quantize else {})}
     try:

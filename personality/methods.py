@@ -9,7 +9,7 @@ import torch
 from . import POLES, TRAITS
 from .frame import Frame, declines
 from .mlp import decoder_of, layers_of
-from .model import answer_inputs, name_of, with_ids
+from .model import BatchSize, answer_inputs, name_of, with_ids
 from .neurons import NeuronFolder, Neurons, answers_path
 from .questions import read_answers
 from .steer import Profile, hidden_states, no_edits
@@ -144,6 +144,12 @@ def affordable(parts: list[tuple]) -> float:
 def trained(parts: list[tuple], name: str = "") -> Profile:
     """The trained edits of several traits, from (neurons, level) each; a level below 0 is the low pole's. They add up, at the share
     that is affordable()."""
+    for neurons, level in parts:
+        if "dose" not in getattr(neurons, "tensors", {}):
+            raise UserError(f"{getattr(neurons, 'path', '') or neurons.trait}: no trained edits in it: python identify.py --train "
+                            "makes them")
+        if not math.isfinite(level):
+            raise UserError(f"level: expected a finite number, got {level}")
     total, share = torch.zeros(parts[0][0].shape if parts else (0, 0), dtype=torch.float64), affordable(parts)
     for neurons, pole, _, multiple in at_levels(parts):
         place, bias = neurons.tensors[f"{pole}_place"].long(), neurons.tensors[f"{pole}_bias"].double()
@@ -195,16 +201,18 @@ def mean_difference(model, tokenizer, path, trait: str, frame: Frame, layer: int
     if not all(first):
         raise UserError(f"{path}: no answers of both poles of {trait}")
     items = with_ids(tokenizer, table.select(sorted(sum(first, []))).to_list())
-    total, tokens, outputs = dict.fromkeys(POLES, 0), dict.fromkeys(POLES, 0), []
-    hook = layers_of(model)[layer].register_forward_hook(lambda module, args, output: outputs.append(hidden_states(output)))
-    with torch.no_grad(), hook:
-        for start in range(0, len(items), 16):
-            batch = items[start:start + 16]
-            inputs, counted = answer_inputs(model, tokenizer, batch, frame)
+    total, tokens = dict.fromkeys(POLES, 0), dict.fromkeys(POLES, 0)
+
+    def read(batch):  # the sum over its tokens and their number, for each answer
+        outputs, (inputs, counted) = [], answer_inputs(model, tokenizer, batch, frame)
+        hook = layers_of(model)[layer].register_forward_hook(lambda module, args, output: outputs.append(hidden_states(output)))
+        with torch.no_grad(), hook:
             decoder_of(model)(**inputs, use_cache=False)
-            for item, hidden, mask in zip(batch, outputs.pop(), counted):  # (tokens, hidden), (tokens)
-                total[item["pole"]] = total[item["pole"]] + hidden[mask.to(hidden.device)].double().sum(0).cpu()
-                tokens[item["pole"]] += int(mask.sum())
+        return [(item["pole"], hidden[mask.to(hidden.device)].double().sum(0).cpu(), int(mask.sum()))
+                for item, hidden, mask in zip(batch, outputs[0], counted)]  # (tokens, hidden), (tokens)
+
+    for pole, added, number in sum(BatchSize(16).each(read, items), []):
+        total[pole], tokens[pole] = total[pole] + added, tokens[pole] + number
     return {layer: (total["high"] / tokens["high"] - total["low"] / tokens["low"]).float()}
 
 
@@ -232,6 +240,8 @@ def restricted(profile: Profile, layers: tuple[int, int] | None) -> Profile:
 
 def suppressed(profile: Profile, how: str) -> Profile:
     """The profile with its suppressed neurons (cap 0) as NPTI has them ("cap"), removed ("zero"), or left as they are ("none")."""
+    if how not in ("cap", "zero", "none"):
+        raise UserError(f"suppress: expected cap, zero or none, got {how!r}")
     if how == "cap":
         return profile
     capped, value = profile.value[:, 0] == 0, profile.value.clone()
@@ -252,6 +262,13 @@ class Character:
     layers: tuple | None = None
     model: str = ""
     name: str = ""
+
+    def __post_init__(self):
+        wrong = [trait for trait, own in self.strengths.items()
+                 if trait not in TRAITS or not isinstance(own, (int, float)) or not math.isfinite(own)]
+        if wrong or self.method not in list(METHODS):
+            raise UserError(f"Character: expected a finite number for some of {', '.join(TRAITS)}, and a method of "
+                            f"{', '.join(METHODS)}, got {self.strengths!r} and {self.method!r}")
 
     @classmethod
     def of(cls, values, where: str, method: str = "npti") -> "Character":

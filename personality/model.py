@@ -234,6 +234,8 @@ def read_once(model, ids, mask, options: dict) -> dict:
 def answers(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64, **options) -> list[tuple[str, list[int]]]:
     """One answer a conversation, in one batch: a list of (text, ids); ids end with the end token unless the answer was cut at
     max_new_tokens. Greedy unless options (of generate) say otherwise."""
+    if not conversations:
+        return []
     prompts = [prompt_ids(tokenizer, turns) for turns in conversations]
     check_length(model, conversations, prompts, [max_new_tokens] * len(prompts))
     ids, mask = pad_left(prompts, None, model.device)  # transformers 5.19 and 5.20 penalise padding as if it had been said
@@ -265,10 +267,11 @@ def sampling(temperature: float | None = None, top_p: float | None = None) -> di
 
 class BatchSize:
     """Rows of a batch: as many as are asked for, and where memory turns out to be short, half as many from then on, down to one.
-    alone: False where processes share a model: one that began anew would leave the others in the batch."""
+    Not where processes share a model, as those of torch's default group are taken to (see world.World): one that began anew would
+    leave the others in the batch."""
 
-    def __init__(self, rows: int, alone: bool = True):
-        self.rows, self.alone = rows, alone
+    def __init__(self, rows: int):
+        self.rows = rows
 
     def fit(self, work, number: int | None = None):
         """work(rows), begun again with fewer rows where memory is short. number: of the rows that there are, where it is known."""
@@ -277,7 +280,8 @@ class BatchSize:
             try:
                 return work(rows)
             except (RuntimeError, MemoryError) as error:
-                if not (self.alone and out_of_memory(error)) or rows == 1:
+                shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+                if shared and torch.distributed.get_world_size() > 1 or rows == 1 or not out_of_memory(error):
                     raise
             self.rows = rows // 2  # after the except, which keeps what the failed batch had
             say(f"\nout of memory: batches of {self.rows}")

@@ -17,7 +17,7 @@ from .mlp import find_mlps, shape_of
 from .model import fingerprint, name_of
 from .questions import published_names
 from .steer import check_places
-from .store import lock_of, only_run, parse_json, read_text, write_atomically
+from .store import digest, lock_of, only_run, parse_json, read_text, write_atomically
 from .terminal import UserError, printable, say, show_table
 
 FORMAT = 2  # with a digest of all that a file holds; format 1, which has none, is read too
@@ -32,7 +32,7 @@ BARS = 24  # at most, of the picture of the layers in which a pole's neurons are
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # of tensors: they are compared by their keys
 class Neurons:
     """A neuron file. Tensors are (2, layers, d_ff), pole high first: prob, p50, p95, p99 (of the activation), mean, variance (of
     the product). Of a model whose layers have experts, or are of different widths, also seen: int32, the tokens that a neuron was
@@ -82,18 +82,34 @@ class Neurons:
         """bool (layers, d_ff): which neurons have statistics: all but those of experts that saw few tokens and of narrow layers."""
         return (self.variance > 0).any(0) if "seen" in self.tensors else torch.ones(self.shape, dtype=torch.bool)
 
-    def digest(self) -> str:
-        """Of everything in the file but the digest itself."""
-        content = hashlib.sha256(json.dumps({**self.meta, "digest": None}, sort_keys=True).encode())
-        for name in sorted(self.tensors):
+    def __repr__(self) -> str:
+        shape = self.tensors["prob"].shape[1:] if "prob" in self.tensors else ()
+        return f"Neurons({self.path!r}: {self.trait}, {' x '.join(map(str, shape))})"
+
+    def digest_of(self, meta: dict, names) -> str:
+        """A digest of what is said in meta, but the digest itself, and of these tensors."""
+        content = hashlib.sha256(json.dumps({**meta, "digest": None}, sort_keys=True).encode())
+        for name in sorted(names):
             content.update(name.encode() + self.tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
         return content.hexdigest()[:16]
 
-    def save(self, path: Path) -> None:
-        self.meta = {**self.meta, "format": FORMAT}
-        self.meta["digest"] = self.digest()
+    def contents(self) -> dict:
+        """{"key", and "trained" where there is one: (that key, a digest of the tensors that it stands for)}."""
+        own = {"key": self.tensors.keys() - TRAINED.keys(), "trained": self.tensors.keys() & TRAINED.keys()}
+        return {name: (self.meta[name], self.digest_of({}, names)) for name, names in own.items() if self.meta.get(name)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the file. Tensors that were altered since they were read or saved, under the same key, get a new key: what was
+        answered with the old ones is not taken for theirs."""
+        said = {**self.meta, "format": FORMAT}
+        known = said.pop("contents", {})  # of what was read or saved last: not in the file
+        for name, (key, content) in self.contents().items():
+            if name in known and known[name][0] == key and known[name][1] != content:
+                said[name] = digest(key, content)
+        said["digest"] = self.digest_of(said, self.tensors)
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        write_atomically(path, save(tensors, metadata={"neurons": json.dumps(self.meta, sort_keys=True)}))
+        write_atomically(Path(path), save(tensors, metadata={"neurons": json.dumps(said, sort_keys=True)}))
+        self.meta = said | {"contents": self.contents()}
 
     def save_over(self) -> None:
         """Put it, with what was added, in the place of the file that it was read from, unless that is another one by now."""
@@ -126,6 +142,7 @@ class Neurons:
             raise UserError(f"{path}: not a whole safetensors file: {error}") from error
         neurons = cls(tensors, meta, str(path))
         neurons.check()
+        meta["contents"] = neurons.contents()
         if model is not None and fingerprint(model) != meta["fingerprint"]:
             raise UserError(f"{path} was made with {meta['model']} ({meta['fingerprint']}), but the model is "
                             f"{name_of(model)} ({fingerprint(model)}): run identify.py for it")
@@ -152,7 +169,7 @@ class Neurons:
         fine["frame"] = isinstance(meta.get("frame", ""), str)
         for name in ("asked", "declined"):  # since there are frames
             fine[name] = isinstance(meta.get(name, []), list) and all(isinstance(n, int) and n >= 0 for n in meta.get(name, []))
-        fine["digest"] = meta["format"] == 1 or meta.get("digest") == self.digest()
+        fine["digest"] = meta["format"] == 1 or meta.get("digest") == self.digest_of(meta, self.tensors)
         wrong = ", ".join(name for name, holds in fine.items() if not holds)
         if wrong:
             raise UserError(f"{self.path}: damaged, or not of identify.py: its {wrong} can't be right: run identify.py again")

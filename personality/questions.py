@@ -64,8 +64,13 @@ class Bench:
         return [text for i, text in enumerate(self.personas[trait][pole]) if (i % 4 == 3) == (use == "judge")]
 
     def questions(self, trait: str, split: str, limit: int) -> list[str]:
-        """Of the test questions, every third is for validation: there strengths are chosen, and nowhere else."""
-        asked = list(dict.fromkeys(self.test[trait]))
+        """The first questions of a split, each once: "search", "test" or "validation". Every third test question is for
+        validation: there strengths are chosen, and nowhere else."""
+        if split not in ("search", "test", "validation"):
+            raise UserError(f"questions: expected the split search, test or validation, got {split!r}")
+        asked = list(dict.fromkeys((self.search if split == "search" else self.test)[trait]))
+        if split == "search":
+            return asked[:limit]
         if split == "validation" and len(asked) < 3:
             raise UserError(f"{self.name}: {len(asked)} test questions of {trait}, every third of which is for validation: "
                             "doses and levels need 3 or more")

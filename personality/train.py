@@ -99,8 +99,8 @@ def go_on(model, prompts, ids):
     return logits.float().log_softmax(-1)
 
 
-def make_lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list[dict], seed: int, size=None) -> Lesson:
-    """The lesson of these answers (with ids), a row each. size: a BatchSize, of what is read at once; None: all of it."""
+def make_lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items: list[dict], seed: int, size: BatchSize) -> Lesson:
+    """The lesson of these answers (with ids), a row each. size: of what is read at once."""
     longest = max(len(item["ids"]) for item in items) - 1
     fed = [item["ids"][:-1] for item in items]  # the last token was never an input
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in fed], device=model.device)
@@ -127,7 +127,7 @@ def make_lesson(model, tokenizer, bench: Bench, trait: str, frame: Frame, items:
         return top, plain.gather(-1, top), apart.gather(-1, top)
 
     every = torch.arange(len(ids), device=model.device)
-    taught = (size or BatchSize(len(ids))).fit(lambda rows: [*zip(*map(compared, every.split(rows)))], len(ids))
+    taught = size.fit(lambda rows: [*zip(*map(compared, every.split(rows)))], len(ids))
     return Lesson(*under[0], ids, counted, *map(torch.cat, taught))
 
 
@@ -328,7 +328,7 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
     made_with, path = digest(options(seed), bench.fingerprint_of_training()), Path(neurons.path)
     if neurons.trained_key == made_with:
         return neurons
-    if "_neurons_patch" in vars(model):  # its edits would be in the teacher, and the levels are tried by steer() itself
+    if any("_neurons_patch" in vars(mlp.module) for mlp in find_mlps(model)):  # its edits would be in the teacher
         raise UserError(f"{path}: no training while the model is steered: run identify.py --train --trait {neurons.trait} first")
     bench.check_validation(neurons.trait, doses.VALIDATION)  # before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"

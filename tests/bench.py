@@ -500,6 +500,7 @@ def training(model, length: int = 64) -> dict:
 
     from personality import doses, train
     from personality.frame import Frame
+    from personality.model import BatchSize
     from personality.questions import load_bench
 
     raw = Tokenizer(models.WordLevel({"<unk>": 3, "</s>": 2}, unk_token="<unk>"))
@@ -514,7 +515,7 @@ def training(model, length: int = 64) -> dict:
         persona = bench.personas_for("search", trait, pole)[0]
         rows = zip(bench.questions(trait, "search", train.ANSWERS), random_ids(train.ANSWERS, length, "cpu").tolist())
         items = [{"question": question, "persona": persona, "pole": pole, "ids": row} for question, row in rows]
-        lessons = (train.make_lesson(model, tokenizer, bench, trait, frame, items[k:k + train.ROWS], 0)
+        lessons = (train.make_lesson(model, tokenizer, bench, trait, frame, items[k:k + train.ROWS], 0, BatchSize(train.ROWS))
                    for k in range(0, len(items), train.ROWS))
         found = train.slopes_and_scores(model, lessons, sign, 0, lambda: None)
         biases[pole] = train.natural_step(*found, price, round(train.SHARE * price.numel()))

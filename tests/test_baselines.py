@@ -119,7 +119,7 @@ def test_short_of_memory_is_one_line(baselines, monkeypatch):
 def test_short_of_memory_training_takes_fewer_rows_at_once(small, baselines, capsys):
     """Constants and adapters are of the same slopes."""
     items = train.answers_to_learn(small.tokenizer, baselines.neurons["extraversion"], "high")[0]
-    of = train.make_lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items, 0)
+    of = train.make_lesson(small.model, small.tokenizer, small.bench, "extraversion", FRAMED, items, 0, BatchSize(len(items)))
     weight = small.model.model.layers[0].mlp.up_proj.weight
     adam, found = torch.optim.Adam([weight]), []
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import induce
-from conftest import FRAMED, lines_of, main_of, prompt_of, shared_flags, tiny
+from conftest import FRAMED, lines_of, little_room, main_of, prompt_of, shared_flags, tiny
 from personality import POLES, Character, Neurons, Released, UserError, composed, dpn_le, npti, steer
 from personality.chat import converse
 from personality.frame import conversation
-from personality.methods import Profiles, activation_addition, mean_difference, pull, restricted, suppressed
-from personality.mlp import find_mlps
+from personality.methods import Profiles, activation_addition, mean_difference, pull, restricted, suppressed, trained
+from personality.mlp import decoder_of, find_mlps
 from personality.model import answers
 from personality.neurons import NeuronFolder
 from personality.steer import Profile
@@ -53,6 +53,13 @@ def test_npti_edits_are_the_papers(alpha):
         elif -delta >= 0.1:
             expected[layer, index] = [0.0, 1.0, 0.0, 0.0]
     assert dict(zip(zip(ours.layer.tolist(), ours.index.tolist()), ours.value.tolist())) == expected
+
+
+def test_limits_are_of_both_poles():
+    neurons = random_neurons("openness", 0)
+    delta = neurons.prob[0] - neurons.prob[1]
+    capped, raised = (npti(neurons, 1.0, *limits).value[:, 0].isinf().int().bincount().tolist() for limits in ((0.3, 0), (2.0, 5)))
+    assert capped == [int((-delta >= 0.3).sum()), int((delta >= 0.3).sum())] and raised == [5, 5]
 
 
 def test_suppression():
@@ -126,6 +133,24 @@ def test_strengths_stay_within_bounds():
     assert against.value[:, 2].max() <= 4 * npti(neurons, 1.0).value[:, 2].max()
 
 
+@pytest.mark.parametrize("size, alpha, at_bound", ((3.0, 1.0, 0.0), (1.0, -1.0, 2.0)))
+def test_strengths_are_the_best_within_bounds(size, alpha, at_bound):
+    """As scipy's solver has them: a trait that a stronger one brings along is left out, those that fight go no further than twice."""
+    from scipy.optimize import lsq_linear
+
+    first, other = random_neurons("extraversion", 7), random_neurons("neuroticism", 8)
+    other.tensors.update(prob=0.9 * first.prob + 0.1 * other.prob, p95=size * first.p95)
+    units = torch.stack([pull(neurons, sign).flatten() for neurons, sign in ((first, 1.0), (other, alpha))])
+    gram = units @ units.T
+    root = torch.linalg.cholesky(gram)
+    best = lsq_linear(root.T.numpy(), torch.linalg.solve(root, gram.diagonal()).numpy(), (0, 2), tol=1e-12).x
+    assert best[0] == pytest.approx(at_bound, abs=1e-4)
+    profile, shift = composed([(first, 1.0), (other, alpha)]), torch.zeros(DEPTH, WIDTH, dtype=torch.float64)
+    shift[profile.layer, profile.index] = profile.value[:, 2].double()
+    expected = (torch.from_numpy(best)[:, None] * units).sum(0).clamp(min=0).view(DEPTH, WIDTH)
+    assert expected.max() > 0.5 and torch.allclose(shift, expected, atol=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------- DPN-LE
 
 
@@ -146,6 +171,26 @@ def test_dpn_le_is_the_papers():
     assert len(dpn_le([])) == len(dpn_le([(neurons, 0.0)], min_effect=99)) == 0
     with pytest.raises(UserError, match="no neuron of openness has an effect of 99"):
         dpn_le([(neurons, 1.0)], min_effect=99)
+
+
+def test_dpn_le_of_several_traits_adds_up():
+    parts = [(random_neurons(trait, seed, (8, 400)), alpha) for trait, seed, alpha in (("openness", 8, -2.0), ("extraversion", 9, 1.0))]
+
+    def biases(parts):
+        profile, result = dpn_le(parts), torch.zeros(8, 400)
+        result[profile.layer, profile.index] = profile.value[:, 3]
+        return result
+
+    both = [biases([part]) for part in parts]
+    assert all(bias.any() for bias in both) and torch.allclose(biases(parts), sum(both), atol=1e-6)
+
+
+def test_dpn_le_takes_its_share_of_the_neurons_that_are_known():
+    """Experts that saw few tokens have zeros, which are no small differences."""
+    neurons = random_neurons("openness", 8, (8, 400))
+    wider = {name: torch.nn.functional.pad(tensor, (0, 400)) for name, tensor in neurons.tensors.items()}
+    wider["seen"] = (wider["variance"] > 0).int() * 900
+    assert same(dpn_le([(neurons, 1.0)]), dpn_le([(Neurons(wider, neurons.meta), 1.0)]))
 
 
 def test_dpn_le_edits_the_product(small):
@@ -187,6 +232,8 @@ def test_activation_addition_equals_a_hook(small):
         finally:
             hook.remove()
     assert activation_addition([({layer: vector}, 0)]).residual == {}
+    both = activation_addition([({1: torch.ones(2)}, 2.0), ({1: torch.tensor([0.0, 10.0])}, -1.0)])
+    assert both.residual[1].tolist() == [2, -8], "several add up"
 
 
 def test_mean_difference_is_of_the_answers_tokens(small, made, tmp_path):
@@ -205,6 +252,29 @@ def test_mean_difference_is_of_the_answers_tokens(small, made, tmp_path):
     (tmp_path / "sorted.jsonl").write_text("\n".join(by_pole) + "\n")
     again = mean_difference(small.model, small.tokenizer, tmp_path / "sorted.jsonl", "extraversion", FRAMED, layer=0, most=10)
     assert torch.allclose(again[0], expected, atol=1e-4), "the first of each pole"
+
+
+def test_mean_difference_is_in_the_middle_and_of_answers_that_play(small, made, tmp_path):
+    lines = lines_of(made / "extraversion.answers.jsonl")
+    for name, some in (("played", lines[4:]), ("all", [{**line, "answer": "As an AI language model, w10", "ids": []} for line in lines[:4]] + lines[4:])):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in some))
+    played, whole = (mean_difference(small.model, small.tokenizer, tmp_path / name, "extraversion", FRAMED) for name in ("played", "all"))
+    assert list(played) == list(whole) == [1] and torch.equal(played[1], whole[1])
+
+
+def test_short_of_memory_a_mean_difference_is_of_smaller_batches(small, made, monkeypatch, capsys):
+    """Processes that share a model can't: the others would be left in the batch."""
+    given = small.model, small.tokenizer, made / "extraversion.answers.jsonl", "extraversion", FRAMED, 0, 10
+    whole = mean_difference(*given)
+    with little_room(decoder_of(small.model), 2) as asked:
+        parts = mean_difference(*given)
+        assert asked == [10, 5, 2, 2, 2, 2, 2] and "out of memory: batches of 2" in capsys.readouterr().err
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(torch.OutOfMemoryError):
+            mean_difference(*given)
+        assert asked[7:] == [10]
+    assert whole[0].abs().max() > 1e-3 and torch.allclose(whole[0], parts[0], atol=1e-5)
 
 
 def test_update_changes_residual_vectors_too():
@@ -249,6 +319,10 @@ def test_released_files_make_the_same_profile(small, several, tmp_path):
         assert same(composed([(files, alpha)]), npti(neurons, alpha, min_neurons=7))
     with pytest.raises(UserError, match="no means"):
         dpn_le([(files, 1.0)])
+    rows = [[0, index, delta, 0.5, 1.0] for index, delta in ((3, 0.2), (1, 0.4), (2, 0.3))]
+    for end in ("", "_reversed"):
+        (tmp_path / f"Extraversion{end}_dict.json").write_text(json.dumps({"0": rows}))
+    assert Released(tmp_path, "extraversion", small.model).select("high")[1].tolist() == [1, 2, 3], "largest delta first, in any file"
 
 
 @pytest.mark.parametrize("text, pattern", (
@@ -299,6 +373,19 @@ def test_wrong_profile_files(tmp_path, text, pattern):
         Character.read(str(path))
 
 
+@pytest.mark.parametrize("make, pattern", (
+    (lambda: Character({"neurotcism": 2}), "'neurotcism'"), (lambda: Character({"openness": 2}, "magic"), "'magic'"),
+    (lambda: Character({"openness": math.nan}), "a finite number"), (lambda: Character({"openness": "2"}), "'2'"),
+    (lambda: Character({"openness": 2}, ["npti"]), "'npti'.$"),
+    (lambda: suppressed(Profile.empty(), "cpa"), "expected cap, zero or none, got 'cpa'"),
+    (lambda: Profile.dense(bais=torch.ones(2, 3)), "expected some of cap, scale, shift, bias, got bais"), (lambda: Profile.dense("x"), "got none"),
+    (lambda: trained([(random_neurons("openness", 0), 1.0)]), "openness: no trained edits in it: python identify.py --train"),
+    (lambda: trained([(Neurons({"dose": torch.ones(2, 1, 4)}, {"trait": "openness"}), math.nan)]), "a finite number, got nan")))
+def test_mistakes_in_python_are_named(make, pattern):
+    with pytest.raises(UserError, match=pattern):
+        make()
+
+
 @pytest.mark.parametrize("flags, pattern", (
     (("--profile", "nowhere.toml"), "nowhere.toml: No such file"),
     (("--profile", "x.toml", "--trait", "openness"), "one or the other"),
@@ -323,6 +410,8 @@ def test_layers_restrict_all_that_is_edited():
     whole.residual = {0: torch.ones(3), 1: torch.zeros(3)}
     part = restricted(whole, (1, 5))
     assert set(part.layer.tolist()) == {1} and list(part.residual) == [1] and len(part.value) == int((whole.layer == 1).sum()) > 0
+    part = restricted(whole, (0, 1))
+    assert same(part, whole) and list(part.residual) == [0, 1], "the last is one of them"
     assert restricted(whole, None) is whole
 
 

@@ -22,6 +22,7 @@ from personality.load import DEFAULT_MODEL, default_dtype, default_model, load_m
 from personality.model import answer, answers, as_published, fingerprint, render, sampling, surroundings
 from personality.observe import Statistics, observe
 from personality.steer import steer
+from personality.terminal import UserError
 from reference import random_profile
 
 
@@ -183,6 +184,14 @@ def test_the_coldest_temperature_is_greedy(small):
 def test_an_answer_in_one_call(small):
     text = answer(small.model, small.tokenizer, "w10 w11 ?", max_new_tokens=5)
     assert text == answers(small.model, small.tokenizer, [FRAMED.turns("w10 w11 ?")], 5, repetition_penalty=1.15)[0][0]
+
+
+def test_a_dtype_by_its_name_or_itself(small):
+    for dtype in ("bf16", torch.bfloat16, "bfloat16"):
+        assert load_model(str(small.model_dir), "cpu", dtype)[0].dtype == torch.bfloat16
+    with pytest.raises(UserError, match="dtype: expected one of float32, bfloat16, float16, got 'float64'"):
+        load_model(str(small.model_dir), "cpu", torch.float64)
+    assert answers(small.model, small.tokenizer, []) == []
 
 
 def test_default_dtype_compiles_nothing(monkeypatch):

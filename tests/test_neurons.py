@@ -49,6 +49,19 @@ def test_only_neurons_that_fire_more_often_are_selected(made, pole):
     assert torch.equal(p95, neurons.p95[k][layer, index]) and torch.equal(delta, delta.sort(descending=True).values)
 
 
+def test_a_poles_neurons_by_default():
+    """Those at 0.1 or more; and of all that are known, where these are fewer, NPTI's share: 2,000 of Llama-3-8B's 458,752."""
+    prob = torch.zeros(2, 2, 5000, dtype=torch.float64)
+    prob[0, 0, :3000] = torch.linspace(0.09, 0.01, 3000)
+    neurons = Neurons({"prob": prob, "p95": torch.ones(2, 2, 5000), "variance": torch.ones(2, 2, 5000)}, {})
+    assert len(neurons.select("high")[0]) == round(10_000 * 2000 / 458_752) == 44 and not len(neurons.select("low")[0])
+    prob[0, 1, :100] = 0.1
+    assert len(neurons.select("high")[0]) == 100, "0.1 is enough"
+    prob[0, 1, :100], neurons.tensors["variance"][:, :, 2500:] = 0, 0
+    neurons.tensors["seen"] = torch.ones(2, 2, 5000, dtype=torch.int32)
+    assert len(neurons.select("high")[0]) == 22, "half of them are experts' that saw too few tokens"
+
+
 def test_table_that_is_shown(made, capsys):
     show_neurons(Neurons.load(made / "extraversion.safetensors"))
     text = capsys.readouterr().out
@@ -148,6 +161,20 @@ def test_files_that_are_no_neuron_file(made, tmp_path):
     fails("")
 
 
+@pytest.mark.parametrize("contents", (None, [1], {"key": "x"}, {"key": ["k", "d"]}))
+def test_what_a_file_says_of_its_contents_is_not_believed(made, tmp_path, contents):
+    neurons = Neurons.load(made / "extraversion.safetensors")
+    neurons.meta |= {"contents": contents, "key": "my own", "format": 1}
+    save_file(neurons.tensors, tmp_path / "a.safetensors", metadata={"neurons": json.dumps(neurons.meta)})
+    neurons = Neurons.load(tmp_path / "a.safetensors")
+    neurons.save(tmp_path / "b.safetensors")
+    assert neurons.key == Neurons.load(tmp_path / "b.safetensors").key == "my own"
+    neurons.tensors["prob"].mul_(0.5)
+    neurons.save(tmp_path / "c.safetensors")
+    assert neurons.key == Neurons.load(tmp_path / "c.safetensors").key != "my own"
+    assert b"contents" not in (tmp_path / "c.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("name", ("model", "bench", "questions", "max_new_tokens", "seed", "tokens"))
 def test_a_file_that_lacks_what_is_shown_of_it(made, tmp_path, capsys, name):
     """--list says so in its place, and goes on."""
@@ -211,6 +238,33 @@ def test_a_folder_notices_that_a_file_was_replaced(small, made, tmp_path):
         folder.check_unchanged()
     with pytest.raises(UserError, match="no such neuron file"):
         folder["openness"]
+
+
+def test_a_file_that_was_altered_has_another_key(small, made, tmp_path):
+    """Else what was answered before would be taken for its answers. Trained edits, which are added, leave the statistics' key."""
+    path = tmp_path / "extraversion.safetensors"
+    shutil.copy(made / "extraversion.safetensors", path)
+    folder = NeuronFolder(small.model, str(tmp_path))
+    neurons, mine, first = folder["extraversion"], Neurons.load(path), Neurons.load(path).key
+    place, more = torch.tensor([[0, 3]], dtype=torch.int32), {f"{pole}_bias": torch.ones(1) for pole in POLES}
+    more |= {"dose": torch.ones(2, 1, 4), **{f"{pole}_place": place.clone() for pole in POLES}}
+    Neurons({**neurons.tensors, **more}, {**neurons.meta, "trained": "some"}).save(str(path))
+    edited = Neurons.load(path)
+    assert (edited.key, edited.trained_key) == (first, "some")
+    with pytest.raises(UserError, match="was replaced while this ran"):
+        folder.check_unchanged()
+    edited.tensors["high_bias"] = 2 * edited.high_bias
+    edited.save(path)
+    assert edited.key == first and edited.trained_key not in ("", "some") and Neurons.load(path).trained_key == edited.trained_key
+    edited.tensors["prob"] = edited.prob.flip(0).contiguous()
+    edited.save(path)
+    assert Neurons.load(path).key == edited.key != first
+    with pytest.raises(UserError, match="was replaced while this ran"):
+        folder.check_unchanged()
+    with pytest.raises(UserError, match="was replaced while its edits were trained"):
+        mine.path = str(path)
+        mine.save_over()
+    assert repr(edited) == f"Neurons({str(made / 'extraversion.safetensors').replace(str(made), str(tmp_path))!r}: extraversion, 2 x 48)"
 
 
 def test_a_pipe_in_the_folder_is_no_neuron_file(made, tmp_path, capsys):

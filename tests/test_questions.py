@@ -1,15 +1,17 @@
 """Questions, personas, and the answers to them: the built-in bench, PersonalityBench's layout, the hub, files of answers."""
 
 import json
+import random
 
 import datasets
 import pyarrow
 import pytest
 
 from conftest import lines_of, save_bench
-from personality import POLES, TRAITS, UserError, load_bench
+from personality import POLES, TRAITS, Bench, UserError, load_bench
+from personality.grid import character_cells, described, grid
 from personality.judges import judge_personas
-from personality.questions import all_facets, built_in_bench, facets, read_answers
+from personality.questions import adjectives, all_facets, built_in_bench, facets, read_answers, search_items
 
 # -------------------------------------------------------------------------------------------------- the built-in bench
 
@@ -196,6 +198,32 @@ def test_no_room_to_unpack_answers(monkeypatch, tmp_path):
     (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match="can't be unpacked in .*No space left.*TMPDIR"):
         read_answers(tmp_path / "answers.jsonl", "openness")
+
+
+def test_personas_are_drawn_by_the_seed():
+    """In identification, and where a persona stands in the prompt; a character's description by its question as well."""
+    bench = built_in_bench()
+    first, again, other = (search_items(bench, "openness", 20, seed) for seed in (0, 0, 1))
+    assert first == again and sum(a != b for a, b in zip(first, other)) > 20
+    asked = bench.questions("openness", "test", 20)
+    first, again, other = (grid(bench, "openness", ["persona"], {}, asked, seed) for seed in (0, 0, 1))
+    assert first == again and sum(a != b for a, b in zip(first, other)) > 20
+    cells = character_cells(bench, [(1.0, 0, 0, 0, 0)], {}, asked, 0)
+    assert len({cell["persona"] for cell in cells if cell["method"] == "described"}) > 5
+
+
+@pytest.mark.parametrize("alpha, degree", ((0.3, "slightly"), (0.7, "quite"), (-1.2, "very")))
+def test_a_description_says_how_marked_a_trait_is(alpha, degree):
+    said = described(built_in_bench(), (alpha, 0, 0, 0, 0), random.Random(0))
+    assert said.startswith(f"You are {degree} {adjectives('openness', 'high' if alpha > 0 else 'low')}. ")
+
+
+def test_each_split_has_its_questions():
+    bench = Bench("b", {"openness": ["a", "a", "b"]}, {"openness": ["c", "d", "e", "f"]}, {})
+    assert {split: bench.questions("openness", split, 2) for split in ("search", "test", "validation")} == {
+        "search": ["a", "b"], "test": ["c", "d"], "validation": ["e"]}
+    with pytest.raises(UserError, match="the split search, test or validation, got 'train'"):
+        bench.questions("openness", "train", 2)
 
 
 def test_few_validation_questions_are_said(capsys):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -280,6 +281,37 @@ def test_short_of_memory_training_takes_fewer_rows_at_once(small, made, tmp_path
     assert short.trained_key == roomy.trained_key
 
 
+def test_a_lesson_holds_what_the_teacher_would_say(small, made, monkeypatch):
+    """Of few tokens a place those that the model itself or the teacher of either pole finds likeliest."""
+    monkeypatch.setattr(train, "TOP", 97)
+    whole = lessons_of(small, made)[0]
+    monkeypatch.setattr(train, "TOP", 3)
+    few = lessons_of(small, made)[0]
+    said = [(whole.plain + sign * train.GAIN * whole.apart).log_softmax(-1) for sign in (1, 0, -1)]
+    likeliest = whole.top.gather(-1, torch.stack(said).amax(0).topk(3).indices)
+    assert torch.equal(few.top.sort().values, likeliest.sort().values)
+    assert not torch.equal(few.top.sort().values, whole.top.gather(-1, whole.plain.topk(3).indices).sort().values)
+
+
+def test_answers_that_decline_are_not_learnt(small, made, tmp_path, monkeypatch):
+    lines = [line for line in lines_of(made / "extraversion.answers.jsonl") if line["pole"] == "high"]
+    shutil.copy(made / "extraversion.safetensors", tmp_path)
+    (tmp_path / "extraversion.answers.jsonl").write_text("".join(
+        json.dumps({**line, **({"answer": "As an AI language model, no.", "ids": []} if k % 2 else {})}) + "\n" for k, line in enumerate(lines)))
+    neurons = Neurons.load(tmp_path / "extraversion.safetensors")
+    learnt = [item for batch in train.answers_to_learn(small.tokenizer, neurons, "high") for item in batch]
+    assert {item["question"] for item in learnt} <= {line["question"] for line in lines[::2]} and len(learnt) == train.ANSWERS
+
+
+def test_another_bench_trains_anew(small, learnt, monkeypatch):
+    neurons = Neurons.load(learnt / "extraversion.safetensors")
+    monkeypatch.setattr(train, "both_poles", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train.add_trained(small.model, small.tokenizer, small.bench, neurons) is neurons
+    other = replace(small.bench, test={trait: texts[1:] for trait, texts in small.bench.test.items()})
+    with pytest.raises(KeyboardInterrupt):
+        train.add_trained(small.model, small.tokenizer, other, neurons)
+
+
 def test_parts_of_a_lesson(small, made):
     """Each row is what it is in the whole, when it is made and when it is learned."""
     of = lessons_of(small, made)[0]
@@ -303,6 +335,8 @@ def test_no_training_while_steered(small, made):
         with train.biased(small.model, torch.zeros(shape_of(small))):
             assert not torch.equal(small.model(input_ids=ids).logits, before)
         assert torch.equal(small.model(input_ids=ids).logits, before)
+    with steer(small.model.model, Profile.dense(bias=bias)), pytest.raises(UserError, match="no training while the model is steered"):
+        train.add_trained(small.model, small.tokenizer, small.bench, Neurons.load(made / "extraversion.safetensors"))
 
 
 def test_damaged_trained_edits_are_refused(learnt):

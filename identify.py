@@ -319,7 +319,7 @@ class Run:
     def another_persona(self, item: dict, attempt: int) -> dict:
         pick = random.Random(f"{self.args.seed}/{self.trait}/{item['question']}/{attempt}")
         others = set(self.bench.personas_for("search", self.trait, item["pole"])) - {item["persona"]}
-        return {**item, "persona": pick.choice(sorted(others))}
+        return {**item, "persona": pick.choice(sorted(others) or [item["persona"]])}
 
     def halve(self, error) -> None:
         """Go on with batches half as large."""

@@ -168,6 +168,13 @@ def test_bfloat16_rounds_once(tmp_path):
     baked = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     live, ours, plain = both(model, baked, profile)
     assert (live - ours).float().abs().max() < 0.05 * (live - plain).float().abs().max()
+    shift = torch.zeros(2, 48)
+    shift[0, :10] = torch.linspace(0.1, 2, 10)
+    made = Baking(model, Profile.dense(shift=shift)).layer(0)
+    act = torch.nn.functional.silu(torch.tensor([bake.GATE_BIAS], dtype=torch.bfloat16)).float()
+    assert act != torch.nn.functional.silu(torch.tensor([bake.GATE_BIAS])), "rounded"
+    expected = (model.model.layers[0].mlp.down_proj.weight[:, :10].float() * shift[0, :10] / act).bfloat16()
+    assert torch.equal(made["down_proj.weight"][:, made["gate_proj.bias"] == bake.GATE_BIAS], expected)
 
 
 @pytest.mark.parametrize("family, options, pattern", (
@@ -398,6 +405,10 @@ def test_a_server_is_checked(small, several, monkeypatch, tmp_path, capsys):
     with Server(lambda n, body: "something else" if n == 1 else expected[n - 1]["text"]) as server:
         check(server)
     assert f"{number - 1} of {number} answers begin as they should; rounding" in capsys.readouterr().out
+    assert number % 2 == 0, "so that half of them is a number"
+    with (Server(lambda n, body: "something else" if n % 2 else expected[n - 1]["text"]) as server,
+          pytest.raises(UserError, match=f"{number // 2} of {number} answers begin")):
+        check(server)
     with (Server(lambda n, body: expected[n - 1]["without biases"]) as server,
           pytest.raises(UserError, match="without the biases of the MLPs: this engine drops them")):
         check(server)

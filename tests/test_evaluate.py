@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import transformers
 import evaluate
 import identify
 from conftest import FRAMED, Server, lines_of, little_room, main_of, run, save_model, shared_flags
-from personality import POLES, TRAITS, Neurons, Profile, UserError, composed, dpn_le, load_model, npti, steer
+from personality import POLES, TRAITS, Neurons, Profile, UserError, capability, composed, dpn_le, load_model, npti, steer
 from personality.baselines import Baselines
 from personality.judges import contrast, read_inventory
 from personality.methods import activation_addition, mean_difference, npti_edits, suppressed, trained
@@ -25,6 +26,8 @@ from personality.model import TEST_PENALTY, answer_ids, answers
 from personality.neurons import NeuronFolder, neuron_path
 from personality.questions import adjectives, built_in_bench
 from personality.report import write_reports
+from personality.results import Condition
+from personality.store import Journal
 from personality.train import add_trained
 
 FILES = {"answers.jsonl", "scores.jsonl", "summary.json", "details.json", "report.md", "report.html"}
@@ -410,6 +413,99 @@ def test_another_judge(small, made, monkeypatch, tmp_path):
     assert summary_of(out) == own, "the model's own scores are still there"
 
 
+# ------------------------------------------------------------------------------------- its steps, on figures that are given
+
+
+def step_of(arguments=(), **people):
+    """An evaluation that has no model, but these people."""
+    it = object.__new__(evaluate.Evaluation)
+    it.args, it.costs, it.reports, it.people = SimpleNamespace(**{"seed": 0, **dict(arguments)}), None, None, SimpleNamespace(**people)
+    return it
+
+
+def measured(conditions, title, journal, figures_of):
+    return [(condition._asdict(), figures_of(condition)) for condition in conditions]
+
+
+HIGH = Condition("npti", "openness", "high", 1.0)
+
+
+def test_what_is_made_with_other_neurons_has_another_key(small, tmp_path):
+    """Answers, and what is measured under an edit: else those of the old file stood for the new one's."""
+    people, made = object.__new__(evaluate.Personalities), []
+    journal, people.steered = Journal(tmp_path / "costs.jsonl", {}), lambda condition: contextlib.nullcontext()
+
+    def figures(key):
+        people.neurons = {"openness": SimpleNamespace(key=key)}
+        return people.measure([HIGH], "costs", journal, lambda condition: made.append(key) or {"figure": len(made)})[0][1]["figure"]
+
+    assert [figures(key) for key in ("a", "b", "a")] == [1, 2, 1] and made == ["a", "b"]
+    assert people.key(HIGH) != people.key(HIGH._replace(method="dpn-le")) and people.key(HIGH._replace(method="persona")) is None
+
+
+def test_an_edit_that_is_suppressed_otherwise_has_files_of_its_own(small, made, monkeypatch, tmp_path):
+    flags = ("--method", "npti", "--limit", "1")
+    evaluation(small, made, monkeypatch, tmp_path, *flags, alphas=("1",))
+    with pytest.raises(UserError, match="answers.jsonl"):
+        evaluation(small, made, monkeypatch, tmp_path, *flags, "--suppress", "zero", alphas=("1",))
+
+
+def test_the_price_of_an_edit_is_what_it_adds():
+    """And of a prompt, which the quiz is asked under, it is the quiz alone."""
+    texts, asked = iter([([2.0] * 2, [torch.tensor([1, 2])] * 2), ([2.5] * 2, [torch.tensor([1, 3])] * 2)]), []
+
+    def in_batches(work, number, *more):
+        return asked.append(more) or [1, 0] if work is capability.quiz else next(texts)
+
+    step = step_of(in_batches=in_batches, system=lambda condition: f"w {condition.method}", measure=measured)
+    edit, prompt = step.capability([HIGH, HIGH._replace(method="persona")])
+    assert (edit["added"]["mean"], edit["agreement"]["mean"], edit["quiz"]["mean"]) == (0.5, 0.5, 0.5)
+    assert not {"added", "agreement"} & set(prompt) and asked == [("w npti",), ("w persona",)]
+
+
+def test_a_self_report_is_made_under_the_prompt():
+    items, asked = [("I like it", "openness", "Ideas", 1)], []
+    step = step_of({"items": items}, in_batches=lambda work, number, *more: asked.append(more) or [4.0], measure=measured,
+                   system=lambda condition: condition.method)
+    step.questionnaire([HIGH, HIGH._replace(method="persona")])
+    assert asked == [(items, "npti"), (items, "persona")]
+
+
+def test_a_poles_system_prompt_is_its_own(small):
+    people = object.__new__(evaluate.Personalities)
+    people.bench, people.args = small.bench, SimpleNamespace(seed=0)
+    for pole in POLES:
+        assert adjectives("openness", pole) in people.system(Condition("simple", "openness", pole, None))
+        assert people.system(Condition("persona", "openness", pole, None)) in small.bench.personas_for("search", "openness", pole)
+    assert people.system(HIGH) is None
+
+
+def test_a_doses_perplexity_is_the_mean_of_its_poles():
+    step = step_of({"method": ["npti"], "dose": [1.0], "limit": 2}, answer=lambda *_: [])
+    step.answers, step.cells, key = None, lambda *_: [], {"trait": "openness", "method": "npti", "alpha": 1.0}
+    step.judged = lambda *_: ([{**key, "perplexity": value} for value in (5.0, 7.0)] + [{**key, "alpha": 2.0, "perplexity": 99.0}], [key])
+    assert [row["perplexity"] for row in step.doses()] == [6.0]
+
+
+def test_spill_over_is_of_each_traits_first_questions(monkeypatch):
+    """Of the methods that have a matrix."""
+    line = lambda trait, question, method: {"trait": trait, "question": question, "method": method}  # noqa: E731
+    made, judged = [line(trait, question, method) for question in "abc" for trait in TRAITS[:2] for method in ("unedited", "simple", "npti")], []
+    step = step_of({"spill_over": 2})
+    step.contrast, step.scores = SimpleNamespace(judge=lambda *given: judged.append(given)), None
+    step.tables = lambda made: (judged.append(made), None)
+    monkeypatch.setattr(evaluate.results, "spill_over", lambda table: [])
+    assert step.spill_over(made) == []
+    assert judged[0][0] == judged[1] == [line(trait, question, "npti") for question in "ab" for trait in TRAITS[:2]]
+    assert judged[0][2] == TRAITS
+
+
+def test_two_given_answers_of_the_same_words_are_two(small, tmp_path):
+    text = '{"trait": "openness", "pole": "high", "question": "w10 ?", "answer": "w11 w12"}\n'
+    (tmp_path / "given.jsonl").write_text(2 * text)
+    assert len({line["key"] for line in step_of({"answers": str(tmp_path / "given.jsonl")}, tokenizer=small.tokenizer).given()}) == 2
+
+
 # ---------------------------------------------------------------------------------------------------- all that there is
 
 
@@ -534,6 +630,11 @@ def test_conversations(small, made, monkeypatch, tmp_path):
         (turn, method, 2) for turn in (1, 2) for method in ("persona", "npti")], "four questions: two conversations of two"
     assert all(row["perplexity"] >= 1 and row["unedited"] >= 1 and 0 <= row["repetition"] <= 1 for row in rows)
     lines = [line for line in lines_of(tmp_path / "answers.jsonl")[1:] if "turn" in line]
+    perplexity_of = {line["answer"]: line["perplexity"] for line in lines_of(tmp_path / "scores.jsonl")[1:] if "perplexity" in line}
+    for row in rows:
+        of = {(method, pole): np.median([perplexity_of[line["key"]] for line in lines if (line["turn"], line["method"], line["pole"]) == (
+            row["turn"], method, pole)]) for method, pole in (("unedited", None), *((row["method"], pole) for pole in POLES))}
+        assert row["unedited"] == pytest.approx(of.pop(("unedited", None))) and row["perplexity"] == pytest.approx(np.mean([*of.values()]))
     neurons, asked = Neurons.load(made / "extraversion.safetensors", small.model), small.bench.questions("extraversion", "test", 4)
     for line in lines:
         assert line["question"] == asked[2 * line["talk"] + line["turn"] - 1] and len(line["before"]) == line["turn"] - 1
@@ -595,6 +696,11 @@ def test_characters_are_evaluated(small, all_five, monkeypatch, tmp_path):
     details = details_of(tmp_path / "out")
     assert [(row["judge"], row["method"]) for row in details["characters"]] == [
         (judge, way) for judge in ("contrast", "questionnaire") for way in evaluate.WAYS]
+    perplexity_of = {line["answer"]: line["perplexity"] for line in lines_of(tmp_path / "out" / "scores.jsonl")[1:] if "perplexity" in line}
+    for row in details["characters"][:len(evaluate.WAYS)]:
+        of_each = [[perplexity_of[line["key"]] for line in made if line["method"] == row["method"] and tuple(line["alpha"]) == alphas]
+                   for alphas in characters]
+        assert row["perplexity"] == pytest.approx(np.mean([np.median(of_one) for of_one in of_each]))
     assert "requested against measured" in (tmp_path / "out" / "report.md").read_text()
     assert "what was requested of each trait" in (tmp_path / "out" / "report.html").read_text()
     before = (tmp_path / "out" / "scores.jsonl").read_bytes()

@@ -1,6 +1,7 @@
 """How questions are put, and who declines to be anyone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ def test_turns():
     assert Frame.named("none").made_with() == {}, "so that the files of before are still its own"
     assert len({Frame.named(name).made_with()["framing"] for name in ("person", "You are Ada.")}) == 2
     assert [str(Frame.named(name)) for name in ("person", "none", "You\x1b[2J")] == ["person", "none", "'You\\x1b[2J'"]
+    before = Frame("x", "", "Be brief.").turns("And?", before=[("Who?", "Me.")])
+    assert [turn["content"] for turn in before] == ["Who? Be brief.", "Me.", "And? Be brief."], "each question as it was asked"
     system, user = FRAMED.turns("Who?", "Shy.")
     assert system["content"].endswith(" Shy.") and user["content"].startswith("Who? ")
 
@@ -69,6 +72,18 @@ def test_answers_that_decline_are_asked_for_anew_and_not_counted(small, tmp_path
     identify.read_batches(small.model, small.tokenizer, played, FRAMED, expected, "generated", 4)
     assert neurons.meta["tokens"] == expected.tokens.tolist()
     assert torch.equal(neurons.prob, expected.summary()["prob"])
+
+
+def test_who_declines_is_asked_under_another_persona(small, tmp_path):
+    """Another one each time, by the seed; where there is one only, under that."""
+    some = replace(small.bench, personas={"extraversion": {"high": [f"w{k}" for k in range(10, 40)], "low": ["w9"] * 4}})
+    asked = run(small, tmp_path)
+    asked.bench = some
+    items = [{"question": f"w{k} ?", "pole": "high", "persona": "w10"} for k in range(30)]
+    first, second = ([asked.another_persona(item, attempt)["persona"] for item in items] for attempt in (0, 1))
+    assert "w10" not in first + second and sum(a != b for a, b in zip(first, second)) > 20
+    assert first == [asked.another_persona(item, 0)["persona"] for item in items]
+    assert asked.another_persona({"question": "w1 ?", "pole": "low", "persona": "w9"}, 0)["persona"] == "w9"
 
 
 def contents_of_a_run(small, out) -> str:

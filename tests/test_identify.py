@@ -316,6 +316,11 @@ def test_damaged_state_is_from_the_beginning(small, made, tmp_path, eager_saving
 def test_few_tokens_are_told_of(small, tmp_path, monkeypatch, capsys):
     run(small, tmp_path / "few", limit=4).identify()
     assert "tokens were counted under a pole, so neurons differ by chance" in capsys.readouterr().err
+    for number, tokens in enumerate(([10, 5000], [5000, 10])):
+        one_pole = run(small, tmp_path / str(number), limit=4)
+        one_pole.compliance = lambda: {}
+        one_pole.write(tokens, Neurons.load(tmp_path / "few" / "extraversion.safetensors").tensors)
+        assert "only 10 tokens were counted under a pole" in capsys.readouterr().err
     monkeypatch.setattr(identify, "FEWEST", 2)
     run(small, tmp_path / "more", limit=4).identify()
     assert "by chance" not in capsys.readouterr().err

@@ -156,6 +156,30 @@ def test_one_run_writes_to_a_file_at_a_time(small, made, monkeypatch, tmp_path):
     assert len(lines_of(out)) == 1 and {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "q.txt"}
 
 
+@pytest.mark.parametrize("more", (("--temperature", "2"), ("--top-p", "0.5"), ("--frame", "none"), ("--method", "dpn-le"), ("--seed", "1"),
+                                  ("--max-new-tokens", "3"), ("--min-delta", "0.3"), ("--keep", "0.5"), ()))
+def test_other_options_begin_a_file_anew(small, made, monkeypatch, tmp_path, capsys, more):
+    """Else one file held answers of both. (): of another model."""
+    (tmp_path / "q.txt").write_text("w10 w11 ?\nw12 ?\n")
+    flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt",
+             "--out", tmp_path / "out.jsonl", "--max-new-tokens", "2", "--batch-size", "1")
+    write, calls = induce.answered, []
+
+    def killed(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*given)
+
+    monkeypatch.setattr(induce, "answered", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main_of(induce, monkeypatch, *flags)
+    if not more:
+        monkeypatch.setattr(induce, "fingerprint", lambda model: "another")
+    main_of(induce, monkeypatch, *flags, *more)
+    assert "going on after" not in capsys.readouterr().err and len(calls) == 4
+
+
 def test_each_batch_is_sampled_anew(small, made, monkeypatch, tmp_path):
     (tmp_path / "q.txt").write_text("w10 w11 ?\n" * 4)
     main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "1",

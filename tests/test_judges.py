@@ -1,6 +1,7 @@
 """The judges: likelihoods, contrast, a model that rates, the questionnaire."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -266,6 +267,20 @@ def test_percentiles_are_of_the_norms():
     low, high = (percentiles({trait: mean for trait in TRAITS}, 120) for mean in (2.0, 4.5))
     assert all(0 < low[trait] < high[trait] < 100 for trait in TRAITS)
     assert percentiles({trait: 3.0 for trait in TRAITS}, 60) is None
+    from ipipneo.norm import Norm
+    from scipy.stats import norm
+
+    scores = Norm.calc(domain=dict.fromkeys("OCEAN", 24 * 3.5), norm=Norm(sex="N", age=30, nquestion=120))  # 24 items of each trait
+    assert percentiles(dict.fromkeys(TRAITS, 3.5), 120) == pytest.approx({trait: 100 * norm.cdf(scores[trait[0].upper()], 50, 10) for trait in TRAITS})
+
+
+@pytest.mark.parametrize("nats", (6.0, 700.0))
+def test_perplexity_is_of_the_mean_token(small, tmp_path, monkeypatch, nats):
+    """However unlikely an answer is, it is a number."""
+    judge, scores = ContrastJudge(small.model, small.tokenizer, small.bench, 4, Frame()), Journal(tmp_path / "scores.jsonl")
+    monkeypatch.setattr("personality.judges.contrast", lambda *_: ({"openness": torch.zeros(1)}, torch.tensor([-nats])))
+    judge.judge([{"key": "a", "trait": "openness", "question": "w10 ?", "answer": "w11", "ids": [11]}], scores, [], "")
+    assert scores["a/fluency/"]["perplexity"] == pytest.approx(math.exp(min(nats, 50))) and scores["a/fluency/"]["tokens"] == 1
 
 
 def test_what_is_beyond_the_judges_context_is_said_once(small, tmp_path, capsys):

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from conftest import prompts, tiny
 from personality import POLES, Neurons, Statistics, UserError, observe, steer
 from personality.mlp import plain_sites
+from personality.op import op
 from reference import FAMILIES, close, decoding, hooks, random_profile, shared, state_of, write
 
 
@@ -44,6 +45,23 @@ def test_statistics_are_of_unedited_activations():
         write(model)
     for (count, *_), a in zip(statistics.flush().sites, activations, strict=True):
         assert torch.equal(count[0], (torch.cat(a[1:], 1) > 0).flatten(0, 1).sum(0).int())
+
+
+def test_percentiles_of_ranks_that_are_just_met():
+    """Of four tokens that two fire on, the second smallest activation is not positive, and the third is the smaller of the two."""
+    statistics = Statistics(plain_sites(1, 3))
+    count, sketch, moments, *_ = statistics.sites[0]
+    statistics.tokens += 4
+    count += 2
+    sketch[0, :, [100, 150]] += 1
+    edges = torch.tensor(op().edges)
+    for q, near in ((0.5, None), (0.51, 100), (0.75, 100), (0.76, 150), (1.0, 150)):
+        value = statistics.percentile(q)
+        assert bool((value == 0).all()) if near is None else bool(((edges[near] <= value) & (value <= edges[near + 1])).all())
+    statistics.tokens -= 1
+    moments[0] = torch.tensor([0.1 + 0.1 + 0.1, 0.03])[:, None]
+    summary = statistics.summary()
+    assert bool((summary["variance"] >= 0).all()), "the same three times: 0, which rounding would make less"
 
 
 def test_groups_by_default():

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import evaluate
 from conftest import main_of
 from personality import POLES, TRAITS, UserError
-from personality.report import (around, by_judge, matrices_of, pictures_of, plot_dose, plot_effects, plot_layers, plot_matrices,
+from personality.report import (around, by_judge, matrices_of, pictures_of, plot_characters, plot_dose, plot_effects, plot_layers, plot_matrices,
                                 plot_self_report, show, tables_of, write_reports)
 from personality.results import EDITS, WAYS
 
@@ -101,6 +101,27 @@ def test_every_kind_of_figure_has_its_table(found):
     assert [row[1] for row in tables["Characters: more than composed"][1]] == ["added", "levels", "described"]
 
 
+def test_each_figure_stands_under_its_title(found):
+    """Of figures that differ: else one could stand for another."""
+    distances = {name: estimate(value) for name, value in (("correlation", 0.5), ("error", 0.25), ("spill_over", 0.125))}
+    way = {**found["characters"][1], **distances, "more_than_composed": {name: estimate(row["mean"] / 10) for name, row in distances.items()}}
+    turn = {"turn": 2, **condition("npti", "openness", None, 1.5), **estimate(0.1), "judge": "contrast", "perplexity": 8.0, "unedited": 4.0,
+            "repetition": 0.25}
+    spilt = [{**row, "mean": k / 1000, "n": 4 + k} for k, row in enumerate(found["spill_over"])]
+    notes = {title: note for title, note, *_ in tables_of({"spill_over": spilt})}
+    assert "Of 4 questions" in notes["Spill-over: npti 1.5, contrast"], "the fewest"
+    tables = {title: [dict(zip(columns, row)) for row in rows] for title, _, columns, rows in tables_of(
+        {"characters": [way], "conversations": [turn], "spill_over": spilt, "fluency": found["fluency"]})}
+    (first,), (more,) = tables["Characters"], tables["Characters: more than composed"]
+    titles = ("correlation", "mean error", "spill-over")
+    assert [first[title].split()[0] for title in titles] == ["0.50", "250.0", "125.0"]
+    assert [more[title].split()[0] for title in titles] == ["+0.05", "+25.0", "+12.5"]
+    (talk,) = tables["Over a conversation"]
+    assert (talk["turn"], talk["perplexity"], talk["unedited"], talk["repetition"]) == (2, "8.0", "4.0", "25.0%")
+    second = tables["Spill-over: npti 1.5, contrast"][1]
+    assert second["steered"] == TRAITS[1] and [second[trait] for trait in TRAITS] == ["+5.0", "+6.0", "+7.0", "+8.0", "+9.0"]
+
+
 def test_nothing_is_shown_that_was_not_measured(found):
     assert list(tables_of({})) == [] and list(pictures_of({}, {})) == []
     assert [title for title, *_ in tables_of({"summary": found["summary"], "dose": [], "accuracy": []})] == ["Scores"]
@@ -145,6 +166,8 @@ def test_effects_stand_where_they_were_measured(found):
     means = sorted(float(container.lines[0].get_xdata()[0]) for container in axes.containers)
     assert means == pytest.approx(sorted(1000 * row["mean"] for row in rows)) and "thousandths of a nat" in axes.get_xlabel()
     assert [label.get_text() for label in axes.get_yticklabels()] == list(TRAITS[:2])
+    ends = sorted([end[0] for end in container.lines[2][0].get_segments()[0]] for container in axes.containers)
+    assert np.allclose(ends, sorted([1000 * end for end in row["ci95"]] for row in rows))
 
 
 def test_dose_response_is_of_every_method(found):
@@ -171,6 +194,14 @@ def test_self_report_shows_low_unedited_and_high(found):
     assert [line.get_label() for line in axes.lines] == ["low", "unedited", "high"]
     assert axes.get_title(loc="left") == "openness steered"
     assert [list(line.get_xdata()) for line in axes.lines] == [pytest.approx([3.0, 3.1, 3.2, 3.3, 3.4])] * 3
+    more = [{**row, "alpha": 3.0} for row in found["questionnaire"] if row["method"] == "npti"]
+    assert "at alpha 3," in list(pictures_of({"questionnaire": found["questionnaire"] + more}, {}))[0][0], "the strongest"
+
+
+def test_characters_stand_where_they_were_measured(found):
+    points = [{**point, "requested": k / 4, "measured": k / 8, "expected": k / 2} for k, point in enumerate(found["requested"])]
+    dots = [dot.get_offsets().tolist()[0] for axes in drawing(plot_characters, points) for dot in axes.collections]
+    assert dots == [[k / 4, 1000 * k / 8] for k in range(len(points))]
 
 
 def test_layers_show_neurons_of_both_poles():
@@ -224,6 +255,10 @@ def test_the_terminal_shows_low_high_and_their_difference(found, capsys):
     shown = capsys.readouterr().out
     assert "contrast judge, thousandths of a nat a token" in shown and "unedited +10.0, perplexity 7.2" in shown
     line = next(line for line in shown.splitlines() if "npti 1.5" in line)
+    moved = [{**row, **estimate({"low": -0.02, "high": 0.03}.get(row["pole"], 0)), "perplexity": {"low": 6.0}.get(row["pole"], 9.0)}
+             for row in found["summary"]]
+    show(moved, [], "contrast")
+    assert re.search(r"npti 1.5 +-20.0 +\+30.0 +6.0 / 9.0", capsys.readouterr().out), "low, then high"
     assert re.search(r"npti 1.5 +\+10.0 +\+10.0 +\+100.0 \(\+90.0 to \+110.0\) +7.2 / 7.2", line)
 
 

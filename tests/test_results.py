@@ -135,6 +135,29 @@ def test_methods_are_compared_by_question():
     assert (row["method"], row["other"], row["n"]) == ("npti", "persona", 8) and row["ci95"] == [1.5, 1.5] == [row["mean"]] * 2
 
 
+def test_strengths_of_a_method_are_compared_too():
+    values = {("openness", "npti", alpha, pole): {"openness": [sign * alpha] * 3} for alpha in (1.0, 3.0) for pole, sign in zip(POLES, (1, 0))}
+    rows = results.compared(results.high_minus_low(table_of(values)), 0)
+    assert [(row["alpha"], row["other_alpha"], row["mean"]) for row in rows] == [(1.0, 3.0, -2.0), (3.0, 1.0, 2.0)], "none with itself"
+
+
+def test_an_interval_ends_where_the_scale_does():
+    """Of judges that rate 1 to 5, and of the items of a questionnaire; a contrast has no ends, nor has a difference."""
+    answers, scores = planted({("openness", "npti", 1.0, pole): {"openness": [8.0, 9.0]} for pole in POLES})
+    scores += [score_line(line["key"], trait, 5.0 - 4 * (line["pole"] == "low") + sign * (line["question"] == "q1"), "llm:big")
+               for line in answers for sign in [-1 if line["pole"] == "high" else 1] for trait in ("openness", None)]
+    table = results.scored(answers, scores, {"contrast": None, "llm:big": None})
+    fluent = results.fluency(results.fluency_table(answers, scores, None), table, 0)
+    ends = {(row["judge"], row["pole"]): row["ci95"] for row in results.summarise(table, fluent, 0)}
+    assert ends["llm:big", "high"][1] == 5 and ends["llm:big", "low"][0] == 1 and ends["contrast", "high"][1] > 9
+    assert {row["pole"]: row["rating"]["ci95"][row["pole"] == "high"] for row in fluent} == {"high": 5, "low": 1}
+    rating = next(row for row in results.effects(results.high_minus_low(table), 0) if row["judge"] == "llm:big")
+    assert rating["mean"] == 3 and rating["ci95"][1] > 5
+    condition = {"method": "unedited", "trait": None, "pole": None, "alpha": None}
+    (row,), _ = results.questionnaire([(condition, [4.0, 5.0])], [("a", "openness", "Ideas", 1), ("b", "openness", "Values", 1)], 0)
+    assert row["ci95"] == [1, 5]
+
+
 def test_the_papers_score_is_of_judges_that_rate():
     answers, scores = planted({("openness", "npti", 1.0, pole): {"openness": [0.0, 0.0]} for pole in POLES})
     rating = {"high": 4.0, "low": 1.0}
@@ -143,6 +166,10 @@ def test_the_papers_score_is_of_judges_that_rate():
     effects = results.effects(results.high_minus_low(results.scored(answers, scores, {"contrast": None, "llm:big": None})), 0)
     paper = {"mean": 4 + 6 - 1, "variance": 0}
     assert [(row["judge"], row.get("paper")) for row in effects] == [("contrast", None), ("llm:big", paper)]
+    for line in scores:
+        line["score"] = line.get("score") and line["score"] + (line["answer"] == "opennessnpti1.0high1")
+    effects = results.effects(results.high_minus_low(results.scored(answers, scores, {"contrast": None, "llm:big": None})), 0)
+    assert effects[1]["paper"] == {"mean": 9.5, "variance": 0.25}, "of the answers that there are"
 
 
 def test_spill_over_matrix():
@@ -151,6 +178,21 @@ def test_spill_over_matrix():
         for pole, sign in zip(POLES, (1, -1))}
     rows = results.spill_over(table_of(values))
     assert {row["measured"]: row["mean"] for row in rows} == {"openness": 4.0, "neuroticism": -1.0, "agreeableness": 0.0}
+    answers, scores = planted(values)
+    scores += [score_line(line["key"], "openness", 5.0 if line["pole"] == "high" else 1.5, "llm:big") for line in answers]
+    assert rows == results.spill_over(results.scored(answers, scores, {"contrast": None, "llm:big": None})), "another judge has other units"
+
+
+def test_spill_over_at_matched_strength_is_a_size():
+    """What goes up along one trait and down along another is not nothing."""
+    chosen = {"trait": "openness", "method": "npti", "alpha": 0.9, "target": 0.1}
+    effect = {**chosen, "mean": 0.1, "ci95": None, "n": 1}
+    sides = [{**chosen, "perplexity": value, "repetition": value / 10} for value in (2.0, 4.0)]
+    spilt = [{"steered": "openness", "method": "npti", "alpha": alpha, "measured": measured, "mean": mean}
+             for alpha, measured, mean in ((0.9, "openness", 7.0), (0.9, "neuroticism", -0.5), (0.9, "agreeableness", 0.25), (2.0, "neuroticism", 9.0))]
+    costs = [{**chosen, "added": {"mean": value}, "quiz": {"mean": value}} for value in (0.25, 0.5)]
+    row = results.at_matched_strength(chosen, [effect], sides, spilt, costs)
+    assert (row["spill_over"], row["perplexity"], row["repetition"], row["added"], row["quiz"]) == (0.375, 3.0, pytest.approx(0.3), 0.375, 0.375)
 
 
 def test_matched_strength_is_interpolated():
@@ -265,6 +307,13 @@ def test_rounding_is_no_correlation():
         means += [(condition(way, None, None, alphas), measured) for way in results.WAYS]
     rows, _ = results.characters_measured(means, "questionnaire", 1.5, 0)
     assert [row["correlation"]["mean"] for row in rows] == [0.0] * 4
+
+
+def test_a_trait_that_nothing_moves_has_no_correlation():
+    """It is none of those whose mean is taken."""
+    asked = [(1.0, -1.0, 0.0, 0.5, 0.0), (-1.0, 0.5, 0.5, 0.0, 0.0), (0.5, 1.0, -1.0, -0.5, 0.0)]
+    points = [{"requested": alpha, "measured": 2 * alpha * (k > 0), "expected": 0.0} for alphas in asked for k, alpha in enumerate(alphas)]
+    assert results.way_figures(points, np.arange(3)[None])["correlation"] == pytest.approx([1.0])
 
 
 def test_an_inventory_of_one_item():

@@ -151,6 +151,22 @@ def subprocess_free(small, neurons, people):
     return [expected(own, neurons, k, who) for k, who in enumerate(people)]
 
 
+def test_layers_are_a_part_of_who_is_asked_for():
+    """Each has edits of its own, and the same ones when it comes again."""
+    people = People(SimpleNamespace(frame="none", characters=None))
+    people.kept, people.traits, made = {}, {"openness": 1}, []
+    people.profiles = SimpleNamespace(directions={}, of=lambda who: made.append(who) or Profile.empty(str((who.method, who.layers, who.model))))
+    asked = [Character({"openness": 1.0}, *more) for more in (("npti", (0, 0)), ("npti", (1, 1)), ("dpn-le", (1, 1)), ("npti", (1, 1), "m"))]
+    assert len({people.of(who)[0].name for who in asked}) == 4 and [people.of(who)[0] for who in asked] and len(made) == 4
+
+
+def test_penalties_keep_their_names():
+    from personality.api import ChatBody
+
+    how = ChatBody(messages=[{"role": "user", "content": "x"}], frequency_penalty=2, presence_penalty=0.5).sampling(0)
+    assert (how.frequency_penalty, how.presence_penalty) == (2, 0.5)
+
+
 def test_the_model_name_can_hold_the_personality(served):
     ask = lambda model, **extra: served.client.chat.completions.create(  # noqa: E731
         model=model, messages=asked(), max_tokens=8, extra_body=extra).choices[0].message.content

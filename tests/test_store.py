@@ -117,6 +117,15 @@ def test_cutting_forgets_what_comes_after(tmp_path, header):
     assert len(Journal(path, header)) == 0
 
 
+def test_a_journal_that_was_emptied_meanwhile_goes_on(tmp_path):
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path)
+    journal.append({"key": "a"}, {"key": "b"})
+    os.truncate(path, 0)
+    journal.append({"key": "c"})
+    assert [line["key"] for line in Journal(path)] == ["c"] and b"\0" not in path.read_bytes()
+
+
 def test_half_an_emoji_can_be_kept(tmp_path):
     journal = Journal(tmp_path / "j.jsonl")
     journal.append({"key": "a", "text": "ah \ud83d!"}, {"key": "b", "text": "\u2028 line"})

@@ -8,13 +8,14 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
 
 import identify
 from conftest import Server, lines_of, little_room, main_of, save_bench
-from personality import POLES, TRAITS, UserError, load_bench
+from personality import POLES, TRAITS, UserError, load_bench, write_bench
 from personality.endpoint import Endpoint
 from personality.frame import conversation
 from personality.questions import all_facets, built_in_bench, text_table
@@ -75,6 +76,40 @@ def test_built_in_bench_passes_the_filters(trait):
         assert {fault(kind, text, trait, None) for text in getattr(bench, kind)[trait]} == {None}
         assert {duplicates.find(kind, text) for text in getattr(bench, kind)[trait]} == {None}
     assert {fault("persona", text, trait, None) for pole in POLES for text in bench.personas[trait][pole]} == {None}
+
+
+def test_a_part_of_a_text_is_another_text():
+    """Alike is what has most of both."""
+    duplicates, start = Duplicates(), "Your neighbour knocks late in the evening and asks you for a cup of sugar."
+    assert duplicates.find("test", f"{start} What do you tell him?") is None
+    assert duplicates.find("search", start) is None and duplicates.find("search", start.upper()) == "search"
+    assert duplicates.find("search", f"{start} What do you tell her?") == "test"
+
+
+def test_empty_replies_are_counted(tmp_path, monkeypatch):
+    """A cell is given up after some replies of which none can be used, and asks not for all that there are."""
+    builder, asked = Builder(tmp_path, 5, SimpleNamespace(run=None, name="a"), 0), []
+    builder.replies, builder.check_usable = {}, lambda: None
+
+    def say_nothing(replies, batch, *_, **__):
+        for key, _ in batch:
+            asked.append(key)
+            replies[key] = {"text": ""}
+
+    monkeypatch.setattr(write_bench, "fill", say_nothing)
+    requests = ((str(number), "t", []) for number in range(2000))
+    builder.cells = lambda kind, trait: [write_bench.Cell("test", trait, None, "high", 5, requests)]
+    builder.build_trait("test", "openness", None)
+    assert 0 < len(asked) < 300
+
+
+def test_replies_are_of_their_writer(tmp_path):
+    """And of their seed: what another one said is no answer to the same request."""
+    def first(name, seed):
+        key, _, messages = next(Builder(tmp_path, 2, SimpleNamespace(name=name), seed).requests("search", "openness", 0, "high"))
+        return key
+
+    assert len({first("a", 0), first("b", 0), first("a", 1)}) == 3 and first("a", 0) == first("a", 0)
 
 
 @pytest.mark.parametrize("text, reason", (

@@ -18,6 +18,20 @@ from personality.terminal import UserError
 from personality.train import add_trained
 
 
+def killed_in_batch(monkeypatch, number):
+    """A file of questions is interrupted there, once. A list: how many questions each batch has, from now on, that one too."""
+    write, calls = induce.answered, []
+
+    def stop(*given):
+        calls.append(len(given[4]))
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return write(*given)
+
+    monkeypatch.setattr(induce, "answered", stop)
+    return calls
+
+
 def test_induce_side_by_side(small, made, monkeypatch, capsys):
     """The model's own answer, the personality's and its opposite's."""
     main_of(induce, monkeypatch, *shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "8",
@@ -51,15 +65,7 @@ def test_other_trained_edits_begin_the_file_anew(small, made, monkeypatch, tmp_p
     (tmp_path / "q.txt").write_text("w10 w20 ?\nw11 w21 ?\nw12 ?\n")
     flags = (*shared_flags(small), "--neurons", tmp_path, "--trait", "extraversion", "--level", "1", "--questions",
              tmp_path / "q.txt", "--max-new-tokens", "8", "--batch-size", "1", "--out", tmp_path / "out" / "a.jsonl")
-    plain, calls = induce.answered, []
-
-    def stop(*all_of):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return plain(*all_of)
-
-    monkeypatch.setattr(induce, "answered", stop)
+    calls = killed_in_batch(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         main_of(induce, monkeypatch, *flags)
     train(Neurons.load(path), seed=1)
@@ -99,17 +105,9 @@ def test_short_of_memory_a_file_goes_on_where_it_was(small, made, monkeypatch, t
     (tmp_path / "q.txt").write_text("".join(f"w1{k} w2{k} ?\n" for k in range(7)))
     flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt",
              "--max-new-tokens", "8", "--batch-size", "4", *sampled)
-    written, calls = induce.answered, []
-
-    def stop(*given):
-        calls.append(len(given[4]))
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return written(*given)
-
     with little_room(small.model, 2):
         main_of(induce, monkeypatch, *flags, "--out", tmp_path / "whole.jsonl")
-        monkeypatch.setattr(induce, "answered", stop)
+        calls = killed_in_batch(monkeypatch, 5)
         with pytest.raises(KeyboardInterrupt):
             main_of(induce, monkeypatch, *flags, "--out", tmp_path / "out.jsonl")
         assert calls == [4, 2, 2, 2, 1]
@@ -163,15 +161,7 @@ def test_other_options_begin_a_file_anew(small, made, monkeypatch, tmp_path, cap
     (tmp_path / "q.txt").write_text("w10 w11 ?\nw12 ?\n")
     flags = (*shared_flags(small), "--neurons", made, "--trait", "extraversion", "--alpha", "2", "--questions", tmp_path / "q.txt",
              "--out", tmp_path / "out.jsonl", "--max-new-tokens", "2", "--batch-size", "1")
-    write, calls = induce.answered, []
-
-    def killed(*given):
-        calls.append(given)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return write(*given)
-
-    monkeypatch.setattr(induce, "answered", killed)
+    calls = killed_in_batch(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         main_of(induce, monkeypatch, *flags)
     if not more:

@@ -68,7 +68,7 @@ def parser() -> Flags:
                        help="draw from the likeliest tokens alone that have this probability together")
     model_arguments(flags)
     team_argument(flags)
-    flags.set_defaults(max_new_tokens=None)
+    flags.set_defaults(max_new_tokens=None, where=None, suppress=None)  # they hang on what is done
     return flags
 
 

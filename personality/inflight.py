@@ -24,6 +24,7 @@ from transformers.generation import configuration_utils
 from .attention import attending_by_row
 from .mlp import find_mlps
 from .model import TEST_PENALTY, end_tokens
+from .places import Places
 from .steer import Profile, steer
 from .terminal import UserError
 
@@ -165,7 +166,7 @@ class Engine:
     def __init__(self, load, rows: int = 32, where: str = "generated"):
         self.load, self.rows, self.where = load, rows, where
         self.requests: dict[str, Request] = {}  # that are waiting or being written
-        self.numbers, self.map, self.count, self.jobs = {}, None, itertools.count(), queue.SimpleQueue()
+        self.places, self.map, self.count, self.jobs = Places(rows), None, itertools.count(), queue.SimpleQueue()
         self.steps = self.tokens = 0
         self.over = False
         self.ended = lambda: None  # called in its thread when it has stopped, for whatever reason
@@ -278,19 +279,14 @@ class Engine:
         return prepare
 
     def numbered(self, profiles: list[Profile | None]) -> list[int]:
-        """The numbers that a step's profiles have in the tables; those that are new there take the places of the least recently
-        used ones."""
+        """The numbers that a step's profiles have in the tables, 0 for the unedited model."""
         wanted = {id(profile): profile for profile in profiles if profile is not None and (len(profile) or profile.residual)}
-        kept = {key: self.numbers.pop(key) for key in wanted if key in self.numbers}
-        free = iter([*(set(range(self.rows)) - set(kept.values()) - set(self.numbers.values())), *list(self.numbers.values())])
-        fresh = {key: next(free) for key in wanted if key not in kept}
+        fresh = self.places.seat(wanted)
+        for key, place in fresh.items():
+            self.profiles[place - 1] = wanted[key]
         if fresh:
-            for key, place in fresh.items():
-                self.profiles[place] = wanted[key]
-            self.numbers = {key: place for key, place in self.numbers.items() if place not in fresh.values()}
             self.steering.update(self.profiles)
-        self.numbers |= kept | fresh
-        return [self.numbers[id(profile)] + 1 if id(profile) in wanted else 0 for profile in profiles]
+        return [self.places.of[id(profile)] if id(profile) in wanted else 0 for profile in profiles]
 
     def whose(self, batch: int, tokens: int):
         """The map of the forward that runs: of a step, or of a job, which has none."""

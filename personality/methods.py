@@ -14,7 +14,7 @@ from .neurons import NeuronFolder, Neurons, answers_path
 from .questions import read_answers
 from .steer import Profile, hidden_states, no_edits
 from .store import read_toml
-from .terminal import METHODS, UserError, say
+from .terminal import METHODS, SUPPRESS, UserError, say
 
 
 # --------------------------------------------------------------------------------------------------------------- NPTI
@@ -240,8 +240,8 @@ def restricted(profile: Profile, layers: tuple[int, int] | None) -> Profile:
 
 def suppressed(profile: Profile, how: str) -> Profile:
     """The profile with its suppressed neurons (cap 0) as NPTI has them ("cap"), removed ("zero"), or left as they are ("none")."""
-    if how not in ("cap", "zero", "none"):
-        raise UserError(f"suppress: expected cap, zero or none, got {how!r}")
+    if how not in SUPPRESS:
+        raise UserError(f"suppress: expected {', '.join(SUPPRESS[:-1])} or {SUPPRESS[-1]}, got {how!r}")
     if how == "cap":
         return profile
     capped, value = profile.value[:, 0] == 0, profile.value.clone()

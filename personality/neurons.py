@@ -103,13 +103,13 @@ class Neurons:
         answered with the old ones is not taken for theirs."""
         said = {**self.meta, "format": FORMAT}
         known = said.pop("contents", {})  # of what was read or saved last: not in the file
-        for name, (key, content) in self.contents().items():
+        for name, (key, content) in (contents := self.contents()).items():
             if name in known and known[name][0] == key and known[name][1] != content:
                 said[name] = digest(key, content)
         said["digest"] = self.digest_of(said, self.tensors)
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         write_atomically(Path(path), save(tensors, metadata={"neurons": json.dumps(said, sort_keys=True)}))
-        self.meta = said | {"contents": self.contents()}
+        self.meta = said | {"contents": {name: (said[name], content) for name, (_, content) in contents.items()}}
 
     def save_over(self) -> None:
         """Put it, with what was added, in the place of the file that it was read from, unless that is another one by now."""

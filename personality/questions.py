@@ -68,9 +68,9 @@ class Bench:
         validation: there strengths are chosen, and nowhere else."""
         if split not in ("search", "test", "validation"):
             raise UserError(f"questions: expected the split search, test or validation, got {split!r}")
-        asked = list(dict.fromkeys((self.search if split == "search" else self.test)[trait]))
         if split == "search":
-            return asked[:limit]
+            return list(dict.fromkeys(self.search[trait]))[:limit]
+        asked = list(dict.fromkeys(self.test[trait]))
         if split == "validation" and len(asked) < 3:
             raise UserError(f"{self.name}: {len(asked)} test questions of {trait}, every third of which is for validation: "
                             "doses and levels need 3 or more")

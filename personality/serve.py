@@ -237,9 +237,7 @@ def arguments():
     serve_arguments(flags)
     model_arguments(flags)
     flags.set_defaults(max_new_tokens=None)
-    args = flags.parse_args()
-    args.where, args.suppress = args.where or "generated", args.suppress or "cap"
-    return args
+    return flags.parse_args()
 
 
 main = serve

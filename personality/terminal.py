@@ -205,6 +205,8 @@ def check_trait(trait: str) -> str:
 
 ANSWER = 64  # tokens of an answer, at most
 FRAME = "person"  # how questions are put, unless --frame says otherwise: see frame.py
+SUPPRESS = ("cap", "zero", "none")  # what becomes of the opposite pole's neurons; the first is NPTI's
+
 METHODS = {  # by which a personality becomes edits, and what alpha is in each
     "npti": "NPTI's gamma",
     "trained": "levels: 1 is the strongest edit at which perplexity grows 1.3 times at most, and what is between is in proportion",
@@ -252,8 +254,8 @@ def team_argument(flags: Flags) -> None:
                             "the model together")
 
 
-def where_argument(flags: Flags, default: str | None = "generated", note: str = "") -> None:
-    flags.add_argument("--where", choices=("generated", "all"), default=default,
+def where_argument(flags: Flags, note: str = "") -> None:
+    flags.add_argument("--where", choices=("generated", "all"), default="generated",
                        help=f"which tokens: the answer's, as in NPTI, or the prompt's as well (default: generated{note})")
 
 
@@ -266,8 +268,8 @@ def edit_arguments(flags) -> None:
                             "other (default: %(default)s)")
     flags.add_argument("--min-neurons", type=positive, metavar="N",
                        help="at least so many neurons a pole (default: 0.436 %% of all, NPTI's 2,000 of Llama-3-8B's)")
-    where_argument(flags, None, "; --save: all")
-    flags.add_argument("--suppress", choices=("cap", "zero", "none"),
+    where_argument(flags, "; --save: all")
+    flags.add_argument("--suppress", choices=SUPPRESS, default=SUPPRESS[0],
                        help="what becomes of the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or nothing (default: "
                             "cap; --save: zero)")
 

@@ -51,7 +51,6 @@ def settings_of(config):
     flags.add_argument("--profiles", type=positive, default=max(PROFILES, seats))
     flags.set_defaults(frame="none")  # clients write the prompts
     args = flags.parse_args([f"--{key.replace('_', '-')}={value}" for key, value in given.items()])
-    args.where, args.suppress = args.where or "generated", args.suppress or "cap"
     if args.profiles < seats:  # so a step never needs more profiles than there is room for, and no request has to wait for it
         raise UserError(f"personality: profiles: expected at least --max-num-seqs, {seats}, got {args.profiles}")
     return args

@@ -12,7 +12,7 @@ from personality import __version__
 # From low to high: a module may import only those that stand before it. The README draws the same.
 ROOMS = ("terminal", "store", "world", "op", "mlp", "calls", "rows", "observe", "steer", "gguf", "frame", "model", "load", "questions", "neurons", "methods",
          "endpoint", "judges", "doses", "train", "baselines", "capability", "results", "grid", "report", "write_bench", "bake", "chat",
-         "attention", "inflight", "api", "people", "places", "vllm", "answering", "serve")
+         "places", "attention", "inflight", "api", "people", "vllm", "answering", "serve")
 SCRIPTS = {"identify": 400, "induce": 350, "evaluate": 450}
 FILES = [ROOT / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "personality").glob("*.py"))
 HEAVY = {"torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "datasets", "safetensors", "rich", "tqdm"}

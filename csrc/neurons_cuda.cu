@@ -169,7 +169,7 @@ __device__ __forceinline__ int list_own(const Args& args, int64_t from, Own* lis
   return __reduce_add_sync(0xffffffffu, first + second);
 }
 
-// The end of a block's work: its sums go to the moments of its n columns, added in a fixed order; its counters, or with Shared its
+// The end of a block's work, if there was any: its sums go to the moments of its n columns, added in a fixed order; its counters, or with Shared its
 // sketch, to theirs. Nobody else adds there, but atomics spare the wait for loads.
 template <int V, bool Shared>
 __device__ __forceinline__ void add_to_statistics(const Args& args, int lanes, int first, int n, const double (&sum)[V],
@@ -229,7 +229,7 @@ glu_statistics_kernel(const Args args, const int lanes) {
   const int n = static_cast<int>(min(static_cast<int64_t>(lanes * V), args.width - first));
   int32_t* const sketch = args.sketch + (group * args.width + column) * kBins;
   Span edits = {0, 0};
-  int known = 0, count[V] = {};
+  int known = 0, seen = 0, count[V] = {};
   double sum[V] = {}, squares[V] = {};
   for (int w = threadIdx.x; Shared && w < lanes * V * kBins / 4; w += blockDim.x) reinterpret_cast<uint4*>(bins)[w] = {};
   for (int k = threadIdx.x; kLookup && k < kGates; k += blockDim.x)
@@ -241,7 +241,7 @@ glu_statistics_kernel(const Args args, const int lanes) {
   const char* const up = args.up ? reinterpret_cast<const char*>(static_cast<const T*>(args.up) + column) : gate;  // read, not used
   for (int64_t from = 0; from < args.tokens; from += kStage<Shared>) {
     const int own = list_own<Shared, Edited>(args, from, list, reinterpret_cast<int*>(dynamic + kFound));
-    if (team >= teams || lane * V >= n || team >= own) continue;
+    if (seen += own; team >= teams || lane * V >= n || team >= own) continue;
     Word<T, V> gates[kDepth], ups[kDepth];
     Own who[kDepth] = {};
     const auto row = [&](int d) { return reinterpret_cast<T*>(gate + uint64_t(unsigned(who[d].token)) * gate_bytes); };
@@ -285,7 +285,7 @@ glu_statistics_kernel(const Args args, const int lanes) {
       }
     }
   }
-  add_to_statistics<V, Shared>(args, lanes, first, n, sum, squares, count, bins, reinterpret_cast<double*>(dynamic));
+  if (seen) add_to_statistics<V, Shared>(args, lanes, first, n, sum, squares, count, bins, reinterpret_cast<double*>(dynamic));
 }
 
 template <class T, int V, bool Edited>
@@ -314,7 +314,7 @@ cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {
     if (!error) error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
     if (error) return error;
-    for (int lanes = 2; lanes <= 128 && bytes(lanes) <= room; lanes += 2) {
+    for (int lanes = 2; lanes <= 128 && 2 * V * lanes <= kThreads<Shared> && bytes(lanes) <= room; lanes += 2) {
       const int64_t rounds = ceil_div(ceil_div(args.width, lanes * V) * args.groups, processors);
       const double time = rounds * (1. * V * kThreads<Shared> / (kThreads<Shared> / lanes) + 16);  // 16: what a block takes besides
       if (time <= least) least = time, best = lanes;
@@ -344,5 +344,5 @@ cudaError_t dispatch(const Args& args, cudaStream_t stream) {
 const char* neurons::glu_cuda(const Args& args, void* stream) {
   const auto f = args.dtype == kFloat32 ? dispatch<float> : args.dtype == kBFloat16 ? dispatch<__nv_bfloat16> : dispatch<__half>;
   const cudaError_t error = f(args, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return error == cudaSuccess ? nullptr : (cudaGetLastError(), cudaGetErrorString(error));  // else torch reports it once more
 }

@@ -1,10 +1,11 @@
 // Enough of CUDA to run neurons_cuda.cu on a CPU, so that what its kernels read, edit, count and add up is tested where there is no
 // GPU. A block's threads are coroutines that go on until they wait for each other, at __syncthreads() or at what a warp does
 // together; blocks, and threads between two waits, run in a random order, and some warps as late as can be, so that what hangs on
-// order shows. What does not: the device's own branches of neurons.h (exp, erf), atomics that are missing between two waits,
-// alignment, and speed.
+// order shows; so does an address of shared memory, or of a word, that a card refuses: as a signal, which ends the tests. What does
+// not: the device's own branches of neurons.h (exp, erf), atomics that are missing between two waits, and speed.
 #pragma once
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -90,7 +92,8 @@ struct Thread {
 
 constexpr int kStack = 64 * 1024, kShared = 227 * 1024;
 inline int processors, room;    // of the card: multiprocessors, and bytes of shared memory that a block may have
-inline size_t most = 48 * 1024, given;  // bytes that a launch may ask for, and that it did
+inline std::map<const void*, size_t> told;  // bytes that a launch of a kernel may ask for, if not 48 KiB
+inline size_t given;                        // and that the last one did
 inline ucontext_t scheduler;
 inline std::vector<Thread> threads(1024);
 inline Thread* now;
@@ -98,7 +101,14 @@ inline dim3 block_index, block_size;
 inline std::function<void()> body;
 inline uint64_t slots[32][32];  // by warp and lane: what lanes tell each other
 inline std::mt19937 random{0};
-alignas(64) inline unsigned char shared[kShared];
+// The end of a block's shared memory is followed by memory that can't be touched.
+inline unsigned char* const shared_end = [] {
+  constexpr size_t kPages = (kShared + 4095) / 4096 * 4096;
+  auto* all = static_cast<unsigned char*>(mmap(nullptr, kPages + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  mprotect(all + kPages, 4096, PROT_NONE);
+  return all + kPages;
+}();
+inline unsigned char* shared;
 
 inline void wait(Wait what) {
   now->waits = what;
@@ -157,12 +167,14 @@ inline void run_block(size_t bytes) {
 }
 
 template <class Call>
-void launch(dim3 grid, dim3 size, size_t bytes, Call call) {
-  const bool fine = size.x <= 1024 && size.x % 32 == 0 && bytes <= most && grid.x && grid.y && grid.y <= 65535;
+void launch(const void* kernel, dim3 grid, dim3 size, size_t bytes, Call call) {
+  const bool fine = size.x <= 1024 && size.x % 32 == 0 && bytes <= std::max(told[kernel], size_t{48 * 1024}) && bytes % 16 == 0
+                    && grid.x && grid.y && grid.y <= 65535;
   failed = fine ? nullptr : "no such grid or block can be launched";
   if (failed) return;
   block_size = size;
   given = bytes;
+  shared = shared_end - bytes;
   body = call;
   std::vector<unsigned> order(grid.x * grid.y);
   for (unsigned k = 0; k < order.size(); ++k) order[k] = k;
@@ -185,10 +197,10 @@ inline void add_shared(unsigned address) {
 inline cudaError_t cudaGetLastError() { return cuda_on_cpu::failed ? cudaErrorInvalidValue : cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_cpu::failed; }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
   using namespace cuda_on_cpu;
   failed = bytes <= room && room <= kShared ? nullptr : "more shared memory than there is";
-  most = bytes;
+  told[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaGetLastError();
 }
 
@@ -228,7 +240,12 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
   wait(kWarp);
   return all;
 }
-inline int __reduce_add_sync(unsigned mask, int value) {
-  for (int distance = 1; distance < 32; distance *= 2) value += __shfl_xor_sync(mask, value, distance);
-  return value;
+inline int __reduce_add_sync(unsigned, int value) {
+  using namespace cuda_on_cpu;
+  slot(now->number % 32) = value;
+  wait(kWarp);
+  int all = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) all += static_cast<int>(slot(lane));
+  wait(kWarp);
+  return all;
 }

@@ -14,7 +14,8 @@ from conftest import ROOT
 REWRITTEN = (
     (r"#include <cuda_\w+\.h>\n", ""),
     (r"extern __shared__ .* dynamic\[\];", "unsigned char* const dynamic = cuda_on_cpu::shared;"),
-    (r"(\w+(?:<[\w, ]+>)?)<<<(.*), stream>>>\((.*)\);", r"cuda_on_cpu::launch(\2, [=] { \1(\3); });"),
+    (r"(\w+(?:<[\w, ]+>)?)<<<(.*), stream>>>\((.*)\);",
+     r"cuda_on_cpu::launch((const void*)(void (*)(const Args, const int))(\1), \2, [=] { \1(\3); });"),
     (r'asm volatile\("red\.shared\.add\.u32 \[%0\], 1;" ::"r"\((.*)\)\);', r"cuda_on_cpu::add_shared(\1);"))
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -41,7 +42,8 @@ def build(folder: Path):
                       'extern "C" void be_card(int processors, int room) {\n'
                       "  cuda_on_cpu::processors = processors, cuda_on_cpu::room = room;\n}\n")
     compiler = os.environ.get("CXX", "c++").split()
-    subprocess.run([*compiler, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-fPIC", "-shared", f"-I{Path(__file__).parent}",
+    subprocess.run([*compiler, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-fPIC", "-shared",
+                    "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", f"-I{Path(__file__).parent}",
                     f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.glu.restype = ctypes.c_char_p

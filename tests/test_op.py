@@ -458,7 +458,7 @@ def test_compiles_without_copies(device):
 
 
 @pytest.mark.skipif(not cuda_home(), reason="no nvcc")
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100"))
 def test_cuda_source_compiles_without_spills(arch, tmp_path):
     run = subprocess.run([f"{cuda_home()}/bin/nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-c", str(ROOT / "csrc/neurons_cuda.cu"),
                           "-o", str(tmp_path / "neurons.o")], capture_output=True, text=True)
@@ -632,6 +632,29 @@ def test_cuda_looks_up_the_bins_that_it_computes(act, where, request):
             call(some, torch.ones_like(some), act, *(None,) * 4, group[:tokens], count, sketch, moments)
         both.append((count.cpu(), sketch.cpu()))
     assert all(map(torch.equal, *both)) and int(both[0][0].sum()) == int((every > 0).sum())
+
+
+def begun_at(start, values, device):
+    """A tensor of these values that begins `start` elements into its memory."""
+    return torch.empty(start + values.numel(), dtype=values.dtype, device=device)[start:].view_as(values).copy_(values)
+
+
+@pytest.mark.parametrize("where", (pytest.param("GPU", marks=needs_gpu), "the GPU's source on the CPU"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", (5, 200))
+def test_cuda_rows_that_begin_anywhere(tokens, dtype, where, request):
+    """Rows of whole words, but from an odd element on: of gate, up, or both. A card refuses an address that is not aligned, and so
+    does the build for a CPU."""
+    device, call = ("cuda", glu_) if where == "GPU" else ("cpu", request.getfixturevalue("cuda_source"))
+    gate, up = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    group, results = torch.zeros(tokens, dtype=torch.int32, device=device), []
+    for gate_start, up_start in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        plain, observed, factor = (begun_at(start, values, device) for start, values in ((gate_start, gate), (gate_start, gate), (up_start, up)))
+        statistics = new_statistics(1, 64, device)
+        call(plain, factor, 3, *(None,) * 8)
+        call(observed, factor, 3, *(None,) * 4, group, *statistics)
+        results.append((plain, observed, *statistics[:2]))
+    assert all(map(torch.equal, results[0] * 3, sum(results[1:], ())))
 
 
 @pytest.mark.parametrize("processors, room", ((108, 163), (82, 99), (1, 64)))

@@ -1,6 +1,7 @@
 """An attention for continuous batching on a CPU, where transformers has none that is made for it."""
 
 import contextlib
+import functools
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -14,8 +15,9 @@ def attend_by_row(module, query, key, value, attention_mask, scaling=None, cache
 
     query (1, heads, tokens, size); key, value (1, key heads, tokens, size): of all requests, one after the other."""
     if cache is None or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        more = {} if cache is None else {"cache": cache}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more, **kwargs)
+        if cache is not None:
+            key, value = type(cache).update(cache, key, value, module.layer_idx, kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     pages, layer = cache.layer_to_allocator[module.layer_idx], module.layer_idx
     write, read = kwargs["write_index"][pages.index], kwargs["read_index"][pages.index]
     keys, values = pages._kv_token_views[layer]  # (places, key heads, size)
@@ -39,6 +41,13 @@ def attend_by_row(module, query, key, value, attention_mask, scaling=None, cache
     return result.transpose(1, 2).contiguous(), None
 
 
+def put_off(cache, key, value, layer, kwargs):
+    """In the place of a cache's update(), which since transformers 5.24 models call before they attend: it would copy everyone's
+    keys and values. The attention gets the cache, as it did before 5.24."""
+    kwargs["cache"] = cache
+    return key, value
+
+
 BY_ROW = "personality_by_row"
 AttentionInterface.register(BY_ROW, attend_by_row)
 AttentionMaskInterface.register(BY_ROW, sdpa_mask)
@@ -52,8 +61,10 @@ def attending_by_row(model, cache):
            and all(hasattr(pages, "_kv_token_views") for pages in cache.cache_allocators.values()))
     if fit:
         model.set_attn_implementation(BY_ROW)
+        cache.update = functools.partial(put_off, cache)
     try:
         yield
     finally:
         if fit:
+            del cache.update
             model.set_attn_implementation(before)

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import FRAMED
+from conftest import FRAMED, tiny
 from personality import Profile, UserError, steer
-from personality.inflight import Engine, Request, Sampling, chosen, nucleus, penalised
+from personality.inflight import PAGE, Engine, Request, Sampling, cache_blocks, chosen, nucleus, penalised
 from personality.mlp import find_mlps
 from personality.model import answers, prompt_ids, sampling
 from personality.steer import Tables
@@ -42,12 +44,29 @@ def asked(k: int) -> list[dict]:
     return FRAMED.turns(" ".join(f"w{10 + (k * 7 + j) % 80}" for j in range(3 + k % 5)) + " ?")
 
 
+def asking(small, k: int, profile=None) -> Request:
+    return Request(prompt_ids(small.tokenizer, asked(k)), Sampling(), profile, 12)
+
+
 async def whole(engine, request, after: float = 0.0) -> list[int]:
     await asyncio.sleep(after)
     ids = []
     async for ids in engine.write(request):
         pass
     return ids
+
+
+def written(small, requests, rows=2, where="generated", together=True) -> list[list[int]]:
+    """What an engine writes for these, all at once or one after the other."""
+    async def scene():
+        tasks = [whole(engine, request) for request in requests]
+        return await asyncio.gather(*tasks) if together else [await task for task in tasks]
+
+    engine = Engine(lambda: (small.model, small.tokenizer), rows, where)
+    try:
+        return asyncio.run(scene())
+    finally:
+        engine.stop()
 
 
 def expected(small, k: int, profile, where="generated", length=12):
@@ -65,7 +84,7 @@ def test_each_request_is_what_it_would_be_alone(small, where):
     engine = Engine(lambda: (small.model, small.tokenizer), 4, where)
     try:
         async def all_of_them():
-            requests = [Request(prompt_ids(small.tokenizer, asked(k)), Sampling(), people[k % 8], 12) for k in range(11)]
+            requests = [asking(small, k, people[k % 8]) for k in range(11)]
             return await asyncio.gather(*(whole(engine, request, 0.004 * k) for k, request in enumerate(requests)))
 
         assert asyncio.run(all_of_them()) == alone
@@ -308,3 +327,100 @@ def test_logprobs_are_the_steered_models_own(small, engine):
     for k, (own, best) in enumerate(request.logprobs):
         assert own == pytest.approx(float(logprobs[k, ids[k]]), abs=1e-3)
         assert [token for token, _ in best] == logprobs[k].topk(2).indices.tolist()
+
+
+def test_who_gives_no_seed_draws_anew_and_0_is_a_seed():
+    def draw(**how):
+        request = request_of(temperature=1.0, **how)
+        return [chosen(torch.zeros(1000), request) for _ in range(5)]
+
+    assert draw(seed=0) == draw(seed=0) != draw(seed=1) and draw() != draw()
+
+
+def test_the_coldest_temperature_is_greedy():
+    assert chosen(torch.tensor([0.2, 0.5, 0.3]).log(), request_of(temperature=1e-40, seed=1)) == 1
+
+
+def test_nothing_is_read_from_another_personalitys_keys(small):
+    """Of three that ask the same, edited from its beginning or not at all, with a prompt of more than a block."""
+    prompt, people = [10 + k % 80 for k in range(PAGE + 40)], [*(profile_of(small, seed) for seed in range(2)), None]
+    requests = [Request(prompt, Sampling(), who, 12) for who in people]
+    assert written(small, requests, 2, "all", together=False)[1:] == written(small, requests[1:], 2, "all", together=False)
+
+
+def test_every_row_has_room_for_a_whole_profile(small, monkeypatch):
+    """Of the most neurons that a personality may have."""
+    people = [profile_of(small, seed) for seed in range(4)]
+    monkeypatch.setattr("personality.inflight.EDITS", max(map(len, people)))
+    alone = [expected(small, k, profile) for k, profile in enumerate(people)]
+    assert written(small, [asking(small, k, who) for k, who in enumerate(people)], rows=4) == alone
+
+
+def test_who_has_gone_when_the_engine_ends_is_passed_over(small):
+    engine, gone, there, ended = Engine(lambda: (small.model, small.tokenizer), rows=2), Future(), Future(), []
+    engine.ended = lambda: ended.append(True)
+    engine.stop()
+    gone.cancel()
+    for result in (gone, there):
+        engine.jobs.put((lambda: 1, result))
+    engine.refuse_jobs()
+    assert ended and isinstance(there.exception(0), UserError)
+
+
+def test_blocks_of_the_cache(small, monkeypatch):
+    """For all rows at the model's longest, 512 tokens of 256 bytes; as many as fit; and never none."""
+    assert cache_blocks(small.model, 8) == 8 * 512 // PAGE and cache_blocks(small.model, 1) == 4
+    monkeypatch.setattr("personality.inflight.CACHE_BYTES", 5 * PAGE * 2 * 2 * 2 * 8 * 4 + 1)
+    assert cache_blocks(small.model, 8) == 5
+
+
+def test_top_p_is_of_the_heated_probabilities():
+    """As generate() has it: at 0.5 the likeliest of 0.5, 0.3 and 0.2 has 0.66."""
+    scores, request = torch.tensor([0.5, 0.3, 0.2]).log(), request_of(temperature=0.5, top_p=0.55, seed=3)
+    assert {chosen(scores, request) for _ in range(60)} == {0}
+
+
+def test_each_request_looks_at_its_own_keys(small, monkeypatch):
+    """Whatever transformers calls when: no step of the engine attends to everybody's."""
+    alone = [expected(small, k, None) for k in range(3)]
+    monkeypatch.setattr("personality.attention.sdpa_attention_forward", lambda *_, **options: 1 / 0)
+    assert written(small, [asking(small, k) for k in range(3)], rows=3) == alone
+
+
+def test_the_attention_is_put_back(small):
+    before = small.model.config._attn_implementation
+    engine = Engine(lambda: (small.model, small.tokenizer), 2)
+    inside = small.model.config._attn_implementation
+    engine.stop()
+    assert (before, inside, small.model.config._attn_implementation) == ("sdpa", "personality_by_row", "sdpa")
+
+
+def steered_alike(model, small) -> bool:
+    """Whether the engine says of this model what answers() does, with and without a personality."""
+    other = SimpleNamespace(model=model, tokenizer=small.tokenizer)
+    people = [None, profile_of(other, 3)]
+    alone = [expected(other, k, who) for k, who in enumerate(people)]
+    return written(other, [asking(small, k, who) for k, who in enumerate(people)]) == alone
+
+
+def test_a_scale_of_a_models_own(small):
+    model = tiny()
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 3.0
+    assert steered_alike(model, small)
+
+
+def test_a_sliding_window(small):
+    model = tiny("mistral", sliding_window=4)
+    assert steered_alike(model, small)
+
+
+def test_answers_that_grow_side_by_side_over_blocks(small):
+    """Their blocks lie in turn: the keys of one that has several are gathered."""
+    prompts, people = [[10 + (k * step) % 80 for k in range(PAGE - 20)] for step in (1, 3)], [profile_of(small, seed) for seed in (1, 2)]
+    results = []
+    for together in (False, True):
+        requests = [Request(ids, Sampling(top_logprobs=0), who, 60) for ids, who in zip(prompts, people)]
+        answers_now = written(small, requests, together=together)
+        results.append((answers_now, [own for request in requests for own, _ in request.logprobs]))
+    assert results[0][0] == results[1][0] and results[0][1] == pytest.approx(results[1][1], abs=1e-3)

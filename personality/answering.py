@@ -90,9 +90,9 @@ class Choice:
         if self.request.sampling.top_logprobs is None or tokens <= self.sent:
             return None
         begin, self.sent = self.sent, tokens
-        decode, ids = self.server.engine.tokenizer.decode, self.ids[begin:tokens]
-        return logprobs_of(self.chat, self.server.engine.tokenizer, ids, self.request.logprobs[begin:tokens],
-                           len(decode(self.ids[:begin])))
+        tokenizer = self.server.engine.tokenizer  # some of them write a token alone without the space before it
+        begins = None if self.chat else [len(tokenizer.decode(self.ids[:k])) for k in range(begin, tokens)]
+        return logprobs_of(tokenizer, self.ids[begin:tokens], self.request.logprobs[begin:tokens], begins)
 
     def shown_tokens(self) -> int:
         """How many of the tokens it takes to write the text that is shown."""

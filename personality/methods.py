@@ -331,7 +331,8 @@ class Profiles:
     def of(self, character: Character) -> Profile:
         source, name = getattr(self.model, "source", None), character.describe()
         if character.model and source and character.model not in (source, name_of(self.model).rpartition("/")[2]):
-            raise UserError(f"the profile {character.name or name} is for {character.model}, the model is {source}")
+            raise UserError(f"the profile {character.name or name} is for {character.model}, the model is "
+                            f"{source.rpartition('/')[2]}")  # clients are not told where it lies
         strengths = [(trait, character.strengths[trait]) for trait in TRAITS if character.strengths.get(trait)]
         if character.method == "activation":
             profile = activation_addition([(self.direction(trait), alpha) for trait, alpha in strengths], name)

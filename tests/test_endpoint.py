@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -10,8 +11,8 @@ import pytest
 
 from conftest import Server, lines_of
 from personality import UserError
-from personality.endpoint import Endpoint, NoReply, fill
-from personality.frame import conversation
+from personality.endpoint import Endpoint, NoReply, RemoteEngine, fill
+from personality.frame import Frame, conversation
 from personality.store import Journal
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -191,3 +192,90 @@ def test_a_proxy_that_cannot_be_used(monkeypatch, name, proxy):
     monkeypatch.setenv(name, proxy)
     with pytest.raises(UserError, match="http://192.0.2.1:9/v1: (can't be asked|nothing answers)"):
         Endpoint("http://192.0.2.1:9/v1")
+
+
+def test_a_key_that_may_not_is_refused_as_well(tmp_path):
+    """403, as 401: nobody is asked again."""
+    with Server(lambda n, body: (403, "")) as server:
+        with pytest.raises(UserError, match="refuses the key in OPENAI_API_KEY"):
+            asked(Endpoint(server.url, "big", in_flight=4), Journal(tmp_path / "replies.jsonl"), 100)
+        assert len(server.seen) <= 16
+
+
+def test_a_reply_that_trickles_is_given_up(monkeypatch):
+    """A byte now and then is no reply in time."""
+    monkeypatch.setattr(Endpoint, "TIMEOUT", 1)
+    monkeypatch.setattr(Endpoint, "RETRIES", 0)
+    with Server(lambda n, body: "fine") as server:
+        endpoint = Endpoint(server.url)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def trickle():
+        line = listener.accept()[0]
+        line.recv(4096)
+        line.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
+        try:
+            for _ in range(40):
+                line.sendall(b" ")
+                time.sleep(0.2)
+        except OSError:
+            pass
+        line.close()
+
+    thread, start = threading.Thread(target=trickle, daemon=True), time.monotonic()
+    thread.start()
+    endpoint.client = endpoint.client.with_options(base_url="http://127.0.0.1:%d/v1" % listener.getsockname()[1])
+    with pytest.raises(NoReply) as failed:
+        endpoint.chat(conversation("w10 ?"))
+    assert time.monotonic() - start < 5 and not failed.value.lasting
+    listener.close()
+
+
+@pytest.mark.parametrize("status", (408, 409, 429, 500, None))
+def test_what_fails_for_the_moment_is_not_kept_as_a_refusal(monkeypatch, tmp_path, status):
+    """A limit of requests, a time-out, a connection that breaks: asked for again by the next run."""
+    monkeypatch.setattr(Endpoint, "RETRIES", 0)
+    journal = Journal(tmp_path / "replies.jsonl")
+    with Server(lambda n, body: (status, "")) as server:
+        endpoint = Endpoint(server.url)
+        if status is None:
+            endpoint.client = endpoint.client.with_options(base_url="http://127.0.0.1:9/v1")
+        with pytest.raises(UserError, match="2 of 2 requests failed"):
+            asked(endpoint, journal, 2, refused="no")
+    assert len(journal) == 0
+
+
+def test_a_reply_that_was_cut_says_so():
+    with Server(lambda n, body: ["w10 w11", "length"]) as server:
+        assert Endpoint(server.url).chat(conversation("w10 ?")) == ("w10 w11", False)
+        assert Endpoint(server.url).completion([5, 6]) == ("w10 w11", False)
+    with Server(lambda n, body: ["w10 w11", "content_filter"]) as server:
+        assert Endpoint(server.url).completion([5, 6]) == ("w10 w11", False), "it did not come to its end"
+
+
+def test_an_endpoint_goes_on_after_a_run_that_was_stopped(tmp_path):
+    with Server(lambda n, body: (401, "") if n == 1 else "fine") as server:
+        endpoint = Endpoint(server.url, "big", in_flight=1)
+        with pytest.raises(UserError):
+            asked(endpoint, Journal(tmp_path / "a.jsonl"), 3)
+        asked(endpoint, Journal(tmp_path / "b.jsonl"), 3)
+        assert len(Journal(tmp_path / "b.jsonl")) == 3
+
+
+def test_replies_are_of_a_model_and_its_options(small, tmp_path):
+    """Of another model, or with another limit, they are asked for anew."""
+    with Server(lambda n, body: [" ".join(["w20"] * body["max_tokens"]), "length"]) as server:
+        def told(model, most):
+            engine = RemoteEngine(Endpoint(server.url, model), small.tokenizer, Frame.named("person"), tmp_path, most)
+            (line,), number = engine.answer([{"question": "w10 ?", "persona": None}]), len(server.seen)
+            return len(line["ids"]), number
+
+        assert [told("one", 2), told("one", 2), told("one", 4), told("two", 4)] == [(2, 1), (2, 1), (4, 2), (4, 3)]
+
+
+def test_a_server_that_writes_on_is_cut(small, tmp_path):
+    with Server(lambda n, body: [" w20 w21 w22 w23", "stop" if n == 1 else "length"]) as server:
+        for most, expected in ((3, ("w20 w21 w22", 3)), (4, ("w20 w21 w22 w23", 4)), (8, ("w20 w21 w22 w23", 4))):
+            engine = RemoteEngine(Endpoint(server.url, "one"), small.tokenizer, Frame.named("person"), tmp_path, most)
+            line, = engine.answer([{"question": "w10 ?", "persona": None}])
+            assert (line["answer"], len(line["ids"])) == expected and line["ids"][-1] != small.tokenizer.eos_token_id

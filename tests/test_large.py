@@ -8,9 +8,9 @@ from torch.nn import functional as F
 import identify
 import induce
 from conftest import exit_of, main_of, prompts, run, save_model, shared_flags, tiny
-from personality import Neurons, Statistics, UserError, observe, steer
+from personality import Neurons, Statistics, UserError, load, observe, steer
 from personality.bake import Baking
-from personality.load import batch_that_fits, load_model, quantization
+from personality.load import batch_that_fits, load_model, on_device, quantization
 from personality.mlp import find_mlps, plain_sites
 from personality.model import fingerprint
 from personality.rows import Rows
@@ -280,3 +280,32 @@ def test_what_can_not_be_quantised(monkeypatch, small):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--quantize 4bit needs bitsandbytes: pip install -e '.\[quantize\]'"):
         quantization("4bit")
+
+
+def test_what_is_wrong_with_a_model_is_not_that_it_fits_not():
+    class Model:
+        device = torch.device("meta")
+
+        def __call__(self, input_ids, **options):
+            raise RuntimeError("device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="assert"):
+        batch_that_fits(Model(), 64)
+
+
+def test_gpus_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(load, "check_cuda", lambda device: None)
+    assert on_device("cuda:1").index == 1
+    with pytest.raises(UserError, match="expected cuda:0 to cuda:1"):
+        on_device("cuda:2")
+    for wrong in ("mps", "meta", "cuda:", "gpu"):
+        with pytest.raises(UserError, match="expected cpu, cuda or cuda:1"):
+            on_device(wrong)
+
+
+def test_a_tensor_of_another_shape_is_refused():
+    info = {"missing_keys": set(), "mismatched_keys": {("model.norm.weight", (3,), (4,))}}
+    with pytest.raises(UserError, match="lack 1 tensors.*norm"):
+        load.check_loaded(tiny(), info)

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import importlib
 import json
 import math
@@ -18,12 +19,14 @@ from types import SimpleNamespace
 import numpy
 import openai
 import pytest
+import torch
 import uvicorn
 
 import induce
 from conftest import FRAMED, ROOT, exit_of, run
-from personality import Character, Neurons, Profile, UserError, steer
+from personality import Character, Neurons, Profile, UserError, serve, steer
 from personality.answering import Server, Text
+from personality.api import ChatBody, whole_bytes
 from personality.methods import Profiles, affordable, multiple_at
 from personality.model import answers, sampling
 from personality.neurons import NeuronFolder
@@ -226,8 +229,6 @@ def test_penalties_are_heeded(served):
 
 
 def test_perplexity_is_the_unedited_models(small, served):
-    import torch
-
     from personality import load_model
     from personality.model import prompt_ids
 
@@ -502,7 +503,6 @@ def start(small, neurons, *more):
 @pytest.mark.parametrize("early", (True, False))
 def test_a_server_whose_engine_died_goes(small, neurons, monkeypatch, early):
     """So that whoever watches over it starts it anew; early: while the routes are made."""
-    from personality import serve as module
 
     def die():
         servers[0].engine.manager.batch_processor.prepare_next_batch = lambda: 1 / 0
@@ -514,14 +514,14 @@ def test_a_server_whose_engine_died_goes(small, neurons, monkeypatch, early):
             server.engine.thread.join(20)
         return application(server)
 
-    args, application = arguments(small, neurons), module.application
-    monkeypatch.setattr(module, "Server", lambda args: servers.append(Server(args)) or servers[0])
-    monkeypatch.setattr(module, "application", routes)
+    args = arguments(small, neurons)
+    monkeypatch.setattr(serve, "Server", lambda args: servers.append(Server(args)) or servers[0])
+    monkeypatch.setattr(serve, "application", routes)
     servers, errors = [], []
 
     def run():
         try:
-            module.serve(args)
+            serve.serve(args)
         except UserError as error:
             errors.append(str(error))
 
@@ -717,3 +717,229 @@ def test_stop_on_the_page_frees_both_rows(served, browser):
 def test_a_host_that_is_no_name():
     with pytest.raises(UserError, match="--host 0.0.0..0"):
         listening(SimpleNamespace(host="0.0.0..0", port=0, api_key="k"))
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(small, served):
+    """Before they reach the model, which would fail for everybody."""
+    size = small.model.get_input_embeddings().num_embeddings
+    for token in (size, -1):
+        assert post(served, "/v1/completions", prompt=[10, token]).status_code == 400
+    assert post(served, "/v1/completions", prompt=[10, size - 1], max_tokens=2).status_code == 200 and served.server.engine.running()
+
+
+def test_the_whole_context_can_be_used_and_no_more(served):
+    """512 tokens, though the cache holds more; who says no length gets what is left."""
+    ask = lambda **body: post(served, "/v1/completions", **body)  # noqa: E731
+    assert served.server.most == 512 < served.server.engine.longest
+    assert ask(prompt=[10] * 510, max_tokens=2).status_code == 200 and ask(prompt=[10] * 510, max_tokens=3).status_code == 400
+    assert 1 <= ask(prompt=[10] * 509).json()["usage"]["completion_tokens"] <= 3 and ask(prompt=[10] * 512).status_code == 400
+
+
+def test_why_an_answer_ended(small, neurons, served, tmp_path):
+    """At its length, or at any of the end tokens that the model's own configuration names."""
+    whole = post(served, max_tokens=6).json()["choices"][0]
+    assert whole["finish_reason"] == "length"
+    last = small.tokenizer(whole["message"]["content"])["input_ids"][3]
+    folder = shutil.copytree(small.model_dir, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, last]}))
+    with serving(arguments(small, neurons, model=str(folder), max_new_tokens=5)) as (server, url):
+        other = SimpleNamespace(url=url)
+        reply = post(other, max_tokens=6).json()
+        assert reply["choices"][0]["finish_reason"] == "stop" and reply["usage"]["completion_tokens"] <= 4
+        raw = post(other, max_tokens=6, stream=True).text
+        assert '"finish_reason": "stop"' in raw
+        assert post(other, messages=[{"role": "user", "content": "w40 w41 w42"}], max_tokens=None).json()["usage"]["completion_tokens"] <= 5
+
+
+def test_a_template_that_takes_no_such_messages_is_the_clients_affair(served, monkeypatch):
+    monkeypatch.setattr(served.server.engine.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    reply = post(served)
+    assert reply.status_code == 400 and "roles must alternate" in reply.json()["error"]["message"]
+
+
+def test_a_stream_tells_what_a_whole_reply_does(served):
+    """Its perplexity, who it is, and where each token begins."""
+    def chunks(path, **body):
+        lines = post(served, path, stream=True, **body).text.strip().split("\n\n")[:-1]
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+    whole = post(served, personality="ada", perplexity=True, max_tokens=6).json()
+    parts = chunks("/v1/chat/completions", personality="ada", perplexity=True, max_tokens=6)
+    assert [part["choices"][0]["perplexity"] for part in parts if "perplexity" in part["choices"][0]] == [
+        pytest.approx(whole["choices"][0]["perplexity"], rel=1e-4)]
+    asked = dict(prompt="w10 w11", personality="ada", logprobs=1, max_tokens=6)
+    whole, parts = post(served, "/v1/completions", **asked).json(), chunks("/v1/completions", **asked)
+    assert [part["personality"] for part in parts if "personality" in part] == [whole["personality"]]
+    told = [part["choices"][0]["logprobs"] for part in parts if part["choices"][0]["logprobs"]]
+    assert sum((found["tokens"] for found in told), []) == whole["choices"][0]["logprobs"]["tokens"]
+    begins = sum((found["text_offset"] for found in told), [])
+    assert len(told) > 1 and len(set(begins)) == 6 and begins == sorted(begins), "they go on from chunk to chunk"
+    assert whole["choices"][0]["logprobs"]["text_offset"] == begins, "also of a tokenizer that writes a token alone without its space"
+
+
+def test_where_the_model_lies_is_nobodys_affair(small, served):
+    reply = post(served, personality={"traits": {"extraversion": 1}, "model": "another"})
+    assert reply.status_code == 400 and "is for another, the model is" in reply.text
+    assert str(small.model_dir) not in reply.text and small.model_dir.name in reply.text
+
+
+def test_a_developer_is_the_system_and_parts_are_one_text(served):
+    said = lambda *messages: post(served, messages=list(messages), max_tokens=8).json()["choices"][0]["message"]["content"]  # noqa: E731
+    turn = lambda role, *texts: {"role": role, "content": [{"type": "text", "text": text} for text in texts]}  # noqa: E731
+    plain = said({"role": "system", "content": "w10 w11"}, {"role": "user", "content": "w12 w13 ?"})
+    assert said(turn("developer", "w10 w11"), turn("user", "w12 ", "w13 ?")) == plain
+    assert said(turn("user", "w10 w11"), turn("user", "w12 w13 ?")) != plain
+
+
+def test_who_asks_for_a_seed_or_top_p_alone_asks_to_be_drawn():
+    how = lambda **more: ChatBody(messages=[{"role": "user", "content": "x"}], **more).sampling(1)  # noqa: E731
+    assert how().temperature == 0 and how(seed=5, temperature=0.0).temperature == 0
+    assert (how(seed=5).temperature, how(seed=5).seed) == (1, 6) and how(seed=0).temperature == 1
+    assert (how(top_p=0.5).temperature, how(top_p=0.5).top_p) == (1, 0.5)
+
+
+@pytest.mark.parametrize("given", ("", {}))
+def test_an_empty_personality_is_not_none(served, given):
+    reply = post(served, personality=given)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "personality"
+
+
+def test_what_is_open_without_the_key(small, neurons):
+    with serving(arguments(small, neurons, api_key="s3cret")) as (_, url):
+        for path in ("/v1/models", "/v1/personality", "/metrics", "/v1/nothing", "/docs"):
+            assert httpx.get(url + path).status_code == 401, path
+        assert post(SimpleNamespace(url=url), "/v1/personality", personality="extraversion=1").status_code == 401
+
+
+def test_names_of_this_machine(served):
+    for host, code in (("[::1]:8000", 200), ("localhost:1", 200), ("LOCALHOST", 200), ("127.8.8.8", 200), ("localhost.evil.example", 403),
+                       ("10.0.0.1", 403), ("", 403)):
+        assert httpx.get(served.url + "/health", headers={"host": host}).status_code == code, host
+
+
+def test_a_body_that_never_ends_is_given_up(served, monkeypatch):
+    """At its first byte too many, and after PATIENCE seconds, though its sender goes on."""
+    host, port = served.url.removeprefix("http://").split(":")
+    head = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n")
+    monkeypatch.setattr("personality.serve.MOST_BYTES", 1 << 16)
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        line.sendall(head + (b"8000\r\n" + b" " * 0x8000 + b"\r\n") * 3)
+        assert b"413" in line.recv(4096).partition(b"\r\n")[0]
+    monkeypatch.setattr("personality.serve.PATIENCE", 0.2)
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        line.sendall(head + b"1\r\n{\r\n")
+        assert b"408" in line.recv(4096).partition(b"\r\n")[0]
+
+
+def test_what_went_wrong_inside_is_told_to_the_log_alone(served, monkeypatch, caplog):
+    def wrong():
+        raise ValueError("of /home/somebody/secret")
+
+    monkeypatch.setattr(served.server, "models", wrong)
+    reply = httpx.get(served.url + "/v1/models")
+    assert reply.status_code == 500 and "ValueError" in reply.text and "secret" not in reply.text
+
+
+def test_refusals_at_the_door_are_counted(served):
+    before = served.server.codes.get(403, 0)
+    post(served, headers={"host": "evil.example"})
+    assert served.server.codes[403] == before + 1
+
+
+def test_of_many_personalities_the_latest_are_kept(small, neurons, monkeypatch):
+    monkeypatch.setattr("personality.people.KEPT", 2)
+    people = People(arguments(small, neurons))
+    people.take(small.model, small.tokenizer)
+    one, two, three = (Character({"extraversion": level}, "trained") for level in (0.1, 0.2, 0.3))
+    first, second = people.of(one)[0], people.of(two)[0]
+    assert people.of(one)[0] is first  # and so the latest
+    people.of(three)
+    assert len(people.kept) == 2 and people.of(one)[0] is first and people.of(two)[0] is not second
+
+
+@pytest.mark.parametrize("given", ("s3cret", ""))
+def test_the_key_of_the_environment(small, neurons, monkeypatch, given):
+    taken = []
+    monkeypatch.setenv(KEY, given)
+    monkeypatch.setattr(serve, "Server", lambda args: taken.append(args.api_key) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        serve.serve(arguments(small, neurons))
+    assert taken == [given or None]
+    with pytest.raises(ZeroDivisionError):
+        serve.serve(arguments(small, neurons, api_key="another"))
+    assert taken[1] == "another"
+
+
+def test_a_key_that_no_header_can_hold(small, neurons):
+    with pytest.raises(UserError, match="--api-key"):
+        serve.serve(arguments(small, neurons, api_key="ключ"))
+
+
+def test_levels_are_said_of_trained_traits_alone(small, neurons, served, tmp_path):
+    there = httpx.get(served.url + "/v1/personality").json()
+    assert there["traits"]["extraversion"]["levels"] is True
+    run(small, tmp_path, "neuroticism").identify()
+    with serving(arguments(small, tmp_path)) as (_, url):
+        assert httpx.get(url + "/v1/personality").json()["traits"]["neuroticism"]["levels"] is False
+
+
+def test_neuron_files_of_another_frame_are_told_of(small, neurons, capsys):
+    for frame in ("person", "none"):
+        People(arguments(small, neurons, frame=frame)).take(small.model, small.tokenizer)
+        assert ("now they are put in the frame none" in capsys.readouterr().err) == (frame == "none")
+
+
+def test_the_servers_flags_about_edits(small, neurons):
+    """--suppress, --min-delta and --min-neurons are heeded."""
+    def profile(**changes):
+        people = People(arguments(small, neurons, **changes))
+        people.take(small.model, small.tokenizer)
+        return people.of(Character({"extraversion": 2.0}, "npti"))[0]
+
+    import torch
+
+    plain = profile()
+    assert len(profile(min_delta=0.3)) < len(plain) and len(profile(min_delta=2.0, min_neurons=7)) > 0
+    assert not torch.equal(profile(suppress="zero").value, plain.value)
+
+
+def test_a_reply_that_never_begins_takes_no_place(served):
+    """Its client has gone before the first line was sent."""
+    def begun():
+        body = json.dumps({"messages": asked(), "stream": True}).encode()
+        found = asyncio.run(served.server.complete(ChatBody, body, None))
+        assert served.server.taken == 1 and not isinstance(found, dict)
+
+    begun()
+    gc.collect()
+    assert served.server.taken == 0
+
+
+def test_a_profile_of_one_neuron_too_many(small, neurons):
+    people = People(arguments(small, neurons))
+    people.take(small.model, small.tokenizer)
+    who = Character({"extraversion": 2.0}, "npti")
+    people.most = len(people.of(who)[0])
+    people.kept.clear()
+    assert len(people.of(who)[0]) == people.most
+    people.most, people.kept = people.most - 1, {}
+    with pytest.raises(UserError, match=f"there is room for {people.most}"):
+        people.of(who)
+
+
+@pytest.mark.parametrize("name", ("a b", "extraversion=1", "x" * 65))
+def test_a_character_whose_name_no_client_can_say(small, neurons, tmp_path, name):
+    (tmp_path / f"{name}.toml").write_text(CHARACTERS["bob"])
+    with pytest.raises(UserError, match="expected a name of letters"):
+        People(arguments(small, neurons, characters=str(tmp_path)))
+
+
+def test_bytes_of_a_token():
+    assert (whole_bytes("é"), whole_bytes(" a"), whole_bytes("\ufffd")) == ([195, 169], [32, 97], None)
+
+
+def test_a_trait_of_0_needs_no_file(served):
+    said = [post(served, personality=given).json()["choices"][0]["message"]["content"] for given in (
+        "neuroticism=0,extraversion=1.5", "extraversion=1.5")]
+    assert said[0] == said[1]

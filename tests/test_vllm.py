@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from conftest import run, save_model
-from personality import Profile, UserError, vllm
+from personality import Profile, UserError, load, vllm
 from personality.mlp import find_mlps
 from personality.load import mapped_model
 from personality.model import fingerprint
-from personality.places import Activation, Batches, Places, Table, cut
+from personality.places import Activation, Batches, Places, Table, compare, cut
 from personality.train import add_trained
 from reference import random_profile
 
@@ -335,3 +335,86 @@ def test_registering_twice_is_as_once():
 def test_depth_and_width(served, small):
     mlps = find_mlps(small.model)
     assert (served.depth, served.width) == (len(mlps), mlps[0].width)
+
+
+@pytest.mark.parametrize("changes, words", [({"runner_type": "pooling"}, "--runner pooling"),
+                                            ({"prefill_context_parallel_size": 2}, "prefill context")])
+def test_more_that_cannot_be(small, neurons, changes, words):
+    with pytest.raises(UserError, match=words):
+        vllm.Served(config_of(small, neurons, **changes))
+
+
+def test_one_thread_at_a_time_makes_a_profile(served, monkeypatch):
+    """vLLM reads requests in several; what they share holds no lock of its own."""
+    locked, of = [], served.of
+    monkeypatch.setattr(served, "of", lambda who: locked.append(served.lock.locked()) or of(who))
+    served.read("extraversion=1")
+    assert locked == [True] and not served.lock.locked()
+
+
+def test_a_name_makes_no_other_personality(served):
+    assert served.read('{"traits": {"extraversion": 1}, "name": "Ada"}') == served.read("extraversion=1")
+
+
+def test_spaces_before_json(served):
+    assert served.read(' {"traits": {"extraversion": 1}}') == served.read("extraversion=1")
+    with pytest.raises(UserError, match="expected a text"):
+        served.read(" ")
+
+
+def test_what_else_tells_blocks_apart_still_does():
+    """A salt, or an image, beside a personality."""
+    keys = vllm.with_profile(lambda request, start, end, at: ((("salt", "s"),), at))
+    everywhere = json.dumps({"strengths": {"openness": 1}, "where": "all"})
+    assert keys(request_of(everywhere, 12), 0, 4, 0)[0][0] == ("salt", "s") and len(keys(request_of(everywhere, 12), 0, 4, 0)[0]) == 2
+
+
+def test_the_servers_where_goes_with_each_request(small, neurons):
+    """Else blocks of edited prompts would be everybody's."""
+    everywhere = vllm.Served(config_of(small, neurons, {"where": "all"}))
+    assert json.loads(everywhere.read("extraversion=1"))["where"] == "all"
+
+
+def test_settings_are_heeded(small, neurons):
+    """--suppress, --min-delta."""
+    def profile(**given):
+        which = vllm.Served(config_of(small, neurons, given))
+        return which.profile(which.read("npti:extraversion=-1"))
+
+    plain = profile()
+    assert 0 < len(profile(min_delta=0.15)) < len(plain) and not plain.value[:, 0].isinf().all()
+    assert profile(suppress="none").value[:, 0].isinf().all()
+
+
+def test_a_trait_of_0_needs_no_file(served):
+    assert served.read("agreeableness=0,extraversion=1") == served.read("extraversion=1")
+
+
+def test_an_activation_that_is_another_is_refused():
+    """Numbers that differ, and such that are none."""
+    gelu = lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]  # noqa: E731
+    silu = lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]  # noqa: E731
+    _, acts = batches()
+    compare(silu, acts[0], WIDTH, "cpu", torch.float32)
+    for wrong in (gelu, lambda x: silu(x) * torch.nan):
+        with pytest.raises(UserError, match="differ on a random vector"):
+            compare(wrong, acts[0], WIDTH, "cpu", torch.float32)
+
+
+def test_a_model_of_several_files_and_one_that_lacks_some(small, tmp_path):
+    small.model.save_pretrained(tmp_path / "several", max_shard_size="30KB")
+    files = sorted((tmp_path / "several").glob("*.safetensors"))
+    assert len(files) > 2 and fingerprint(mapped_model(str(tmp_path / "several"))) == fingerprint(small.model)
+    for file in files[1:]:
+        file.unlink()
+    with pytest.raises(UserError, match="no weights of layer"):
+        mapped_model(str(tmp_path / "several"))
+
+
+def test_the_mapped_model_is_of_the_revision(small, neurons, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(load, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(small.model_dir))
+    config = config_of(small, neurons, model="somebody/model", revision="v2", download_dir=str(tmp_path))
+    vllm.Served(config)
+    (name, options), = asked
+    assert (name, options["revision"], options["cache_dir"]) == ("somebody/model", "v2", str(tmp_path))

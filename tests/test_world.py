@@ -237,3 +237,33 @@ def test_teams():
     assert [(world.team, world.place) for world in teams] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     parts = [world.share(24, 4) for world in teams]
     assert parts[::2] == parts[1::2] == [range(0, 8), range(8, 16), range(16, 24)]
+
+
+@pytest.mark.parametrize("size, tp, fine", ((4, 3, False), (4, 2, True), (3, 2, False), (2, 4, False)))
+def test_teams_are_whole(monkeypatch, size, tp, fine):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", str(size)), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(World, "meet", lambda self: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    if fine:
+        assert World.join(tp).teams == size // tp
+    else:
+        with pytest.raises(UserError, match=f"--tp {tp}"):
+            World.join(tp)
+
+
+@pytest.mark.parametrize("changes", ({"RANK": "2"}, {"MASTER_PORT": None}, {"MASTER_ADDR": None}, {"RANK": "-1"}))
+def test_not_as_torchrun_sets_them(monkeypatch, changes):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **changes}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(World, "meet", lambda self: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(UserError, match="expected as torchrun sets them"):
+        World.join()
+
+
+def test_an_error_of_one_process_is_its_own():
+    World().check(ConnectionError("connection refused"))
+    with pytest.raises(UserError, match="rank 1: another rank has ended"):
+        World(1, 2).check(RuntimeError("Gloo: Connection closed by peer"))
+    World(1, 2).check(RuntimeError("shapes"))

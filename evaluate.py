@@ -12,7 +12,7 @@ that matches another method's, is chosen on questions of their own ("validation"
 """
 
 from personality import POLES, TRAITS
-from personality.terminal import (SUPPRESS, Flags, UserError, bench_argument, check_trait, model_arguments, number, positive,
+from personality.terminal import (SUPPRESS, WHERE, Flags, UserError, bench_argument, check_trait, model_arguments, number, positive,
                                   progress, refuse, resumable, script, where_argument)
 
 METHODS = ("unedited", "simple", "persona", "npti", "trained", "hybrid", "dpn-le", "activation", "residual", "lora")
@@ -74,9 +74,9 @@ RULES = [
     (lambda args: args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose or args.characters
                                     or args.turns),
      "--answers: a questionnaire, capability, doses, turns and characters need the model that wrote them"),
-    (lambda args: args.answers and (args.chosen or (args.where, args.suppress) != ("generated", "cap")),
+    (lambda args: args.answers and (args.chosen or (args.where, args.suppress) != (WHERE[0], SUPPRESS[0])),
      "--answers: they are judged as they are: --trait, --method, --alpha, --level, --where and --suppress go without it"),
-    (lambda args: args.suppress != "cap" and not args.characters and "npti" not in args.method,
+    (lambda args: args.suppress != SUPPRESS[0] and not args.characters and "npti" not in args.method,
      "--suppress: of the methods only npti suppresses neurons: got {method}"),
     (lambda args: args.dose and not args.full and not set(args.method) & (set(args.strengths) - {"hybrid"}),
      "--dose: no method that was asked for has a strength: {method}")]
@@ -385,7 +385,7 @@ def evaluate(args) -> None:
     made_with = {"model": f"{name_of(model)} {fingerprint(model)}", "template": digest(tokenizer.chat_template), "judging": judging,
                  "bench": bench.fingerprint(), "dtype": str(model.dtype), "max_new_tokens": args.max_new_tokens, "seed": args.seed,
                  **Frame.named(args.frame).made_with()}
-    if (args.where, args.suppress) != ("generated", "cap"):
+    if (args.where, args.suppress) != (WHERE[0], SUPPRESS[0]):
         made_with["edits"] = f"--where {args.where} --suppress {args.suppress}"
     people, local = Personalities(model, tokenizer, bench, args), args.judge_model and not args.judge_url
     reader = load_asked(args, args.judge_model, "--judge-model") if local else (model, tokenizer)

@@ -17,9 +17,9 @@ does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A f
 import os
 
 from personality import TRAITS
-from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, METHODS, TEAM_RULES, Flags, UserError, check_trait, edit_arguments,
-                                  model_arguments, number, positive, progress, refuse, resumable, say, script, serve_arguments,
-                                  show_table, team_argument)
+from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, METHODS, SUPPRESS, TEAM_RULES, WHERE, Flags, UserError, check_trait,
+                                  edit_arguments, model_arguments, number, positive, progress, refuse, resumable, say, script,
+                                  serve_arguments, show_table, team_argument)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -119,8 +119,8 @@ def arguments():
     args.method = args.method or ("trained" if args.level else "npti")
     refuse(args, RULES)
     args.npti_only = [f"--{name.replace('_', '-')}" for name in NPTI_ONLY if getattr(args, name) != DEFAULT(name)]
-    args.where = args.where or ("all" if args.save else "generated")
-    args.suppress = args.suppress or ("zero" if args.save else "cap")
+    args.where = args.where or ("all" if args.save else WHERE[0])
+    args.suppress = args.suppress or ("zero" if args.save else SUPPRESS[0])
     args.max_new_tokens = args.max_new_tokens or (None if args.serve else ANSWER)
     return args
 

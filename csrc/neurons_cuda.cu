@@ -229,7 +229,7 @@ glu_statistics_kernel(const Args args, const int lanes) {
   const int n = static_cast<int>(min(static_cast<int64_t>(lanes * V), args.width - first));
   int32_t* const sketch = args.sketch + (group * args.width + column) * kBins;
   Span edits = {0, 0};
-  int known = 0, seen = 0, count[V] = {};
+  int known = 0, seen = 0, count[V] = {};  // seen: tokens of the group, the same in all threads
   double sum[V] = {}, squares[V] = {};
   for (int w = threadIdx.x; Shared && w < lanes * V * kBins / 4; w += blockDim.x) reinterpret_cast<uint4*>(bins)[w] = {};
   for (int k = threadIdx.x; kLookup && k < kGates; k += blockDim.x)
@@ -301,7 +301,7 @@ cudaError_t launch(const Args& args, cudaStream_t stream) {
 }
 
 // Of a group at least, so that no grid is empty. With Shared a multiprocessor has a block of words at a time: as wide as lets all
-// finish soonest, in whole sectors of 32 bytes.
+// finish soonest, in whole sectors of 32 bytes, with a thread for each of its sums.
 template <class T, int V, bool Shared>
 cudaError_t launch_statistics(const Args& args, cudaStream_t stream) {
   const auto kernel = args.token_profile ? glu_statistics_kernel<T, V, Shared, true> : glu_statistics_kernel<T, V, Shared, false>;
@@ -344,5 +344,5 @@ cudaError_t dispatch(const Args& args, cudaStream_t stream) {
 const char* neurons::glu_cuda(const Args& args, void* stream) {
   const auto f = args.dtype == kFloat32 ? dispatch<float> : args.dtype == kBFloat16 ? dispatch<__nv_bfloat16> : dispatch<__half>;
   const cudaError_t error = f(args, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : (cudaGetLastError(), cudaGetErrorString(error));  // else torch reports it once more
+  return error == cudaSuccess ? nullptr : (cudaGetLastError(), cudaGetErrorString(error));  // cleared, or torch tells it again
 }

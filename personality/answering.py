@@ -61,7 +61,8 @@ class Choice:
     def __init__(self, server: "Server", index: int, prompt: list[int], body, profile: Profile | None):
         self.server, self.index, self.body = server, index, body
         self.request = Request(prompt, body.sampling(index), profile, server.length(body, prompt))
-        self.chat, self.ids, self.finish, self.sent = isinstance(body, ChatBody), [], None, 0  # sent: tokens told of in logprobs
+        self.chat, self.ids, self.finish = isinstance(body, ChatBody), [], None
+        self.sent = self.at = 0  # tokens told of in logprobs, and at which character of the text the next one begins
         self.text = Text(server.engine.tokenizer, body.stops(), self.chat)
 
     async def run(self, tell=None) -> "Choice":
@@ -90,9 +91,14 @@ class Choice:
         if self.request.sampling.top_logprobs is None or tokens <= self.sent:
             return None
         begin, self.sent = self.sent, tokens
-        tokenizer = self.server.engine.tokenizer  # some of them write a token alone without the space before it
-        begins = None if self.chat else [len(tokenizer.decode(self.ids[:k])) for k in range(begin, tokens)]
-        return logprobs_of(tokenizer, self.ids[begin:tokens], self.request.logprobs[begin:tokens], begins)
+        offsets = None if self.chat else [self.passed(k) for k in range(begin, tokens)]
+        return logprobs_of(self.server.engine.tokenizer, self.ids[begin:tokens], self.request.logprobs[begin:tokens], offsets)
+
+    def passed(self, k: int) -> int:
+        """At which character of the text token k begins; afterwards self.at is where it ends."""
+        decode, few, at = self.server.engine.tokenizer.decode, self.ids[max(0, k - 8):k + 1], self.at
+        self.at += len(decode(few)) - len(decode(few[:-1]))  # behind others: alone, a token may lose its space
+        return at
 
     def shown_tokens(self) -> int:
         """How many of the tokens it takes to write the text that is shown."""

@@ -225,14 +225,14 @@ def whole_bytes(word: str) -> list[int] | None:
     return None if "\ufffd" in word else list(word.encode())
 
 
-def logprobs_of(tokenizer, ids: list[int], kept: list, begins: list[int] | None):
-    """OpenAI's form of the log-probabilities that a request kept of its tokens; begins: at which character of a completion's text
-    each does; of a chat None."""
+def logprobs_of(tokenizer, ids: list[int], kept: list, offsets: list[int] | None):
+    """OpenAI's form of the log-probabilities that a request kept of its tokens. offsets: at which character of a completion's text
+    each begins; None: of a chat, whose form has none."""
     words = lambda token: tokenizer.decode([token])  # noqa: E731
-    if begins is not None:
+    if offsets is not None:
         tokens = [words(token) for token in ids]
         best = [{**{words(token): value for token, value in best}, word: own} for word, (own, best) in zip(tokens, kept)]
-        return {"tokens": tokens, "token_logprobs": [own for own, _ in kept], "top_logprobs": best, "text_offset": begins}
+        return {"tokens": tokens, "token_logprobs": [own for own, _ in kept], "top_logprobs": best, "text_offset": offsets}
     one = lambda token, value: {"token": words(token), "logprob": value, "bytes": whole_bytes(words(token))}  # noqa: E731
     return {"content": [{**one(token, own), "top_logprobs": [one(other, value) for other, value in best]}
                         for token, (own, best) in zip(ids, kept)], "refusal": None}

@@ -42,8 +42,8 @@ def attend_by_row(module, query, key, value, attention_mask, scaling=None, cache
 
 
 def put_off(cache, key, value, layer, kwargs):
-    """In the place of a cache's update(), which since transformers 5.24 models call before they attend: it would copy everyone's
-    keys and values. The attention gets the cache, as it did before 5.24."""
+    """Stands for a cache's update(), which models of transformers 5.24 call before they attend, and which would copy everyone's
+    keys and values. kwargs are those that the model then passes to the attention: so it gets the cache, as before 5.24."""
     kwargs["cache"] = cache
     return key, value
 

@@ -9,7 +9,7 @@ import torch
 from . import POLES, TRAITS
 from .frame import Frame, declines
 from .mlp import decoder_of, layers_of
-from .model import BatchSize, answer_inputs, name_of, with_ids
+from .model import BatchSize, answer_inputs, shown_name, with_ids
 from .neurons import NeuronFolder, Neurons, answers_path
 from .questions import read_answers
 from .steer import Profile, hidden_states, no_edits
@@ -330,9 +330,9 @@ class Profiles:
 
     def of(self, character: Character) -> Profile:
         source, name = getattr(self.model, "source", None), character.describe()
-        if character.model and source and character.model not in (source, name_of(self.model).rpartition("/")[2]):
-            raise UserError(f"the profile {character.name or name} is for {character.model}, the model is "
-                            f"{source.rpartition('/')[2]}")  # clients are not told where it lies
+        here = shown_name(self.model)
+        if character.model and source and character.model not in (source, here, source.rpartition("/")[2]):
+            raise UserError(f"the profile {character.name or name} is for {character.model}, the model is {here}")
         strengths = [(trait, character.strengths[trait]) for trait in TRAITS if character.strengths.get(trait)]
         if character.method == "activation":
             profile = activation_addition([(self.direction(trait), alpha) for trait, alpha in strengths], name)

@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import inspect
+from pathlib import Path
 
 import torch
 import transformers
@@ -63,6 +64,11 @@ def sampled(tensor) -> bytes:
 
 def name_of(model) -> str:
     return getattr(model, "source", type(model).__name__)
+
+
+def shown_name(model) -> str:
+    """Its name for a server's clients, who are not told where on this machine it lies."""
+    return Path(name_of(model)).name if Path(name_of(model)).exists() else name_of(model)
 
 
 def dtype_of(model) -> str:
@@ -211,7 +217,8 @@ def plain_cache(model, options: dict) -> DynamicCache | None:
     without = False in (option("use_cache"), getattr(model.config.get_text_config(), "use_cache", None))
     several = (option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    usual = not (without or several or option("cache_implementation") or CACHE in options)
+    parts = option("prefill_chunk_size")  # of prompts; up to transformers 5.19 they lose what the cache holds already
+    usual = not (without or several or parts or option("cache_implementation") or CACHE in options)
     return cache if takes_one and plain and usual else None
 
 

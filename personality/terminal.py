@@ -205,7 +205,8 @@ def check_trait(trait: str) -> str:
 
 ANSWER = 64  # tokens of an answer, at most
 FRAME = "person"  # how questions are put, unless --frame says otherwise: see frame.py
-SUPPRESS = ("cap", "zero", "none")  # what becomes of the opposite pole's neurons; the first is NPTI's
+WHERE = ("generated", "all")  # which tokens are edited or observed; here and below the first is NPTI's
+SUPPRESS = ("cap", "zero", "none")  # what becomes of the opposite pole's neurons
 
 METHODS = {  # by which a personality becomes edits, and what alpha is in each
     "npti": "NPTI's gamma",
@@ -255,7 +256,7 @@ def team_argument(flags: Flags) -> None:
 
 
 def where_argument(flags: Flags, note: str = "") -> None:
-    flags.add_argument("--where", choices=("generated", "all"), default="generated",
+    flags.add_argument("--where", choices=WHERE, default=WHERE[0],
                        help=f"which tokens: the answer's, as in NPTI, or the prompt's as well (default: generated{note})")
 
 

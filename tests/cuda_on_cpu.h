@@ -1,16 +1,18 @@
 // Enough of CUDA to run neurons_cuda.cu on a CPU, so that what its kernels read, edit, count and add up is tested where there is no
 // GPU. A block's threads are coroutines that go on until they wait for each other, at __syncthreads() or at what a warp does
 // together; blocks, and threads between two waits, run in a random order, and some warps as late as can be, so that what hangs on
-// order shows; so does an address of shared memory, or of a word, that a card refuses: as a signal, which ends the tests. What does
+// order shows; so does an address beyond the end of shared memory, or one that is not aligned: as a signal, which ends the tests. What does
 // not: the device's own branches of neurons.h (exp, erf), atomics that are missing between two waits, and speed.
 #pragma once
 
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -103,10 +105,10 @@ inline uint64_t slots[32][32];  // by warp and lane: what lanes tell each other
 inline std::mt19937 random{0};
 // The end of a block's shared memory is followed by memory that can't be touched.
 inline unsigned char* const shared_end = [] {
-  constexpr size_t kPages = (kShared + 4095) / 4096 * 4096;
-  auto* all = static_cast<unsigned char*>(mmap(nullptr, kPages + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(all + kPages, 4096, PROT_NONE);
-  return all + kPages;
+  const size_t page = sysconf(_SC_PAGESIZE), pages = (kShared + page - 1) / page * page;
+  void* all = mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED || mprotect(static_cast<char*>(all) + pages, page, PROT_NONE)) abort();
+  return static_cast<unsigned char*>(all) + pages;
 }();
 inline unsigned char* shared;
 
@@ -168,13 +170,13 @@ inline void run_block(size_t bytes) {
 
 template <class Call>
 void launch(const void* kernel, dim3 grid, dim3 size, size_t bytes, Call call) {
-  const bool fine = size.x <= 1024 && size.x % 32 == 0 && bytes <= std::max(told[kernel], size_t{48 * 1024}) && bytes % 16 == 0
+  const bool fine = size.x <= 1024 && size.x % 32 == 0 && bytes <= std::max(told[kernel], size_t{48 * 1024})
                     && grid.x && grid.y && grid.y <= 65535;
   failed = fine ? nullptr : "no such grid or block can be launched";
   if (failed) return;
   block_size = size;
   given = bytes;
-  shared = shared_end - bytes;
+  shared = shared_end - (bytes + 15) / 16 * 16;
   body = call;
   std::vector<unsigned> order(grid.x * grid.y);
   for (unsigned k = 0; k < order.size(); ++k) order[k] = k;

@@ -1,5 +1,6 @@
 """A model behind an OpenAI-compatible server: one that stumbles, refuses, or is not there; Ctrl-C; nothing is asked for twice."""
 
+import contextlib
 import json
 import os
 import signal
@@ -208,27 +209,24 @@ def test_a_reply_that_trickles_is_given_up(monkeypatch):
     monkeypatch.setattr(Endpoint, "RETRIES", 0)
     with Server(lambda n, body: "fine") as server:
         endpoint = Endpoint(server.url)
-    listener = socket.create_server(("127.0.0.1", 0))
 
     def trickle():
-        line = listener.accept()[0]
-        line.recv(4096)
-        line.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
-        try:
+        with contextlib.suppress(OSError), listener.accept()[0] as line:
+            line.recv(4096)
+            line.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
             for _ in range(40):
                 line.sendall(b" ")
                 time.sleep(0.2)
-        except OSError:
-            pass
-        line.close()
 
-    thread, start = threading.Thread(target=trickle, daemon=True), time.monotonic()
-    thread.start()
-    endpoint.client = endpoint.client.with_options(base_url="http://127.0.0.1:%d/v1" % listener.getsockname()[1])
-    with pytest.raises(NoReply) as failed:
-        endpoint.chat(conversation("w10 ?"))
-    assert time.monotonic() - start < 5 and not failed.value.lasting
-    listener.close()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
+        thread, start = threading.Thread(target=trickle, daemon=True), time.monotonic()
+        thread.start()
+        endpoint.client = endpoint.client.with_options(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+        with pytest.raises(NoReply) as failed:
+            endpoint.chat(conversation("w10 ?"))
+        assert time.monotonic() - start < 5 and not failed.value.lasting
+        thread.join(10)
 
 
 @pytest.mark.parametrize("status", (408, 409, 429, 500, None))
@@ -236,10 +234,12 @@ def test_what_fails_for_the_moment_is_not_kept_as_a_refusal(monkeypatch, tmp_pat
     """A limit of requests, a time-out, a connection that breaks: asked for again by the next run."""
     monkeypatch.setattr(Endpoint, "RETRIES", 0)
     journal = Journal(tmp_path / "replies.jsonl")
-    with Server(lambda n, body: (status, "")) as server:
+    with Server(lambda n, body: (status or 200, "")) as server:
         endpoint = Endpoint(server.url)
-        if status is None:
-            endpoint.client = endpoint.client.with_options(base_url="http://127.0.0.1:9/v1")
+        if status:
+            with pytest.raises(UserError, match="2 of 2 requests failed"):
+                asked(endpoint, journal, 2, refused="no")
+    if not status:  # the server has gone
         with pytest.raises(UserError, match="2 of 2 requests failed"):
             asked(endpoint, journal, 2, refused="no")
     assert len(journal) == 0

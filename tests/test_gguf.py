@@ -50,7 +50,8 @@ def test_files_that_begin_alike_are_two_models(unpacked, tmp_path):
 
 
 @pytest.mark.parametrize("damage", (lambda folder: os.truncate(folder / "model.safetensors", 5000), lambda folder: (folder / "tokenizer.json").unlink(),
-                                    lambda folder: (folder / gguf.SIZES).unlink(), lambda folder: (folder / gguf.SIZES).write_text("{")))
+                                    lambda folder: (folder / gguf.SIZES).unlink(), lambda folder: (folder / gguf.SIZES).write_text("{")),
+                         ids=("weights cut", "no tokenizer", "no sizes", "sizes damaged"))
 def test_what_is_not_whole_is_unpacked_again(unpacked, tmp_path, damage):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     folder = dequantised(tmp_path / "model.gguf")

@@ -1,6 +1,7 @@
 """Requests of different personalities in one batch: each is what it would be alone, and gets what it asked for."""
 
 import asyncio
+import functools
 import math
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from conftest import FRAMED, tiny
-from personality import Profile, UserError, steer
+from personality import Profile, UserError, attention, steer
 from personality.inflight import PAGE, Engine, Request, Sampling, cache_blocks, chosen, nucleus, penalised
 from personality.mlp import find_mlps
 from personality.model import answers, prompt_ids, sampling
@@ -385,6 +386,15 @@ def test_each_request_looks_at_its_own_keys(small, monkeypatch):
     alone = [expected(small, k, None) for k in range(3)]
     monkeypatch.setattr("personality.attention.sdpa_attention_forward", lambda *_, **options: 1 / 0)
     assert written(small, [asking(small, k) for k in range(3)], rows=3) == alone
+
+
+def test_what_that_attention_cannot_do_is_left_to_transformers(small, monkeypatch):
+    """A bias of positions: over everybody's keys, behind a mask."""
+    alone, own, seen = [expected(small, k, None) for k in range(3)], attention.sdpa_attention_forward, []
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.BY_ROW,
+                        functools.partial(attention.attend_by_row, position_bias=torch.zeros(1)))
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **options: seen.append(args[2].shape[2]) or own(*args, **options))
+    assert written(small, [asking(small, k) for k in range(3)], rows=3) == alone and max(seen) > 20
 
 
 def test_the_attention_is_put_back(small):

@@ -25,8 +25,8 @@ import uvicorn
 import induce
 from conftest import FRAMED, ROOT, exit_of, run
 from personality import Character, Neurons, Profile, UserError, serve, steer
-from personality.answering import Server, Text
-from personality.api import ChatBody, whole_bytes
+from personality.answering import Choice, Server, Text
+from personality.api import ChatBody, CompletionBody, whole_bytes
 from personality.methods import Profiles, affordable, multiple_at
 from personality.model import answers, sampling
 from personality.neurons import NeuronFolder
@@ -777,6 +777,17 @@ def test_a_stream_tells_what_a_whole_reply_does(served):
     assert whole["choices"][0]["logprobs"]["text_offset"] == begins, "also of a tokenizer that writes a token alone without its space"
 
 
+def test_offsets_cost_as_much_as_there_are_tokens(served):
+    """Not as much as their square, while everybody waits."""
+    tokenizer, decoded = served.server.engine.tokenizer, []
+    server = SimpleNamespace(length=lambda *_: 400, engine=SimpleNamespace(tokenizer=SimpleNamespace(
+        stop_text=None, decode=lambda ids, **options: decoded.append(len(ids)) or tokenizer.decode(ids, **options))))
+    choice = Choice(server, 0, [1], CompletionBody(prompt="x", logprobs=0), None)
+    choice.ids, choice.request.logprobs = [10 + k % 80 for k in range(400)], [(0.0, [])] * 400
+    found = [place for end in (7, 200, 400) for place in choice.logprobs(end)["text_offset"]]
+    assert found == [len(tokenizer.decode(choice.ids[:k])) for k in range(400)] and sum(decoded) < 20 * 400
+
+
 def test_where_the_model_lies_is_nobodys_affair(small, served):
     reply = post(served, personality={"traits": {"extraversion": 1}, "model": "another"})
     assert reply.status_code == 400 and "is for another, the model is" in reply.text
@@ -824,7 +835,7 @@ def test_a_body_that_never_ends_is_given_up(served, monkeypatch):
             b"Transfer-Encoding: chunked\r\n\r\n")
     monkeypatch.setattr("personality.serve.MOST_BYTES", 1 << 16)
     with socket.create_connection((host, int(port)), timeout=10) as line:
-        line.sendall(head + (b"8000\r\n" + b" " * 0x8000 + b"\r\n") * 3)
+        line.sendall(head + b"10000\r\n" + b" " * 0x10000 + b"\r\n1\r\n \r\n")
         assert b"413" in line.recv(4096).partition(b"\r\n")[0]
     monkeypatch.setattr("personality.serve.PATIENCE", 0.2)
     with socket.create_connection((host, int(port)), timeout=10) as line:
@@ -896,8 +907,6 @@ def test_the_servers_flags_about_edits(small, neurons):
         people = People(arguments(small, neurons, **changes))
         people.take(small.model, small.tokenizer)
         return people.of(Character({"extraversion": 2.0}, "npti"))[0]
-
-    import torch
 
     plain = profile()
     assert len(profile(min_delta=0.3)) < len(plain) and len(profile(min_delta=2.0, min_neurons=7)) > 0

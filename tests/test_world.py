@@ -255,7 +255,10 @@ def test_teams_are_whole(monkeypatch, size, tp, fine):
 @pytest.mark.parametrize("changes", ({"RANK": "2"}, {"MASTER_PORT": None}, {"MASTER_ADDR": None}, {"RANK": "-1"}))
 def test_not_as_torchrun_sets_them(monkeypatch, changes):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **changes}.items():
-        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     monkeypatch.setattr(World, "meet", lambda self: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(UserError, match="expected as torchrun sets them"):
@@ -263,6 +266,7 @@ def test_not_as_torchrun_sets_them(monkeypatch, changes):
 
 
 def test_an_error_of_one_process_is_its_own():
+    """Only what says that the others are gone is told as that."""
     World().check(ConnectionError("connection refused"))
     with pytest.raises(UserError, match="rank 1: another rank has ended"):
         World(1, 2).check(RuntimeError("Gloo: Connection closed by peer"))

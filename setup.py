@@ -50,16 +50,16 @@ setup(
     package_data={"personality.csrc": ["*.h", "*.cpp", "*.cu"], "personality.texts": ["*"]},
     entry_points={"vllm.general_plugins": ["personality = personality.vllm:register"]},
     py_modules=[],  # not the scripts: a module named evaluate would be in the way of Hugging Face's
-    install_requires=["torch>=2.9", "transformers>=5.19", "accelerate", "gguf>=0.17.1", "safetensors", "datasets", "filelock>=4",
+    install_requires=["torch>=2.9", "transformers>=5.17", "accelerate", "gguf>=0.17.1", "safetensors", "datasets", "filelock>=4",
                       "huggingface_hub", "jinja2", "matplotlib", "ninja", "numpy", "packaging", "pandas", "rich", "scipy>=1.15",
                       "setuptools", "tqdm", "tomli; python_version < '3.11'"],
     extras_require={
         "judge": ["openai"], "capability": ["lm_eval"], "norms": ["five-factor-e"], "finetune": ["peft"],
-        "bench": ["openai", "datasketch", "py3langid"], "serve": ["fastapi", "uvicorn", "pydantic>=2"],
+        "bench": ["openai", "datasketch", "py3langid"], "serve": ["transformers>=5.19", "fastapi", "uvicorn", "pydantic>=2"],
         "quantize": ["bitsandbytes", "torchao", "compressed-tensors"],
         # CUDA's compiler, for a torch that is built with CUDA 13
         "cuda": [f"nvidia-{part}>=13,<14" for part in ("cuda-nvcc", "nvvm", "cuda-runtime", "cuda-crt", "cuda-cccl")],
-        "test": ["pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft", "fastapi", "uvicorn",
-                 "playwright"]},
+        "test": ["transformers>=5.19", "pytest", "hypothesis", "openai", "five-factor-e", "datasketch", "py3langid", "peft",
+                 "fastapi", "uvicorn", "playwright"]},
     **extension(),
 )

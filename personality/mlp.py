@@ -228,7 +228,7 @@ def as_experts(name: str, block, module) -> Experts | None:
     weight, act = getattr(module, "down_proj", None), which_act(getattr(module, "act_fn", None))
     if act is None or not isinstance(weight, torch.nn.Parameter) or weight.dim() != 3 or not is_numbers(weight):
         return None
-    if module._is_expert_parallel or hasattr(weight, "device_mesh"):
+    if getattr(module, "_is_expert_parallel", False) or hasattr(weight, "device_mesh"):  # 5.17 has no such name
         raise UserError(f"{name}: experts that several processes share are not supported: one process, with --device-map auto "
                         "where one GPU is too small")
     experts, hidden, width = weight.shape if not module.is_transposed else (weight.shape[0], *weight.shape[:0:-1])

@@ -169,8 +169,8 @@ __device__ __forceinline__ int list_own(const Args& args, int64_t from, Own* lis
   return __reduce_add_sync(0xffffffffu, first + second);
 }
 
-// The end of a block's work, if there was any: its sums go to the moments of its n columns, added in a fixed order; its counters, or with Shared its
-// sketch, to theirs. Nobody else adds there, but atomics spare the wait for loads.
+// The end of a block's work, if it had any: its sums go to its n columns' moments, added in a fixed order; its counters, or with
+// Shared its sketch, to theirs. Nobody else adds there, but atomics spare the wait for loads.
 template <int V, bool Shared>
 __device__ __forceinline__ void add_to_statistics(const Args& args, int lanes, int first, int n, const double (&sum)[V],
                                                   const double (&squares)[V], const int (&count)[V], int* bins, double* sums) {
@@ -344,5 +344,5 @@ cudaError_t dispatch(const Args& args, cudaStream_t stream) {
 const char* neurons::glu_cuda(const Args& args, void* stream) {
   const auto f = args.dtype == kFloat32 ? dispatch<float> : args.dtype == kBFloat16 ? dispatch<__nv_bfloat16> : dispatch<__half>;
   const cudaError_t error = f(args, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : (cudaGetLastError(), cudaGetErrorString(error));  // cleared, or torch tells it again
+  return error == cudaSuccess ? nullptr : (cudaGetLastError(), cudaGetErrorString(error));  // or torch tells it again
 }

@@ -91,11 +91,11 @@ class Choice:
         if self.request.sampling.top_logprobs is None or tokens <= self.sent:
             return None
         begin, self.sent = self.sent, tokens
-        offsets = None if self.chat else [self.passed(k) for k in range(begin, tokens)]
+        offsets = None if self.chat else [self.step_over(k) for k in range(begin, tokens)]
         return logprobs_of(self.server.engine.tokenizer, self.ids[begin:tokens], self.request.logprobs[begin:tokens], offsets)
 
-    def passed(self, k: int) -> int:
-        """At which character of the text token k begins; afterwards self.at is where it ends."""
+    def step_over(self, k: int) -> int:
+        """At which character of the text token k begins; self.at goes on to where it ends."""
         decode, few, at = self.server.engine.tokenizer.decode, self.ids[max(0, k - 8):k + 1], self.at
         self.at += len(decode(few)) - len(decode(few[:-1]))  # behind others: alone, a token may lose its space
         return at

@@ -1,8 +1,8 @@
 // Enough of CUDA to run neurons_cuda.cu on a CPU, so that what its kernels read, edit, count and add up is tested where there is no
 // GPU. A block's threads are coroutines that go on until they wait for each other, at __syncthreads() or at what a warp does
 // together; blocks, and threads between two waits, run in a random order, and some warps as late as can be, so that what hangs on
-// order shows; so does an address beyond the end of shared memory, or one that is not aligned: as a signal, which ends the tests. What does
-// not: the device's own branches of neurons.h (exp, erf), atomics that are missing between two waits, and speed.
+// order shows; so does an address beyond the end of shared memory, or one that is not aligned: as a signal, which ends the tests.
+// What does not: the device's own branches of neurons.h (exp, erf), atomics that are missing between two waits, and speed.
 #pragma once
 
 #include <sys/mman.h>

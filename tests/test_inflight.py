@@ -431,6 +431,6 @@ def test_answers_that_grow_side_by_side_over_blocks(small):
     results = []
     for together in (False, True):
         requests = [Request(ids, Sampling(top_logprobs=0), who, 60) for ids, who in zip(prompts, people)]
-        answers_now = written(small, requests, together=together)
-        results.append((answers_now, [own for request in requests for own, _ in request.logprobs]))
+        said = written(small, requests, together=together)
+        results.append((said, [own for request in requests for own, _ in request.logprobs]))
     assert results[0][0] == results[1][0] and results[0][1] == pytest.approx(results[1][1], abs=1e-3)

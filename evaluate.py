@@ -13,7 +13,7 @@ that matches another method's, is chosen on questions of their own ("validation"
 
 from personality import POLES, TRAITS
 from personality.terminal import (SUPPRESS, WHERE, Flags, UserError, bench_argument, check_trait, model_arguments, number, positive,
-                                  progress, refuse, resumable, script, where_argument)
+                                  progress, refuse, resumable, script, suppress_argument, where_argument)
 
 METHODS = ("unedited", "simple", "persona", "npti", "trained", "hybrid", "dpn-le", "activation", "residual", "lora")
 JUDGES = ("contrast", "llm", "questionnaire")
@@ -53,8 +53,7 @@ def parser() -> Flags:
     add("--compare", nargs=2, metavar="DIR", help="set two result folders side by side")
     add("--neurons", default="neurons", metavar="DIR", help="default: %(default)s; made where it lacks a trait")
     where_argument(flags)
-    add("--suppress", choices=SUPPRESS, default=SUPPRESS[0],
-        help="the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or left alone (default: %(default)s)")
+    suppress_argument(flags)
     bench_argument(flags)
     add("--limit", type=positive, default=10, metavar="N", help="test questions a trait (default: %(default)s)")
     add("--out", default="results", metavar="DIR", help="default: %(default)s")

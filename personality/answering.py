@@ -19,6 +19,7 @@ from .questions import adjectives
 from .steer import Profile
 from .terminal import UserError
 
+BEFORE = 8  # tokens that are decoded before one to see what it adds: alone, it may lose its space
 LENGTH = 512  # tokens of an answer where neither the client nor --max-new-tokens says how many
 
 
@@ -96,8 +97,8 @@ class Choice:
 
     def step_over(self, k: int) -> int:
         """At which character of the text token k begins; self.at goes on to where it ends."""
-        decode, few, at = self.server.engine.tokenizer.decode, self.ids[max(0, k - 8):k + 1], self.at
-        self.at += len(decode(few)) - len(decode(few[:-1]))  # behind others: alone, a token may lose its space
+        decode, few, at = self.server.engine.tokenizer.decode, self.ids[max(0, k - BEFORE):k + 1], self.at
+        self.at += len(decode(few)) - len(decode(few[:-1]))
         return at
 
     def shown_tokens(self) -> int:

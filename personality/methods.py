@@ -329,10 +329,9 @@ class Profiles:
         return self.directions[trait]
 
     def of(self, character: Character) -> Profile:
-        source, name = getattr(self.model, "source", None), character.describe()
-        here = shown_name(self.model)
-        if character.model and source and character.model not in (source, here, source.rpartition("/")[2]):
-            raise UserError(f"the profile {character.name or name} is for {character.model}, the model is {here}")
+        source, name, meant = getattr(self.model, "source", None), character.describe(), character.model
+        if meant and source and meant not in (source, here := shown_name(self.model), source.rpartition("/")[2]):
+            raise UserError(f"the profile {character.name or name} is for {meant}, the model is {here}")
         strengths = [(trait, character.strengths[trait]) for trait in TRAITS if character.strengths.get(trait)]
         if character.method == "activation":
             profile = activation_addition([(self.direction(trait), alpha) for trait, alpha in strengths], name)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from difflib import get_close_matches
 
 from . import TRAITS
 
@@ -205,6 +206,7 @@ def check_trait(trait: str) -> str:
 
 ANSWER = 64  # tokens of an answer, at most
 FRAME = "person"  # how questions are put, unless --frame says otherwise: see frame.py
+FRAMES = (FRAME, "none")  # that have a name
 WHERE = ("generated", "all")  # which tokens are edited or observed; here and below the first is NPTI's
 SUPPRESS = ("cap", "zero", "none")  # what becomes of the opposite pole's neurons
 
@@ -216,6 +218,14 @@ METHODS = {  # by which a personality becomes edits, and what alpha is in each
     "activation": "alpha times the mean difference of the residual stream",
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # how many write them
+
+
+def frame_text(text: str) -> str:
+    """A frame's name, or a text of one's own; one word that is nearly a name is not taken for a text."""
+    meant = get_close_matches(text.lower(), FRAMES, 1, 0.7) if text not in FRAMES and len(text.split()) == 1 else ()
+    if meant:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(FRAMES)} or a text, got {text}: is {meant[0]} meant?")
+    return text
 
 
 def model_arguments(flags: Flags) -> None:
@@ -230,7 +240,7 @@ def model_arguments(flags: Flags) -> None:
                             "(default: as they are saved)")
     flags.add_argument("--dtype", choices=tuple(DTYPES.values()), type=lambda text: DTYPES.get(text, text),
                        help="default: bfloat16 on a GPU, and on a CPU that has instructions for it; else float32")
-    flags.add_argument("--frame", default=FRAME, metavar="TEXT",
+    flags.add_argument("--frame", default=FRAME, metavar="TEXT", type=frame_text,
                        help="how questions are put: person (an interview with a person), none (bare), or a text of your own that "
                             "the system prompt begins with (default: %(default)s)")
     flags.add_argument("--batch-size", type=lambda text: text if text == "auto" else positive(text), default=64, metavar="N",
@@ -260,6 +270,12 @@ def where_argument(flags: Flags, note: str = "") -> None:
                        help=f"which tokens: the answer's, as in NPTI, or the prompt's as well (default: generated{note})")
 
 
+def suppress_argument(flags: Flags, note: str = "") -> None:
+    flags.add_argument("--suppress", choices=SUPPRESS, default=SUPPRESS[0],
+                       help="what becomes of the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or nothing (default: "
+                            f"cap{note})")
+
+
 def edit_arguments(flags) -> None:
     """How neurons become edits, in induce.py and in the server."""
     flags.add_argument("--neurons", default="neurons", metavar="DIR",
@@ -270,9 +286,7 @@ def edit_arguments(flags) -> None:
     flags.add_argument("--min-neurons", type=positive, metavar="N",
                        help="at least so many neurons a pole (default: 0.436 %% of all, NPTI's 2,000 of Llama-3-8B's)")
     where_argument(flags, "; --save: all")
-    flags.add_argument("--suppress", choices=SUPPRESS, default=SUPPRESS[0],
-                       help="what becomes of the opposite pole's neurons: capped at 0, as in NPTI, set to 0, or nothing (default: "
-                            "cap; --save: zero)")
+    suppress_argument(flags, "; --save: zero")
 
 
 def serve_arguments(flags) -> None:

@@ -21,8 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 TOKENS = 96
+
+
+def identified(neurons: str) -> list[str]:
+    """The traits that have a neuron file there, in order."""
+    traits = sorted(path.stem for path in Path(neurons).glob("*.safetensors"))
+    if not traits:
+        sys.exit(f"load.py: no neuron file in {neurons}; identify.py --train makes one")
+    return traits
 
 
 def generate(args) -> float:
@@ -38,7 +45,8 @@ def generate(args) -> float:
     model, tokenizer = load_model(args.model, "cpu", args.dtype)
     frame, pick = Frame.named("person"), random.Random(0)
     profiles = Profiles(model, tokenizer, NeuronFolder(model, args.neurons, frame=frame))
-    people = [profiles.of(Character({pick.choice(TRAITS): round(pick.uniform(-1, 1), 2)}, "trained")) for _ in range(args.clients)]
+    traits = identified(args.neurons)
+    people = [profiles.of(Character({pick.choice(traits): round(pick.uniform(-1, 1), 2)}, "trained")) for _ in range(args.clients)]
     questions = load_bench(None).test["extraversion"]
     turns = [frame.turns(questions[k % len(questions)]) for k in range(args.clients)]
     speeds = []
@@ -62,12 +70,12 @@ def memory(process: int) -> float:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
 
-async def client(openai, number: int, name: str, questions: list[str], until: float, done: list) -> None:
+async def client(openai, number: int, name: str, traits: list[str], questions: list[str], until: float, done: list) -> None:
     from personality.frame import Frame
 
     pick, frame, kept = random.Random(number), Frame.named("person"), 0
     while time.monotonic() < until:
-        who = {pick.choice(TRAITS): round(pick.uniform(-1, 1), 2)}
+        who = {pick.choice(traits): round(pick.uniform(-1, 1), 2)}
         begin, stream, kept = time.monotonic(), number % 2 == 0, kept + 1
         more = {"stop": "!"} if kept % 5 == 1 else {}
         try:
@@ -93,10 +101,11 @@ async def load(args, url: str, process: int) -> dict:
     from personality.questions import load_bench
 
     begin, done, held, counts = time.monotonic(), [], [], []
+    traits, questions = identified(args.neurons), load_bench(None).test["extraversion"]
     async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=600) as client_of:
         name = (await client_of.models.list()).data[0].id
-        tasks = [asyncio.ensure_future(client(client_of, k, name, load_bench(None).test["extraversion"], begin + args.seconds, done))
-                 for k in range(args.clients)]
+        tasks = [asyncio.ensure_future(client(client_of, number, name, traits, questions, begin + args.seconds, done))
+                 for number in range(args.clients)]
         while time.monotonic() < begin + args.seconds:
             await asyncio.sleep(1)
             held.append(memory(process))
@@ -126,6 +135,7 @@ def main() -> None:
     flags.add_argument("--dtype")
     flags.add_argument("--generate", action="store_true", help=argparse.SUPPRESS)
     args = flags.parse_args()
+    identified(args.neurons)
     if args.generate:
         return print(generate(args))
     before, begin = alone(args), time.monotonic()

@@ -12,7 +12,8 @@ from personality.endpoint import Endpoint
 from personality.frame import Frame, declines
 from personality.neurons import NeuronFolder, Neurons, show_neurons
 from personality.observe import Statistics
-from personality.store import digest
+from personality.store import TEXTS, digest, read_toml
+from personality.terminal import FRAMES, UserError
 
 
 def test_turns():
@@ -20,6 +21,7 @@ def test_turns():
     assert asked == [{"role": "system", "content": "You are somebody. You like tea."}, {"role": "user", "content": "Who? Be brief."}]
     assert Frame.named("none").turns("Who?") == [{"role": "user", "content": "Who?"}]
     assert Frame.named("You are Ada.").turns("Who?", "Shy.")[0]["content"] == "You are Ada. Shy."
+    assert set(FRAMES) == {"none", *read_toml(TEXTS / "frames.toml")}
     assert Frame.named("none").made_with() == {}, "so that the files of before are still its own"
     assert len({Frame.named(name).made_with()["framing"] for name in ("person", "You are Ada.")}) == 2
     assert [str(Frame.named(name)) for name in ("person", "none", "You\x1b[2J")] == ["person", "none", "'You\\x1b[2J'"]
@@ -117,6 +119,17 @@ def test_a_server_is_asked_in_the_frame(small, tmp_path):
         neurons = identify.Run(small.model, small.tokenizer, small.bench, "extraversion", args, endpoint=Endpoint(server.url)).identify()
         asked = [small.tokenizer.decode(body["prompt"]) for body in server.seen]
     assert neurons.frame.system == "w20 w21" and all("w20 w21" in text for text in asked)
+
+
+@pytest.mark.parametrize("text, meant", (("Person", "person"), ("persona", "person"), ("NONE", "none"), ("prson", "person")))
+def test_a_mistyped_frame_is_not_taken_for_a_text(text, meant):
+    with pytest.raises(UserError, match=f"--frame: .*got {text}: is {meant} meant"):
+        identify.parser().parse_args(["--frame", text])
+
+
+@pytest.mark.parametrize("text", ("person", "none", "pirates", "a person", "You are a person.", "海賊として答えてください"))
+def test_names_of_frames_and_texts_are_taken_as_they_are(text):
+    assert identify.parser().parse_args(["--frame", text]).frame == text
 
 
 def test_an_empty_frame_is_an_error(small, monkeypatch, capsys):

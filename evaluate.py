@@ -107,6 +107,7 @@ from pathlib import Path  # noqa: E402
 from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
 from personality.baselines import Baselines, import_peft  # noqa: E402
+from personality.estimates import ANY, estimate, mean_of, share  # noqa: E402
 from personality.grid import character_cells, described, grid, random_characters, talks  # noqa: E402
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
@@ -118,7 +119,7 @@ from personality.neurons import NeuronFolder  # noqa: E402
 from personality.questions import Bench, load_bench, read_given  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
 from personality.results import (EDITS, HYBRID, IN_THE_MODEL, TUNED, WAYS, Condition, condition_of, distinct,  # noqa: E402
-                                 is_answer, is_cost, is_report, is_score, mean_of, of_edit, only)
+                                 is_answer, is_cost, is_report, is_score, of_edit, only)
 from personality.steer import Profile, steer  # noqa: E402
 from personality.store import Journal, digest, lines_of, only_run  # noqa: E402
 from personality.train import add_trained  # noqa: E402
@@ -262,7 +263,7 @@ class Evaluation:
     def doses(self) -> list[dict]:
         """The effects of the strengths, on the validation questions."""
         methods = [method for method in EDITS if method in self.args.method]
-        cells = self.cells("validation", methods, dict.fromkeys(methods, self.args.dose), max(1, self.args.limit // 2))
+        cells = self.cells("validation", methods, dict.fromkeys(methods, self.args.dose), self.args.limit)
         summary, effects = self.judged(self.people.answer(cells, self.answers, "doses: answers"), "doses: judging")
         return [{**row, "perplexity": mean_of(side["perplexity"] for side in of_edit(summary, row))} for row in effects]
 
@@ -271,10 +272,11 @@ class Evaluation:
         self.contrast.judge(made, self.scores, [], "judging")  # its fluency is every judge's
         failed = rate_answers(self.rater, made, self.scores) if self.rater else {}
         judges = [self.rater.name if name == "llm" else name for name in self.args.judge if name != "questionnaire"]
-        (table, fluent), seed = self.tables(made, judges), self.args.seed
-        fluent, apart = results.fluency(fluent, table, seed), results.high_minus_low(table)
+        (table, prices), seed = self.tables(made, judges), self.args.seed
+        fluent, apart = results.fluency(prices, table, seed), results.high_minus_low(table)
         return {"summary": results.summarise(table, fluent, seed), "effects": results.effects(apart, seed),
-                "between": results.compared(apart, seed), "fluency": fluent, "agreement": results.agreement(table, judges),
+                "beside": results.beside_unedited(table, prices, seed), "between": results.compared(apart, seed), "fluency": fluent,
+                "agreement": results.agreement(table, judges),
                 "accuracy": results.accuracy(table) if self.args.answers else []}, failed
 
     def conversations(self) -> list[dict]:
@@ -324,9 +326,9 @@ class Evaluation:
                            "agreement": [float((a == b).float().mean()) for a, b in zip(chosen, choices)]}
             return result
 
-        return [{**condition, "quiz": results.share(line["quiz"]),
-                 **{name: results.estimate(line[name], args.seed, within) for name, within in (
-                     ("added", results.ANY), ("agreement", (0, 1))) if name in line}}
+        ends = {"added": ANY, "agreement": (0, 1)}
+        return [{**condition, "quiz": share(line["quiz"]),
+                 **{name: estimate(line[name], args.seed, ends[name]) for name in ends if name in line}}
                 for condition, line in people.measure(conditions, "capability", self.costs, measure)]
 
     def harness(self, conditions: list[Condition]) -> list[dict]:
@@ -389,9 +391,8 @@ def evaluate(args) -> None:
     people, local = Personalities(model, tokenizer, bench, args), args.judge_model and not args.judge_url
     reader = load_asked(args, args.judge_model, "--judge-model") if local else (model, tokenizer)
     contrast = ContrastJudge(*reader, bench, args.batch_size, people.frame, tokenizer if local else None)
-    rater = LocalJudge(*reader, min(args.batch_size, 32)) if "llm" in args.judge and not args.judge_url else None
-    if args.judge_url:
-        rater = EndpointJudge(args.judge_url, args.judge_model, args.batch_size)
+    rater = (EndpointJudge(args.judge_url, args.judge_model, args.batch_size) if args.judge_url else
+             LocalJudge(*reader, min(args.batch_size, 32)) if "llm" in args.judge else None)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with only_run(Path(args.out) / ".lock", f"--out {args.out}: another run is writing it", wait=False):
         run = Evaluation(people, contrast, rater, args, made_with)

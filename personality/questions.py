@@ -131,8 +131,12 @@ def load_bench(name: str | None) -> Bench:
             if len(texts) < 4:
                 raise UserError(f"{root / 'description.json'}: expected at least 4 lines with the key {key}, got {len(texts)}")
             bench.personas[trait][pole] = texts
-        if twice := len(set(bench.search[trait]) & set(bench.test[trait])):
-            say(f"{name}: {twice} test questions of {trait} are search questions as well: no test of what was made with them")
+        known = set(bench.search[trait])
+        fresh = [text for text in bench.test[trait] if text not in known]
+        if twice := len(bench.test[trait]) - len(fresh):
+            out = ", and are left out" if fresh else ""
+            say(f"{name}: {twice} test questions of {trait} are search questions as well{out}: no test of what was made with them")
+        bench.test[trait] = fresh or bench.test[trait]
     if skipped:
         say(f"{name}: {skipped} items with options or a scale were skipped: they are no open questions")
     return bench
@@ -167,7 +171,7 @@ def search_items(bench: Bench, trait: str, limit: int, seed: int) -> list[dict]:
     """A trait's search questions, each under a random persona of the high and of the low pole, both next to each other: a list of
     {pole, persona, question}."""
     personas, items = [bench.personas_for("search", trait, pole) for pole in POLES], []
-    for question in bench.search[trait][:limit]:
+    for question in bench.questions(trait, "search", limit):
         pick = random.Random(f"{seed}/{trait}/{question}")
         items += [{"pole": pole, "persona": pick.choice(of_pole), "question": question} for pole, of_pole in zip(POLES, personas)]
     return items

@@ -10,8 +10,9 @@ import numpy as np
 from rich.text import Text
 
 from . import POLES, TRAITS
+from .estimates import mean_of
 from .questions import text_table
-from .results import EDITS, WAYS, distinct, mean_of, only
+from .results import EDITS, WAYS, distinct, only
 from .store import markdown, read_text, parse_json, rendered, write_atomically
 from .terminal import UserError, show_table
 
@@ -72,6 +73,8 @@ CELLS = {  # by table: what a row of figures shows, in the order of texts/tables
                             f"{unit_of(row['judge'])[0] ** 2 * row['variance']:.3g}", *figures(row, "perplexity", "repetition")],
     "effects": lambda row: [row["trait"], named(row), row["judge"], row["n"], around(row, row["judge"]),
                             "{mean:.2f} ({variance:.2f})".format(**row["paper"]) if "paper" in row else ""],
+    "beside": lambda row: [row["trait"], named(row), row["pole"], row["judge"], row["n"], around(row, row["judge"]),
+                           around(row["times"], form=".2f")],
     "between": lambda row: [row["trait"], row["judge"], named(row), named(row, "other"), row["n"], around(row, row["judge"])],
     "fluency": lambda row: [row["trait"], named(row), row["pole"], row["n"], *figures(row, "perplexity", "repetition", "tokens"),
                             around(row["rating"], form=".2f")],

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from . import POLES, TRAITS
+from .estimates import ANY, APART, DRAWS, FURTHER, RATING, estimate, mean_of
 from .frame import declines
 from .model import name_of, surroundings
 
@@ -22,39 +23,6 @@ EDITS = ("npti", "trained", "dpn-le", "activation", "residual")  # the methods t
 HYBRID, TUNED = "hybrid", "lora"  # trained edits, and a persona in the prompt; fine-tuning
 IN_THE_MODEL = ("unedited", *EDITS, TUNED)  # and nothing in the prompt
 WAYS = ("composed", "added", "levels", "described")  # to a character: methods' rule, NPTI's sets added up, trained edits, a prompt
-DRAWS, ANY, RATING = 10_000, (-math.inf, math.inf), (1, 5)  # draws of the bootstrap; the ends of a scale
-
-
-def interval(values, seed: int = 0, draws: int = DRAWS) -> list[float] | None:
-    """Bootstrap 95 % interval of the mean: [low, high]; None of one value, which tells nothing of it."""
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2:
-        return None
-    if np.ptp(values) == 0:
-        return [float(values.mean())] * 2
-    batch = max(1, 1_000_000 // len(values))  # of few draws at once, where there are many values
-    rng = np.random.default_rng(seed)
-    ends = stats.bootstrap((values,), np.mean, n_resamples=draws, batch=batch, method="percentile", rng=rng).confidence_interval
-    return [float(ends.low), float(ends.high)]
-
-
-def estimate(values, seed: int, within: tuple = ANY) -> dict:
-    """Number, mean and its 95 % interval: the bootstrap's, as much wider as Student's is than the normal one, since draws from few
-    values scatter too little (by a fifth for ten values, by a twentieth for forty); and no wider than the scale."""
-    number, mean, ends = len(values), float(np.mean(values)), interval(values, seed)
-    wider = math.sqrt(number / (number - 1)) * stats.t.ppf(0.975, number - 1) / stats.norm.ppf(0.975) if ends else None
-    return {"n": number, "mean": mean, "ci95": ends and [float(np.clip(mean + wider * (end - mean), *within)) for end in ends]}
-
-
-def share(values) -> dict:
-    """estimate() of values that are 0 or 1, whose interval is Wilson's (1927): all of forty is no certainty."""
-    ends = stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-    return {"n": len(values), "mean": mean_of(values), "ci95": [*map(float, ends)]}
-
-
-def mean_of(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
 
 
 def distinct(rows, name: str) -> list:
@@ -119,7 +87,7 @@ def own_trait(table: pd.DataFrame) -> pd.DataFrame:
 
 def fluency(table: pd.DataFrame, ratings: pd.DataFrame, seed: int) -> list[dict]:
     """By condition: perplexity (median), repeated 3-grams and tokens (means), and the rating judge's fluency."""
-    rating_of = {condition_of(key): estimate(rows.score.tolist(), seed, RATING)
+    rating_of = {condition_of(key): estimate(per_question(rows), seed, RATING, RATING)
                  for key, rows in grouped(ratings[ratings.measured == "fluency"], CONDITION)}
     return [{**key, "n": len(rows), "perplexity": float(rows.perplexity.median()), "repetition": float(rows.repetition.mean()),
              "tokens": float(rows.tokens.mean()), "rating": rating_of.get(condition_of(key))}
@@ -138,15 +106,20 @@ def summarise(table: pd.DataFrame, fluent: list[dict], seed: int) -> list[dict]:
     rows = []
     for key, group in grouped(own_trait(table), ["judge", *CONDITION]):
         values = per_question(group)
-        mean = estimate(values, seed, ANY if key["judge"] == "contrast" else RATING)
+        mean = estimate(values, seed, ANY if key["judge"] == "contrast" else RATING, steps_of(key["judge"], RATING))
         rows.append({**key, **mean, "variance": float(np.var(values))})
     return with_fluency(rows, fluent)
 
 
+def steps_of(judge: str, ends: tuple) -> tuple:
+    """For estimate(): the ends of a judge's ratings, or of their differences; those of the contrast judge have no steps."""
+    return () if judge == "contrast" else ends
+
+
 def high_minus_low(table: pd.DataFrame) -> pd.DataFrame:
-    """judge, method, trait, alpha, question, and score: of the high pole's answer less the low one's."""
-    names = ["judge", "method", "trait", "alpha", "question"]
-    means = own_trait(table).groupby([*names, "pole"], sort=False, dropna=False).score.mean().reset_index()
+    """judge, method, trait, alpha, measured, question, and score: of the high pole's answer less the low one's."""
+    names = ["judge", "method", "trait", "alpha", "measured", "question"]
+    means = table.groupby([*names, "pole"], sort=False, dropna=False).score.mean().reset_index()
     both = means[means.pole == POLES[0]].merge(means[means.pole == POLES[1]], on=names, suffixes=("", "_low"))
     return both.assign(score=both.score - both.score_low)[[*names, "score"]]
 
@@ -154,42 +127,62 @@ def high_minus_low(table: pd.DataFrame) -> pd.DataFrame:
 def effects(apart: pd.DataFrame, seed: int) -> list[dict]:
     """High minus low, paired by question; and, where a judge rates 1 to 5, the paper's high + (6 - low)."""
     rows = []
-    for key, group in grouped(apart, ["judge", "trait", "method", "alpha"]):
-        rows.append({**key, **estimate(group.score.tolist(), seed)})
+    for key, group in grouped(own_trait(apart), ["judge", "trait", "method", "alpha"]):
+        rows.append({**key, **estimate(group.score.tolist(), seed, steps=steps_of(key["judge"], APART))})
         if key["judge"].startswith("llm"):
             rows[-1]["paper"] = {"mean": 6 + float(group.score.mean()), "variance": float(group.score.var(ddof=0))}
     return rows
 
 
+def beside_unedited(table: pd.DataFrame, fluent: pd.DataFrame, seed: int) -> list[dict]:
+    """Each pole's score less the unedited model's, paired by question; and by how much its answers' perplexity is a multiple of
+    theirs, the geometric mean (by which levels are read, see doses.py), with the interval of that."""
+    names = ["judge", "trait", "question"]
+    means = own_trait(table).groupby(["judge", *CONDITION, "question"], sort=False, dropna=False).score.mean().reset_index()
+    nats = fluent.assign(nats=np.log(fluent.perplexity)).groupby([*CONDITION, "question"], sort=False, dropna=False).nats.mean()
+    means = means.merge(nats.reset_index(), on=[*CONDITION, "question"])
+    plain = means[means.method == "unedited"][[*names, "score", "nats"]]
+    both, rows = means[means.method != "unedited"].merge(plain, on=names, suffixes=("", "_unedited")), []
+    for key, group in grouped(both, ["judge", *CONDITION]):
+        price = estimate((group.nats - group.nats_unedited).tolist(), seed)
+        times = {"mean": math.exp(price["mean"]), "ci95": price["ci95"] and [math.exp(end) for end in price["ci95"]]}
+        rows.append({**key, **estimate((group.score - group.score_unedited).tolist(), seed, steps=steps_of(key["judge"], APART)),
+                     "times": times})
+    return rows
+
+
 def compared(apart: pd.DataFrame, seed: int) -> list[dict]:
     """How much further each edit brings the poles apart than each other method: paired by question."""
+    apart = own_trait(apart)
     other = apart.rename(columns={"method": "other", "alpha": "other_alpha", "score": "less"})
-    both = apart[apart.method.isin((*EDITS, HYBRID))].merge(other, on=["trait", "judge", "question"])
+    both = apart[apart.method.isin((*EDITS, HYBRID))].merge(other, on=["trait", "judge", "measured", "question"])
     both = both[(both.method != both.other) | (both.alpha != both.other_alpha)]
     groups = grouped(both, ["trait", "judge", "method", "alpha", "other", "other_alpha"])
-    return [{**key, **estimate((rows.score - rows.less).tolist(), seed)} for key, rows in groups]
+    return [{**key, **estimate((rows.score - rows.less).tolist(), seed, steps=steps_of(key["judge"], FURTHER))}
+            for key, rows in groups]
 
 
 def spill_over(table: pd.DataFrame) -> list[dict]:
-    """The matrix of each method: how the answers of a steered trait move along each trait; high - low, means over questions."""
-    rows = []
-    for key, group in grouped(table[table.judge == "contrast"], ["measured", "method", "trait", "alpha"]):
-        sides = [per_question(group[group.pole == pole]) for pole in POLES]
-        if all(sides):
-            rows.append({"method": key["method"], "alpha": key["alpha"], "steered": key["trait"], "measured": key["measured"],
-                         "judge": "contrast", "n": len(sides[0]), "mean": float(np.mean(sides[0]) - np.mean(sides[1]))})
-    return rows
+    """The matrix of each method: how the answers of a steered trait move along each trait; high - low, paired by question."""
+    apart = high_minus_low(table[table.judge == "contrast"])
+    return [{"method": key["method"], "alpha": key["alpha"], "steered": key["trait"], "measured": key["measured"],
+             "judge": "contrast", "n": len(group), "mean": float(group.score.mean())}
+            for key, group in grouped(apart, ["measured", "method", "trait", "alpha"])]
 
 
 def matched_alphas(rows: list[dict], reach: float = 0.9) -> list[dict]:
     """The strength at which each method reaches the same trait score, by interpolation between the doses (rows of effects(), of
-    one judge). The score is `reach` of what the weaker method attains at most: so every method is inside the range of its doses."""
+    one judge). The score is `reach` of what the weaker method attains at most, of doses that surely do anything (the highest of
+    some that do nothing is above 0, too): so every method is inside the range of its doses. A trait that some method moves at no
+    dose is left out."""
     matched = []
     for trait in distinct(rows, "trait"):
-        curves = {}
+        curves, most = {}, {}
         for row in only(rows, trait=trait):
             curves.setdefault(row["method"], [(0.0, 0.0)]).append((row["alpha"], row["mean"]))
-        target = reach * min(max(effect for _, effect in curve) for curve in curves.values())
+            surely = row["ci95"] and row["ci95"][0] > 0
+            most[row["method"]] = max(most.get(row["method"], 0.0), row["mean"] if surely else 0.0)
+        target = reach * min(most.values())
         if len(curves) < 2 or target <= 0:
             continue
         for method, curve in curves.items():
@@ -279,13 +272,15 @@ def characters_measured(means: list[tuple], judge: str, alpha: float, seed: int)
                "expected": abs(asked) / alpha * alone["trained" if key["method"] == "levels" else "npti", trait, POLES[asked < 0]],
                "measured": mean[trait] - unedited[trait]}
               for key, mean in means if key["method"] in WAYS for trait, asked in zip(TRAITS, key["alpha"])]
-    number = len(points) // len(WAYS) // len(TRAITS)
+    number = len(points) // len(WAYS) // len(TRAITS)  # of characters
     picks = np.concatenate([np.arange(number)[None], np.random.default_rng(seed).integers(0, number, (DRAWS, number))])
     spread = lambda values: {"mean": float(values[0]), "ci95": (  # noqa: E731
         np.quantile(values[1:], (0.025, 0.975)).tolist() if number > 1 else None)}
     of_way = {way: way_figures([point for point in points if point["method"] == way], picks) for way in WAYS}
-    return [{"method": way, "judge": judge, "n": number, **{name: spread(values) for name, values in figures.items()},
-             "more_than_composed": {name: spread(values - of_way[WAYS[0]][name]) for name, values in figures.items()}}
+    told = lambda figures: {name: None if number < 2 and name == "correlation" else spread(values)  # noqa: E731
+                            for name, values in figures.items()}  # one character correlates with nothing
+    less = lambda figures: {name: values - of_way[WAYS[0]][name] for name, values in figures.items()}  # noqa: E731
+    return [{"method": way, "judge": judge, "n": number, **told(figures), "more_than_composed": told(less(figures))}
             for way, figures in of_way.items()], points
 
 

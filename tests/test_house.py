@@ -10,7 +10,7 @@ from conftest import ROOT, command
 from personality import __version__
 
 # From low to high: a module may import only those that stand before it. The README draws the same.
-ROOMS = ("terminal", "store", "world", "op", "mlp", "calls", "rows", "observe", "steer", "gguf", "frame", "model", "load", "questions", "neurons", "methods",
+ROOMS = ("terminal", "store", "world", "op", "mlp", "calls", "rows", "observe", "steer", "gguf", "frame", "model", "load", "questions", "neurons", "estimates", "methods",
          "endpoint", "judges", "doses", "train", "baselines", "capability", "results", "grid", "report", "write_bench", "bake", "chat",
          "places", "attention", "inflight", "api", "people", "vllm", "answering", "serve")
 SCRIPTS = {"identify": 400, "induce": 350, "evaluate": 450}

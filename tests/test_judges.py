@@ -14,7 +14,7 @@ from personality.frame import Frame, conversation
 from personality.judges import (OPTIONS, ContrastJudge, LocalJudge, contrast, described_facets, expected_digit, judge_personas,
                                 log_likelihoods, material, percentiles, read_inventory, repetition, rubric, self_report)
 from personality.model import CACHE, answer_ids, prepared, prompt_ids
-from personality.questions import built_in_bench, facets, read_given
+from personality.questions import built_in_bench, facets, read_given, text_table
 from personality.store import Journal
 
 
@@ -260,6 +260,14 @@ def test_reverse_keys_and_both_orders():
 
     takes_the_first = reader([*offers, *OPTIONS], first_of_the_list)
     assert self_report(*takes_the_first, items, None, 64) == pytest.approx([3.0] * 60), "whatever comes first"
+
+
+def test_the_report_says_at_which_percentile_who_can_not_decide_is():
+    pytest.importorskip("ipipneo")
+    note = text_table("tables.toml")["questionnaire"]["note"]
+    for number, before in ((120, "at "), (300, "norms, at ")):
+        *first, last = (f"{value:.0f}" for value in percentiles(dict.fromkeys(TRAITS, 3.0), number).values())
+        assert f"{before}{', '.join(first)} and {last} of the {number} items'" in note
 
 
 def test_percentiles_are_of_the_norms():

@@ -245,3 +245,19 @@ def test_test_questions_that_are_searched_with_are_said(tmp_path, capsys):
     (tmp_path / "test" / "Openness.json").write_bytes((tmp_path / "search" / "Openness.json").read_bytes())
     number = len(load_bench(str(tmp_path)).test["openness"])
     assert f"{number} test questions of openness are search questions as well" in capsys.readouterr().err
+
+
+def test_test_questions_that_are_searched_with_are_left_out(tmp_path, capsys):
+    save_bench(tmp_path)
+    path, [first, *rest] = tmp_path / "test" / "Openness.json", (tmp_path / "search" / "Openness.json").read_text().splitlines()
+    path.write_text(path.read_text() + first + "\n")
+    bench = load_bench(str(tmp_path))
+    assert json.loads(first)["question"] not in bench.test["openness"] and len(bench.test["openness"]) == 12
+    assert "1 test questions of openness are search questions as well, and are left out" in capsys.readouterr().err
+
+
+def test_a_search_question_that_stands_twice_is_asked_once():
+    bench = built_in_bench()
+    bench.search["openness"] = [bench.search["openness"][0]] * 2 + bench.search["openness"][1:]
+    items = search_items(bench, "openness", 3, 0)
+    assert [item["question"] for item in items[::2]] == list(dict.fromkeys(bench.search["openness"]))[:3]

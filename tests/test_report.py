@@ -45,6 +45,7 @@ def found():
         "summary": [{**row, **estimate(0.01), "judge": "contrast", "variance": 1e-6, "perplexity": 7.25, "repetition": 0.125}
                     for row in sides],
         "effects": effects,
+        "beside": [{**row, **estimate(0.02), "judge": "contrast", "times": estimate(1.25)} for row in sides[1:]],
         "between": [{"method": "npti", "trait": "openness", "alpha": 1.5, **estimate(0.02), "judge": "contrast",
                      "other": "persona", "other_alpha": None}],
         "fluency": [{**row, "n": 4, "perplexity": 7.25, "repetition": 0.125, "tokens": 11.0, "rating": estimate(4.0)}
@@ -84,7 +85,7 @@ def answers_of(*texts):
 
 def test_every_kind_of_figure_has_its_table(found):
     tables = {title: (columns, rows) for title, _, columns, rows in tables_of(found)}
-    assert list(tables) == ["Scores", "High minus low", "Methods compared", "Fluency", "Spill-over: npti 1.5, contrast",
+    assert list(tables) == ["Scores", "High minus low", "Each pole beside the unedited model", "Methods compared", "Fluency", "Spill-over: npti 1.5, contrast",
                             "Spill-over: npti 1.5, questionnaire", "Characters", "Characters: more than composed",
                             "At matched strength", "Capability", "lm-evaluation-harness", "Questionnaire", "Do the judges agree?",
                             "Accuracy"]

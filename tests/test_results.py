@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from personality import POLES, TRAITS, results
+from personality import POLES, TRAITS, estimates, results
 
 
 def planted(values):
@@ -25,7 +25,7 @@ def planted(values):
     return answers, scores
 
 
-bootstrap = results.interval
+bootstrap = estimates.interval
 
 
 def score_line(key, trait, score, judge="contrast", origin=None):
@@ -39,12 +39,12 @@ def table_of(values):
 def test_interval_covers_the_mean():
     """Of 200 samples of 40, some 95 % of the intervals hold the true mean; and they are not just wide."""
     samples = np.random.default_rng(0).normal(3, 2, (200, 40))
-    intervals = np.array([results.interval(sample, draws=1000) for sample in samples])
+    intervals = np.array([estimates.interval(sample, draws=1000) for sample in samples])
     covered = ((intervals[:, 0] <= 3) & (3 <= intervals[:, 1])).mean()
     assert 0.88 <= covered <= 0.99
     assert 0.8 < np.mean(intervals[:, 1] - intervals[:, 0]) / (2 * 1.96 * 2 / math.sqrt(40)) < 1.1
-    assert results.interval([0.5] * 9) == [0.5, 0.5] and results.interval([2.0]) is None
-    assert results.interval(samples[0]) == results.interval(samples[0])
+    assert estimates.interval([0.5] * 9) == [0.5, 0.5] and estimates.interval([2.0]) is None
+    assert estimates.interval(samples[0]) == estimates.interval(samples[0])
 
 
 @pytest.mark.parametrize("number", (10, 3000))
@@ -54,23 +54,38 @@ def test_interval_is_that_of_draws_with_numpys_generator(number):
     part = 1_000_000 // number
     means = [values[generator.integers(0, number, (min(part, draws - k), number))].mean(1) for k in range(0, draws, part)]
     expected = np.quantile(np.concatenate(means), (0.025, 0.975))
-    assert results.interval(values, 7, draws) == pytest.approx(list(expected), abs=1e-12)
+    assert estimates.interval(values, 7, draws) == pytest.approx(list(expected), abs=1e-12)
 
 
 @pytest.mark.parametrize(("number", "least"), ((2, 0.91), (3, 0.91), (5, 0.91), (10, 0.91)))
 def test_the_interval_of_few_values_is_wide_enough(number, least, monkeypatch):
     """It is no help that draws from three values look alike. The bootstrap alone covers 50, 76, 84 and 90 %."""
-    monkeypatch.setattr(results, "interval", lambda values, seed: bootstrap(values, seed, 1000))
-    ends = np.array([results.estimate(sample, 0)["ci95"] for sample in np.random.default_rng(0).normal(3, 2, (1000, number))])
+    monkeypatch.setattr(estimates, "interval", lambda values, seed: bootstrap(values, seed, 1000))
+    ends = np.array([estimates.estimate(sample, 0)["ci95"] for sample in np.random.default_rng(0).normal(3, 2, (1000, number))])
     assert least <= ((ends[:, 0] <= 3) & (3 <= ends[:, 1])).mean() <= 0.99
-    assert results.estimate([2.0], 0) == {"n": 1, "mean": 2.0, "ci95": None}
-    assert results.estimate([4.0, 5.0], 0, results.RATING)["ci95"] == [1.0, 5.0]
-    assert results.estimate([0.5] * 9, 0) == {"n": 9, "mean": 0.5, "ci95": [0.5, 0.5]}
+    assert estimates.estimate([2.0], 0) == {"n": 1, "mean": 2.0, "ci95": None}
+    assert estimates.estimate([4.0, 5.0], 0, estimates.RATING)["ci95"] == [1.0, 5.0]
+    assert estimates.estimate([0.5] * 9, 0) == {"n": 9, "mean": 0.5, "ci95": [0.5, 0.5]}
+
+
+def test_ratings_that_are_all_alike_are_no_certainty():
+    """Ten ratings of 5 have an interval that holds the mean of a judge who rates 4 now and then; differences likewise."""
+    ends = [estimates.estimate([value] * 10, 0, steps=steps)["ci95"] for value, steps in (
+        (5.0, estimates.RATING), (4.0, estimates.APART), (0.0, estimates.FURTHER))]
+    unseen = 1 - 0.025 ** 0.1  # so often may something be that ten times out of forty is not there in any of ten
+    assert ends == [pytest.approx([5 - 4 * unseen, 5.0]), pytest.approx([4 - 8 * unseen, 4.0]), pytest.approx([-8 * unseen, 8 * unseen])]
+    generator = np.random.default_rng(0)
+    ratings = [np.where(generator.random(10) < 0.9, 5.0, 4.0) for _ in range(300)]
+    intervals = [estimates.estimate(list(values), 0, estimates.RATING, estimates.RATING)["ci95"] for values in ratings]
+    covered = [low <= 4.9 <= high for low, high in intervals]
+    assert np.mean(covered) > 0.9, "where intervals of no width cover in 65 of 100 cases"
+    assert estimates.estimate([5.0], 0, steps=estimates.RATING)["ci95"] is None
+    assert estimates.estimate([1.0] * 3, 0, (0, 1))["ci95"] == [1.0, 1.0], "the unedited model agrees with itself for certain"
 
 
 def test_all_of_forty_is_no_certainty():
     """Wilson's interval; at 0.5 it is near the normal one."""
-    whole, half = results.share([1] * 40), results.share([0, 1] * 20)
+    whole, half = estimates.share([1] * 40), estimates.share([0, 1] * 20)
     z = 1.959964
     assert whole == {"n": 40, "mean": 1.0, "ci95": [pytest.approx(1 / (1 + z ** 2 / 40), abs=1e-6), 1.0]}
     assert half["ci95"] == pytest.approx([0.5 - 0.5 * z / math.sqrt(40 + z ** 2), 0.5 + 0.5 * z / math.sqrt(40 + z ** 2)], abs=1e-6)
@@ -128,6 +143,40 @@ def test_high_minus_low_is_paired_by_question():
     assert all(row["ci95"][1] - row["ci95"][0] > 2 for row in rows)
 
 
+def test_the_judges_scale_bounds_differences_of_ratings():
+    answers, scores = planted({("openness", method, alpha, pole): {"openness": [0.0] * 4}
+                               for method, alpha in (("npti", 1.0), ("persona", None)) for pole in POLES})
+    scores += [score_line(line["key"], "openness", 5.0 if (line["pole"], line["method"]) == ("high", "npti") else 1.0, "llm:big") for line in answers]
+    apart = results.high_minus_low(results.scored(answers, scores, {"contrast": None, "llm:big": None}))
+    rows = {row["method"]: row for row in results.effects(apart, 0) if row["judge"] == "llm:big"}
+    npti, other = rows["npti"], rows["persona"]
+    assert npti["mean"] == 4 and npti["ci95"][0] < 1 and npti["ci95"][1] == 4 and other["ci95"][0] < 0 < other["ci95"][1]
+    (more,) = (row for row in results.compared(apart, 0) if row["judge"] == "llm:big")
+    assert more["mean"] == 4 and more["ci95"][0] < 0 and more["ci95"][1] > 4
+
+
+def test_each_pole_is_held_against_the_unedited_model():
+    """Paired by question, whose own level cancels; and the perplexity's ratio by the geometric mean."""
+    answers, scores = planted({
+        ("openness", "unedited", None, None): {"openness": [0.0, 10.0, 20.0]},
+        ("openness", "npti", 1.0, "high"): {"openness": [2.0, 12.0, 22.0]},
+        ("openness", "npti", 1.0, "low"): {"openness": [-1.0, 9.0, 22.0]}})
+    of_low = [line["key"] for line in answers if line["pole"] == "low" and line["question"] != "q2"]
+    for line in scores:
+        if "perplexity" in line and line["answer"] in of_low:
+            line["perplexity"] = 8.0
+    origins = {"contrast": None}
+    rows = results.beside_unedited(results.scored(answers, scores, origins), results.fluency_table(answers, scores, None), 0)
+    by_pole = {row["pole"]: row for row in rows}
+    assert list(by_pole) and set(by_pole) == set(POLES) and {(row["n"], row["method"], row["alpha"]) for row in rows} == {(3, "npti", 1.0)}
+    assert (by_pole["high"]["mean"], by_pole["high"]["ci95"], by_pole["high"]["times"]["mean"]) == (2.0, [2.0, 2.0], 1.0)
+    assert by_pole["low"]["mean"] == 0 and by_pole["low"]["ci95"][0] < 0 < by_pole["low"]["ci95"][1]
+    assert by_pole["low"]["times"]["mean"] == pytest.approx(4 ** (2 / 3)), "two of three at four times"
+    assert by_pole["low"]["times"]["ci95"][0] < 1 < by_pole["low"]["times"]["ci95"][1]
+    only_low = [line for line in answers if line["method"] == "npti"]
+    assert results.beside_unedited(results.scored(only_low, scores, origins), results.fluency_table(only_low, scores, None), 0) == []
+
+
 def test_methods_are_compared_by_question():
     values = {("openness", method, alpha, pole): {"openness": [(k ** 2) * sign + sign * more for k in range(8)]}
               for method, alpha, more in (("npti", 1.0, 2), ("persona", None, 0.5)) for pole, sign in zip(POLES, (1, 0))}
@@ -183,6 +232,23 @@ def test_spill_over_matrix():
     assert rows == results.spill_over(results.scored(answers, scores, {"contrast": None, "llm:big": None})), "another judge has other units"
 
 
+def test_spill_over_is_paired_by_question():
+    """A question that one pole alone was asked tells nothing of the difference."""
+    answers, scores = planted({("openness", "given", None, "high"): {"openness": [10.0, 1.0]}, ("openness", "given", None, "low"): {"openness": [9.0, 0.5]}})
+    answers = [line for line in answers if (line["pole"], line["question"]) != ("low", "q0")]
+    (row,) = results.spill_over(results.scored(answers, scores, {"contrast": None}))
+    assert (row["n"], row["mean"]) == (1, 0.5)
+
+
+def test_a_questions_ratings_of_fluency_count_once():
+    answers, scores = planted({("openness", "given", None, "high"): {"openness": [0.0, 0.0]}})
+    answers += [{**line, "key": f"{line['key']}{more}"} for line in answers if line["question"] == "q0" for more in range(9)]
+    scores += [score_line(line["key"], None, 1.0 if line["question"] == "q0" else 5.0, "llm:big") for line in answers]
+    table = results.scored(answers, scores, {"contrast": None, "llm:big": None})
+    (row,) = results.fluency(results.fluency_table(answers, scores, None), table, 0)
+    assert (row["rating"]["n"], row["rating"]["mean"]) == (2, 3.0)
+
+
 def test_spill_over_at_matched_strength_is_a_size():
     """What goes up along one trait and down along another is not nothing."""
     chosen = {"trait": "openness", "method": "npti", "alpha": 0.9, "target": 0.1}
@@ -198,7 +264,7 @@ def test_spill_over_at_matched_strength_is_a_size():
 def test_matched_strength_is_interpolated():
 
     def curve(method, points):
-        return [{"trait": "openness", "judge": "contrast", "method": method, "alpha": alpha, "mean": mean}
+        return [{"trait": "openness", "judge": "contrast", "method": method, "alpha": alpha, "mean": mean, "ci95": [mean - 0.01, mean + 0.01]}
                 for alpha, mean in points]
 
     effects = curve("npti", ((1.0, 0.1), (2.0, 0.3))) + curve("activation", ((0.5, 0.2), (1.0, 0.15), (2.0, 0.1)))
@@ -208,6 +274,11 @@ def test_matched_strength_is_interpolated():
     assert results.matched_alphas(curve("npti", ((1.0, 0.1),))) == [], "nothing to match with"
     assert results.matched_alphas(curve("npti", ((1.0, -0.1),)) + curve("activation", ((1.0, 0.1),))) == []
     assert results.matched_alphas([]) == []
+    wide = [{**row, "ci95": [-1.0, 1.0]} for row in curve("npti", ((1.0, 0.1), (2.0, 0.3)))]
+    assert results.matched_alphas(wide + curve("activation", ((1.0, 0.15),))) == [], "noise above 0 is nothing to match with"
+    assert results.matched_alphas([{**row, "ci95": None} for row in effects]) == [], "nor is a single question"
+    sure = curve("npti", ((1.0, 0.1),)) + wide[1:] + curve("activation", ((1.0, 0.2),))
+    assert [row["target"] for row in results.matched_alphas(sure)] == [pytest.approx(0.09)] * 2, "the unsure dose is no most"
 
 
 # -------------------------------------------------------------------------------------------------------------- judges
@@ -294,6 +365,7 @@ def test_one_character_has_no_interval():
     means += [(condition(way, None, None, (1.0, 0.0, -1.0, 0.5, 0.0)), dict.fromkeys(TRAITS, 3.5)) for way in results.WAYS]
     rows, _ = results.characters_measured(means, "contrast", 1.5, 0)
     assert all(row["spill_over"] == {"mean": pytest.approx(0.5), "ci95": None} for row in rows)
+    assert all(row["correlation"] is row["more_than_composed"]["correlation"] is None for row in rows), "one point correlates with nothing"
 
 
 def test_rounding_is_no_correlation():
@@ -326,4 +398,4 @@ def test_what_an_edit_costs_is_no_other_thing():
     assert results.is_cost({"quiz": [0, 1, 1.0], "added": [0.1]}) and results.is_cost({"tasks": {}})
     for wrong in ({}, {"quiz": []}, {"quiz": [2]}, {"quiz": ["1"]}, {"quiz": [[1]]}, {"quiz": 1}, {"quiz": [1], "added": [None]}):
         assert not results.is_cost(wrong)
-    assert results.share([0, 1, 1.0])["mean"] == 2 / 3
+    assert estimates.share([0, 1, 1.0])["mean"] == 2 / 3

@@ -49,7 +49,7 @@ def parser() -> Flags:
              "added up, by levels, and described in a prompt")
     add("--turns", type=positive, nargs="?", const=6, metavar="N",
         help="also hold conversations of N turns (default: %(const)s), of the test questions: does the personality last?")
-    add("--answers", metavar="FILE", help="judge these (JSON lines: trait, pole, question, answer), generate none")
+    add("--answers", metavar="FILE", help="judge these (JSON lines: trait, pole if known, question, answer), generate none")
     add("--compare", nargs=2, metavar="DIR", help="set two result folders side by side")
     add("--neurons", default="neurons", metavar="DIR", help="default: %(default)s; made where it lacks a trait")
     where_argument(flags)
@@ -69,7 +69,7 @@ RULES = [
      "--neurons npti:DIR is for induce.py: evaluate.py needs the files and answers of identify.py"),
     (lambda args: args.judge_url and not args.judge_model, "--judge-url needs --judge-model, the name of the model there"),
     (lambda args: args.turns and args.turns > args.limit,
-     "--turns {turns}: a conversation has as many test questions, --limit {limit} are there"),
+     "--turns {turns}: each turn takes a test question of its own, and --limit is {limit}: --limit {turns} or more"),
     (lambda args: args.answers and ("questionnaire" in args.judge or args.capability is not None or args.dose or args.characters
                                     or args.turns),
      "--answers: a questionnaire, capability, doses, turns and characters need the model that wrote them"),
@@ -284,7 +284,7 @@ class Evaluation:
         people, args, rows = self.people, self.args, []
         going = talks(people.bench, args.trait, args.method, args.strengths, args.turns, args.limit, args.seed)
         before = [[] for _ in going]
-        for turn in range(args.turns if going else 0):
+        for turn in range(args.turns):
             cells = [{**talk[turn], "before": list(said)} for talk, said in zip(going, before)]
             made = people.answer(cells, self.answers, f"turn {turn + 1}")
             for said, line in zip(before, made):

@@ -32,9 +32,8 @@ def parser() -> Flags:
     flags.add_argument("--build-bench", metavar="DIR", help="have a model write a bench, and stop there")
     flags.add_argument("--size", type=positive, metavar="N",
                        help=f"of --build-bench: search questions a trait (default: {SIZE}; PersonalityBench: 36000)")
-    flags.add_argument("--writer", metavar="MODEL_OR_URL", default=os.environ.get("OPENAI_BASE_URL") or None,
-                       help="who writes the bench of --build-bench: a model, as --model takes it, or the URL of an "
-                            "OpenAI-compatible server (default: $OPENAI_BASE_URL, else --model)")
+    flags.add_argument("--writer", metavar="MODEL_OR_URL", help="who writes the bench of --build-bench: a model, as --model takes "
+                       "it, or the URL of an OpenAI-compatible server (default: $OPENAI_BASE_URL, else --model)")
     flags.add_argument("--served-model", metavar="NAME", default=os.environ.get("OPENAI_MODEL") or None,
                        help="what --engine or --writer URL calls the model (default: $OPENAI_MODEL, else the first that it lists)")
     flags.add_argument("--in-flight", type=positive, default=16, metavar="N",
@@ -51,8 +50,8 @@ RULES = [(lambda args, name=name: args.build_bench and getattr(args, name),
          for name in ("trait", "bench", "limit", "answers", "engine", "train")] + TEAM_RULES + [
     (lambda args: args.build_bench and os.environ.get("WORLD_SIZE", "1") != "1",
      "--build-bench: one process is enough (--in-flight N), torchrun would pay for each request several times"),
-    (lambda args: args.size and not args.build_bench,
-     "--size N goes with --build-bench DIR; --limit N is the number of questions that are asked"),
+    (lambda args: (args.size or args.writer) and not args.build_bench, "--size N and --writer go with --build-bench DIR; --limit N "
+     "is the number of questions that are asked, --engine URL a server that writes the answers"),
     (lambda args: args.max_new_tokens == 1 and args.where == "generated" and not args.answers and not args.build_bench,
      "--max-new-tokens 1: no generated token is ever an input then, so there is nothing to count: 2 at least"),
     (lambda args: args.answers and args.engine, "--answers FILE has the answers already: --engine goes without it"),

@@ -11,15 +11,16 @@
 Sets some of the model's neurons while it writes: no prompt, no changed weights, and hardly any time (the edit rides in the op that
 computes the MLP). --level adds constants to half a per cent of them, which were trained so that the model writes as under a
 persona (personality/train.py); --alpha raises the neurons that fire for the pole and suppresses those of the other one, as NPTI
-does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A file that is missing is made first.
+does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A file that is missing is made first (but
+with --serve and --tp, and in a chat by levels).
 """
 
 import os
 
 from personality import TRAITS
-from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, METHODS, SUPPRESS, TEAM_RULES, WHERE, Flags, UserError, check_trait,
-                                  edit_arguments, model_arguments, number, positive, progress, refuse, resumable, say, script,
-                                  serve_arguments, show_table, team_argument)
+from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, EDIT_RULES, METHODS, SUPPRESS, TEAM_RULES, WHERE, Flags, UserError,
+                                  check_trait, edit_arguments, model_arguments, number, positive, progress, refuse, resumable, say,
+                                  script, serve_arguments, show_table, team_argument)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -81,6 +82,7 @@ ONLY_WITH = {"--save DIR": ("rank", "verify", "verify_server"),
              "--serve": ("characters", "host", "port", "api_key", "rows", "queue")}
 RULES = [(lambda args, name=name, work=work: getattr(args, name) != DEFAULT(name) and not getattr(args, work[2:].split()[0]),
           f"--{name.replace('_', '-')} goes with {work}") for work, names in ONLY_WITH.items() for name in names] + TEAM_RULES + [
+    *EDIT_RULES,
     (lambda args: args.served_model and not (args.serve or args.verify_server),
      "--served-model goes with --serve or --verify-server"),
     (lambda args: args.save and args.where == "generated", f"--save can't be had with --where generated: {UNSAVABLE}"),
@@ -90,6 +92,10 @@ RULES = [(lambda args, name=name, work=work: getattr(args, name) != DEFAULT(name
      "--serve: each request says which personality it wants: --trait, --level, --alpha, --method and --profile go without it"),
     (lambda args: args.serve and (args.keep < 1 or args.temperature or args.top_p),
      "--serve: clients send temperature and top_p, and the neurons are not drawn: --temperature, --top-p and --keep go without it"),
+    (lambda args: args.serve and (args.seed != DEFAULT("seed") or args.batch_size != DEFAULT("batch_size")),
+     "--serve: clients send their seeds, and --rows N is the batch: --seed and --batch-size go without it"),
+    (lambda args: args.list and args.neurons.startswith("npti:"),
+     "--list shows a folder of identify.py: --neurons npti:DIR goes without it"),
     (lambda args: args.tp != 1 and (args.chat or args.save or args.serve or args.list or args.verify_server),
      "--tp: several processes answer questions together: --chat, --save, --serve, --list and --verify-server go without it "
      "(--device-map auto)"),
@@ -116,7 +122,7 @@ def strengths(args) -> list[float]:
 def arguments():
     args = parser().parse_args()
     args.trait = [check_trait(trait) for trait in args.trait]
-    args.method = args.method or ("trained" if args.level else "npti")
+    args.asked_method, args.method = args.method, args.method or ("trained" if args.level else "npti")
     refuse(args, RULES)
     args.npti_only = [f"--{name.replace('_', '-')}" for name in NPTI_ONLY if getattr(args, name) != DEFAULT(name)]
     args.where = args.where or ("all" if args.save else WHERE[0])
@@ -253,13 +259,13 @@ def main(args) -> None:
 
         return serve(args)
     if args.list:
-        return show_folder(args.neurons.removeprefix("npti:"))
+        return show_folder(args.neurons)
     if args.verify_server:
         return bake.verify_server(args.save, args.verify_server, args.served_model)
     character = Character.read(args.profile, args.method) if args.profile else Character(
         dict(zip(args.trait, itertools.cycle(strengths(args)))), args.method)
-    if args.method not in ("npti", character.method):
-        raise UserError(f"--method {args.method}: {args.profile} says {character.method}")
+    if args.asked_method not in (None, character.method):
+        raise UserError(f"--method {args.asked_method}: {args.profile} says {character.method}")
     if args.rank and character.method != "npti":
         raise UserError(RAISED.format(method=character.method))
     if args.questions:  # before the model is loaded
@@ -270,7 +276,7 @@ def main(args) -> None:
                             "--profile, say what such a question is answered in")
     everyone = [who for who in (character, *(own for _, own in (args.asked if args.questions else ()) if own)) if who.strengths]
     if args.npti_only and not any(who.method == "npti" for who in everyone):
-        raise UserError(f"{', '.join(args.npti_only)}: of the neurons that npti edits: no personality here is by it")
+        raise UserError(f"{', '.join(args.npti_only)}: of the neurons that npti edits, and no personality here is by npti")
     args.world = World.join(args.tp)
     model, tokenizer = load_asked(args, world=args.world)
     torch.manual_seed(args.seed)

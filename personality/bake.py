@@ -199,8 +199,9 @@ def write_checkpoint(baking: Baking, target: Path, tokenizer, profiles: Profiles
         expected = probes(model, tokenizer, profile, None if baking.exact else temporary)
         if len(expected) < 3:
             say(f"{target}: the biases turn {len(expected)} of the answers that were tried: --verify-server has little to go by")
+        frame = next((neurons.frame for neurons in profiles.neurons.files.values()), Frame())
         made = {"base": model.source, "base fingerprint": fingerprint(model), "character": baking.profile.name,
-                "method": character.method, "frame": Frame.named(args.frame).system, "suppress": args.suppress, "rank": args.rank,
+                "method": character.method, "frame": frame.system, "suppress": args.suppress, "rank": args.rank,
                 "dtype": dtype_of(model), "cost": baking.cost(),
                 "neurons": {trait: neurons.key for trait, neurons in profiles.neurons.files.items()}}
         (temporary / "README.md").write_text(rendered("checkpoint_card.md", made=made))

@@ -100,6 +100,8 @@ def converse(model, tokenizer, profiles: Profiles, character: Character, args) -
     chat, latest = Chat(model, tokenizer, args), list(character.strengths)[-1]
     capacity = sum(mlp.neurons for mlp in find_mlps(model))  # room for whatever /trait and /alpha may ask for
     profile = profiles.of(character)
+    if character.method == "trained":  # no edits are trained while the model is steered: nothing is begun that comes to that
+        profiles.neurons.identify = profiles.neurons.train = None
     print(f"{printable(profile.name)}    {CHAT_HELP}")
     with steer(model, profile, None, args.where, args.keep, args.seed, capacity) as steering:
         while True:

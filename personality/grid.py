@@ -10,6 +10,7 @@ import random
 from . import POLES, TRAITS
 from .questions import Bench, adjectives
 from .results import HYBRID, WAYS
+from .terminal import UserError
 
 
 def grid(bench: Bench, trait: str, methods, alphas: dict, questions: list[str], seed: int) -> list[dict]:
@@ -66,10 +67,11 @@ def character_cells(bench: Bench, characters: list[tuple], alone: dict, question
 
 def talks(bench: Bench, traits: list[str], methods, alphas: dict, turns: int, limit: int, seed: int) -> list[list[dict]]:
     """Conversations: of each trait's first `limit` test questions, `turns` at a time are the user's lines, under every condition. A
-    list of cells each, one a turn; under a persona the first line chooses it."""
+    list of cells each, one a turn; under a persona the first line chooses it. Raises where there are fewer questions than turns."""
     whole = []
     for trait in traits:
-        questions = bench.questions(trait, "test", limit)
+        if len(questions := bench.questions(trait, "test", limit)) < turns:
+            raise UserError(f"--turns {turns}: the bench has {len(questions)} test questions of {trait}")
         for number, first in enumerate(range(0, len(questions) - turns + 1, turns)):
             lines = questions[first:first + turns]
             whole += [[{**cell, "question": line, "turn": turn, "talk": number} for turn, line in enumerate(lines, 1)]

@@ -134,8 +134,8 @@ class Neurons:
         except UserError:
             raise
         except FileNotFoundError as error:  # which safetensors also says of a file that may not be read
-            why = "it may not be read" if Path(path).exists() else "no such neuron file; python identify.py makes it"
-            raise UserError(f"{path}: {why}") from error
+            how = f"no such neuron file; python identify.py --out {Path(path).parent} makes it"
+            raise UserError(f"{path}: {'it may not be read' if Path(path).exists() else how}") from error
         except PermissionError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         except (SafetensorError, ValueError, RecursionError, OSError) as error:
@@ -206,7 +206,7 @@ class Released:
     """NPTI's released neuron files, DIR/<Trait>_dict.json (high pole) and DIR/<Trait>_reversed_dict.json (low): an object from
     layer to a list of [layer, index, delta, prob, p95]. What stands there was selected already."""
 
-    key = "released files"
+    key, frame = "released files", Frame()
 
     def __init__(self, folder: str, trait: str, model):
         self.trait, self.shape, self.poles = trait, shape_of(find_mlps(model)), {}
@@ -278,7 +278,7 @@ class NeuronFolder:
             raise UserError("trained edits need neuron files of identify.py: the released ones come without the answers")
         if not self[trait].trained_key:
             if not self.train:
-                raise UserError(f"{self[trait].path}: no trained edits in it: python identify.py --train makes them")
+                raise UserError(f"{self[trait].path}: no trained edits in it: identify.py --train --out {self.folder} makes them")
             say(f"{self[trait].path}: no trained edits yet, so they are trained first")
             self.files[trait] = self.train(self[trait])
         elif self[trait].meta.get("training") != TRAINING and trait not in self.told:
@@ -302,7 +302,7 @@ def show_folder(folder: str) -> None:
     paths = sorted(path for path in Path(folder).glob("*.safetensors") if not (path.is_fifo() or path.name.startswith(".")))
     rows = []
     if not paths:
-        raise UserError(f"--list: no neuron files in {folder}: python identify.py makes them")
+        raise UserError(f"--list: no neuron files in {folder}: python identify.py --out {folder} makes them")
     for path in paths:
         name = path.stem.replace(".", "\n.", 1)  # TRAIT.KEY, over two lines
         try:

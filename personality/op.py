@@ -62,8 +62,10 @@ def check_cuda(device) -> None:
     """Raise where the op has no CUDA kernels, and none can be compiled."""
     built = importlib.util.find_spec("_neurons") is not None
     if not (op().cuda if built else cuda_home()):
-        raise UserError(f"--device {device}: the op needs CUDA's compiler, and nvcc was not found: pip install -e '.[cuda]', or "
-                        "pass --device cpu")
+        version, mend = torch.version.cuda or "13", "pip install -e '.[cuda]'"
+        if int(version.partition(".")[0]) < 13:  # which that extra does not bring
+            mend = f"install the toolkit of CUDA {version}, or torch for CUDA 13 and then {mend}"
+        raise UserError(f"--device {device}: the op needs CUDA's compiler, and nvcc was not found: {mend}, or pass --device cpu")
 
 
 @functools.cache

@@ -42,7 +42,7 @@ class People:
                        if self.neurons.released or neuron_path(self.neurons.folder, trait).exists()}
         if not self.traits:
             say(f"--neurons {args.neurons}: no neuron files, so everybody gets the unedited model: python identify.py --train "
-                "makes them")
+                f"--out {args.neurons} makes them")
         return model, tokenizer
 
     def of(self, character: Character) -> tuple[Profile, dict]:

@@ -220,15 +220,15 @@ def check_answer(line: dict, where: str) -> None:
 
 
 def read_given(path: str) -> list[dict]:
-    """Answers of another source: JSON lines with the texts trait, question and answer, and pole (high, low or none)."""
+    """Answers of another source: JSON lines with the texts trait, question and answer, and pole, high or low, where it is known."""
     given = []
     for number, line in json_lines(Path(path)):
         where = f"{path}, line {number}"
         expect_texts(line, ["trait", "question", "answer"], where)
         trait, pole = line["trait"].lower(), line.get("pole")
         if trait not in TRAITS or pole not in (*POLES, None):
-            raise UserError(f"{where}: expected one of the five traits, and pole high, low or none, got {line['trait']!r}, "
-                            f"{pole!r}")
+            raise UserError(f"{where}: expected one of the five traits, and the pole high or low, or no pole, got "
+                            f"{line['trait']!r}, {pole!r}")
         if not line["answer"].strip():
             raise UserError(f"{where}: the answer is empty, and can't be judged: delete the line")
         given.append({"trait": trait, "question": line["question"], "pole": pole, "answer": line["answer"]})

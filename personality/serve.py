@@ -19,7 +19,8 @@ import socket
 from .api import ChatBody, CompletionBody, PersonalityBody, Refusal, parsed
 from .answering import Server
 from .store import TEXTS
-from .terminal import Flags, UserError, edit_arguments, model_arguments, say, script, serve_arguments
+from .terminal import (EDIT_RULES, Flags, UserError, edit_arguments, loading_arguments, positive, refuse, say, script,
+                       serve_arguments)
 
 IDLE = 75  # seconds that a connection without requests stays open: longer than clients wait before they use it again
 MOST_BYTES, PATIENCE = 1 << 20, 30  # of a body; seconds that it may take to come, and that SIGTERM waits for what runs
@@ -233,11 +234,16 @@ def serve(args) -> None:
 
 def arguments():
     flags = Flags(__doc__)
+    flags.prog = "python -m personality.serve"
     edit_arguments(flags)
     serve_arguments(flags)
-    model_arguments(flags)
-    flags.set_defaults(max_new_tokens=None)
-    return flags.parse_args()
+    loading_arguments(flags)
+    flags.add_argument("--max-new-tokens", type=positive, metavar="N",
+                       help="length of an answer where the client asks for none (default: 512)")
+    flags.set_defaults(batch_size=1)  # of the scripts: --rows is the server's
+    args = flags.parse_args()
+    refuse(args, EDIT_RULES)
+    return args
 
 
 main = serve

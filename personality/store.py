@@ -204,7 +204,7 @@ class Journal:
             self.append(header)
 
     def read(self, header: dict) -> None:
-        foreign = f"{self.path}: not a file of this program: move it away, or choose another --out"
+        foreign = f"{self.path}: not a file of this program: move it away, or choose another folder"
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
                 if not line.endswith(b"\n"):

@@ -70,8 +70,8 @@ def script(arguments, module: str) -> None:
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == __package__:
             raise
-        say_at_the_end(f"error: {sys.executable} has no module {error.name}: pip install -e . with it, or activate the environment "
-                       "that has")
+        say_at_the_end(f"error: {sys.executable} has no module {error.name}: pip install -e . (server: -e '.[serve]') with it, or "
+                       "activate the environment that has it")
         code = 2
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -131,13 +131,14 @@ def progress(total: int, done: int, title: str, unit: str = "answer", hidden: bo
 
 
 class Flags(argparse.ArgumentParser):
-    """argparse, whose errors are one line like all others."""
+    """argparse, whose errors are one line like all others. whence: where what is parsed stands, if that is no command line."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, whence: str = ""):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.whence = whence
 
     def error(self, message):
-        raise UserError(f"{message} ({self.prog} --help)")
+        raise UserError(f"{self.whence}: {message}" if self.whence else f"{message} ({self.prog} --help)")
 
     def parse_args(self, *given):
         args = super().parse_args(*given)
@@ -173,13 +174,14 @@ def whole_number(least: int, most: int | None = None):
 positive = whole_number(1)
 
 
-def number(above: float = -math.inf, to: float = math.inf):
-    """The type of a flag that takes a number above one bound, at most the other; NaN is in no range."""
+def number(above: float = -math.inf, to: float = math.inf, least: float = -math.inf):
+    """The type of a flag that takes a number above one bound, or from it on (least), at most the other; NaN is in no range."""
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if above < float(text) <= to:
+            if above < float(text) <= to and least <= float(text):
                 return float(text)
-        bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at most {to:g}"] * (to < math.inf)
+        bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
+        bounds += [f"at most {to:g}"] * (to < math.inf)
         raise argparse.ArgumentTypeError(f"expected a number {', '.join(bounds)}, got {text}")
 
     return parse
@@ -205,6 +207,7 @@ def check_trait(trait: str) -> str:
 
 
 ANSWER = 64  # tokens of an answer, at most
+MIN_DELTA = 0.1  # see edit_arguments()
 FRAME = "person"  # how questions are put, unless --frame says otherwise: see frame.py
 FRAMES = (FRAME, "none")  # that have a name
 WHERE = ("generated", "all")  # which tokens are edited or observed; here and below the first is NPTI's
@@ -228,8 +231,8 @@ def frame_text(text: str) -> str:
     return text
 
 
-def model_arguments(flags: Flags) -> None:
-    """The flags that all three scripts share."""
+def loading_arguments(flags: Flags) -> None:
+    """Which model, how it is loaded, and how it is asked."""
     flags.add_argument("--model", help="hub id, directory or .gguf file (default: SmolLM2-135M-Instruct)")
     where = flags.add_mutually_exclusive_group()
     where.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -243,6 +246,11 @@ def model_arguments(flags: Flags) -> None:
     flags.add_argument("--frame", default=FRAME, metavar="TEXT", type=frame_text,
                        help="how questions are put: person (an interview with a person), none (bare), or a text of your own that "
                             "the system prompt begins with (default: %(default)s)")
+
+
+def model_arguments(flags: Flags) -> None:
+    """The flags that all three scripts share."""
+    loading_arguments(flags)
     flags.add_argument("--batch-size", type=lambda text: text if text == "auto" else positive(text), default=64, metavar="N",
                        help="rows of a batch (default: %(default)s); fewer where memory is short, but for --tp and "
                             "lm-evaluation-harness; auto: as many as a GPU's memory holds, to be given as a number where a run is "
@@ -276,11 +284,16 @@ def suppress_argument(flags: Flags, note: str = "") -> None:
                             f"cap{note})")
 
 
+EDIT_RULES = [
+    (lambda args: args.neurons.startswith("npti:") and (args.min_delta != MIN_DELTA or args.min_neurons),
+     "--neurons {neurons}: these neurons were selected already: --min-delta and --min-neurons go without it")]
+
+
 def edit_arguments(flags) -> None:
     """How neurons become edits, in induce.py and in the server."""
     flags.add_argument("--neurons", default="neurons", metavar="DIR",
                        help="folder of neuron files (default: %(default)s); npti:DIR: of NPTI's released ones")
-    flags.add_argument("--min-delta", type=number(-1e-9, 1), default=0.1, metavar="D",
+    flags.add_argument("--min-delta", type=number(least=0, to=1), default=MIN_DELTA, metavar="D",
                        help="edit neurons that fire on a share of tokens at least D larger under one pole than under the "
                             "other (default: %(default)s)")
     flags.add_argument("--min-neurons", type=positive, metavar="N",

@@ -28,7 +28,7 @@ from .people import People
 from .places import Activation, Batches, Table, compare, cut
 from .steer import Profile
 from .store import parse_json
-from .terminal import Flags, UserError, edit_arguments, positive
+from .terminal import EDIT_RULES, Flags, UserError, edit_arguments, positive, refuse
 
 NAME = "personality"  # of the plug-in, of its part of the configuration, of what a request asks for
 PROFILES = 256  # that there is room for, at least
@@ -45,12 +45,13 @@ def settings_of(config):
         return None
     if not isinstance(given, dict):
         raise UserError(f'--additional-config: personality: expected {{"neurons": FOLDER}}, got {given!r}')
-    flags, seats = Flags("--additional-config, personality"), config.scheduler_config.max_num_seqs
+    flags, seats = Flags("", "--additional-config, personality"), config.scheduler_config.max_num_seqs
     edit_arguments(flags)
     flags.add_argument("--characters")
     flags.add_argument("--profiles", type=positive, default=max(PROFILES, seats))
     flags.set_defaults(frame="none")  # clients write the prompts
     args = flags.parse_args([f"--{key.replace('_', '-')}={value}" for key, value in given.items()])
+    refuse(args, EDIT_RULES)
     if args.profiles < seats:  # so a step never needs more profiles than there is room for, and no request has to wait for it
         raise UserError(f"personality: profiles: expected at least --max-num-seqs, {seats}, got {args.profiles}")
     return args

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import random
 import re
 from collections import Counter
@@ -278,6 +279,7 @@ def build_bench(args, size: int) -> None:
     folder = Path(args.build_bench)
     if (folder / "search").exists() and not (folder / "replies.jsonl").exists():
         raise UserError(f"--build-bench {folder}: another bench is there, which this would overwrite")
+    args.writer = args.writer or os.environ.get("OPENAI_BASE_URL") or None
     remote = args.writer and re.match(r"https?://", args.writer)
     writer = (RemoteWriter(Endpoint(args.writer, args.served_model, args.in_flight)) if remote else
               LocalWriter(args.writer or args.model, args))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import induce
-from conftest import ROOT, Server, main_of, prompts, shared_flags, tiny
+from conftest import FRAMED, ROOT, Server, main_of, prompts, shared_flags, tiny
 from personality import Character, NeuronFolder, Neurons, Profile, UserError, bake, load_model, steer
 from personality.bake import Baking
 from personality.methods import Profiles
@@ -219,7 +219,17 @@ def test_saved_and_verified(small, several, monkeypatch, tmp_path, capsys, more)
     assert not [path for path in tmp_path.iterdir() if path.name != "baked"], "nothing else is left"
     card = (tmp_path / "baked" / "README.md").read_text()
     assert fingerprint(small.model) in card and "extraversion +2" in card
+    method = more[1] if more[:1] == ("--method",) else "npti"
+    assert ("NPTI" in card) == (method == "npti") and (f"A personality ({method}) folded" in card) == (method != "npti")
+    assert ("raised" in card or "removed" in card) <= (method == "npti"), "the others raise and remove nothing"
+    assert "`mlp_bias`.\n\nIt was found" in card and "anyone.\n\n| |" in card, "paragraphs are apart"
     baked_by(small, several, monkeypatch, tmp_path / "baked", *more)  # its own kind may be written over
+
+
+def test_the_card_has_the_frame_of_the_neuron_files(small, several, monkeypatch, tmp_path):
+    """Not the one in which questions would be put now."""
+    baked_by(small, several, monkeypatch, tmp_path / "baked", "--frame", "none")
+    assert f'questions with the system prompt "{FRAMED.system}"' in (tmp_path / "baked" / "README.md").read_text()
 
 
 def test_licences_come_along(small, several, monkeypatch, tmp_path, capsys):

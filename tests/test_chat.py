@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 import induce
-from conftest import FRAMED, main_of, shared_flags, tiny
+from conftest import FRAMED, main_of, run, shared_flags, tiny
 from personality import UserError
 from personality.chat import Chat, converse
 from personality.frame import conversation
 from personality.methods import Character, Profiles
 from personality.model import TEST_PENALTY, answers, prompt_ids
 from personality.neurons import NeuronFolder
+from personality.train import add_trained
 
 
 def test_chat(small, made, monkeypatch, capsys):
@@ -50,6 +51,18 @@ def test_what_is_refused_changes_nothing(small, made, monkeypatch, capsys):
     converse(small.model, small.tokenizer, profiles, Character({"extraversion": 2.0}), args)
     first, refusal, second = capsys.readouterr().out.splitlines()
     assert first.startswith("extraversion +2 ") and "no such neuron file" in refusal and second == "extraversion +7"
+
+
+def test_a_chat_by_levels_begins_no_training_that_it_could_not_end(small, tmp_path, monkeypatch, capsys):
+    """What the model is steered by would be in the teacher: so nothing is identified for it, either."""
+    add_trained(small.model, small.tokenizer, small.bench, run(small, tmp_path).identify())
+    lines = iter(["/trait openness", "/alpha -1", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    capsys.readouterr()
+    main_of(induce, monkeypatch, *shared_flags(small), "--neurons", tmp_path, "--trait", "extraversion", "--level", "1", "--chat")
+    first, refusal, second = capsys.readouterr().out.splitlines()
+    assert f"no such neuron file; python identify.py --out {tmp_path} makes it" in refusal
+    assert second.startswith("extraversion -1") and not list(tmp_path.glob("*openness*"))
 
 
 def test_a_long_conversation_goes_on(small, capsys):

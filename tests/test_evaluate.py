@@ -254,6 +254,8 @@ def test_refuses_a_foreign_file(small, made, monkeypatch, tmp_path, name):
     (("--compare", "here", "there"), "summary.json"),
     (("--suppress", "zero", "--method", "unedited", "trained"), "only npti suppresses neurons: got .*trained"),
     (("--capability", "arithmetic"), "lm-evaluation-harness|arithmetic"),
+    (("--turns", "12"), "each turn takes a test question of its own, and --limit is 4: --limit 12 or more"),
+    (("--turns", "9", "--limit", "9"), "--turns 9: the bench has 8 test questions of extraversion"),
 ))
 def test_wrong_flags(small, made, monkeypatch, tmp_path, flags, pattern):
     monkeypatch.setitem(sys.modules, "lm_eval", None)

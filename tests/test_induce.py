@@ -252,6 +252,17 @@ def test_flags_that_do_not_go_together(monkeypatch, tmp_path, flags, expected):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_method_that_was_asked_for_is_not_overruled(monkeypatch, tmp_path):
+    """By a profile file that says another; one that says the same, or a command line that says none, is no quarrel."""
+    (tmp_path / "who.toml").write_text('method = "dpn-le"\n[traits]\nextraversion = 0.5\n')
+    flags = ("--profile", tmp_path / "who.toml", "--model", "nowhere.gguf")
+    with pytest.raises(UserError, match="--method npti: .*who.toml says dpn-le"):
+        main_of(induce, monkeypatch, *flags, "--method", "npti")
+    for more in ((), ("--method", "dpn-le")):
+        with pytest.raises(UserError, match="nowhere.gguf"):
+            main_of(induce, monkeypatch, *flags, *more)
+
+
 def test_a_rank_is_of_what_the_profile_file_says(monkeypatch, tmp_path):
     (tmp_path / "who.toml").write_text('method = "trained"\n[traits]\nextraversion = 0.5\n')
     with pytest.raises(UserError, match="trained edits raise none"):

@@ -390,7 +390,11 @@ def test_mistakes_in_python_are_named(make, pattern):
     (("--profile", "nowhere.toml"), "nowhere.toml: No such file"),
     (("--profile", "x.toml", "--trait", "openness"), "one or the other"),
     (("--method", "magic", "--trait", "openness", "--alpha", "1"), "invalid choice"),
-    (("--list", "--neurons", "nowhere"), "no neuron files in nowhere"),
+    (("--list", "--neurons", "nowhere"), "no neuron files in nowhere: python identify.py --out nowhere makes them"),
+    (("--list", "--neurons", "npti:nowhere"), "a folder of identify.py: --neurons npti:DIR goes without it"),
+    *((("--trait", "openness", "--alpha", "1", "--neurons", "npti:nowhere", *more), "selected already")
+      for more in (("--min-delta", "0.2"), ("--min-neurons", "9"))),
+    (("--trait", "openness", "--alpha", "1", "--min-delta", "-1"), "expected a number at least 0, at most 1, got -1"),
     (("--trait", "openness", "--alpha", "1", "--neurons", "npti:nowhere"), "nowhere/Openness_dict.json"),
     ((), "--profile FILE")))
 def test_wrong_flags(small, monkeypatch, flags, pattern):

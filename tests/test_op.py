@@ -502,6 +502,12 @@ def test_the_compiler_of_the_packages_is_found(monkeypatch, tmp_path):
     if importlib.util.find_spec("_neurons") is None:  # else it is that build which has kernels or not
         with pytest.raises(UserError, match=r"nvcc was not found: pip install -e '.\[cuda\]'"):
             on_device("cuda")
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        (tmp_path / "site/nvidia/cu12/bin/nvcc").rename(tmp_path / "away")
+        with pytest.raises(UserError, match="nvcc was not found: install the toolkit of CUDA 12.8, or torch for CUDA 13"):
+            on_device("cuda")
+        (tmp_path / "away").rename(tmp_path / "site/nvidia/cu12/bin/nvcc")
+        monkeypatch.setattr(torch.version, "cuda", "14.0")
     monkeypatch.setenv("PATH", str(tmp_path / "site/nvidia/cu12/bin"))
     assert cuda_home() == str(tmp_path / "site/nvidia/cu12")
     runtime = tmp_path / "site/nvidia/cu13/lib/libcudart.so.13"

@@ -7,6 +7,7 @@ import gc
 import importlib
 import json
 import math
+import re
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ from personality.model import answers, sampling
 from personality.neurons import NeuronFolder
 from personality.people import People
 from personality.serve import IDLE, KEY, application, listening, page
+from personality.serve import arguments as arguments_of_the_program
 from personality.train import add_trained
 
 # httpx or httpx2: what this version of openai is built on
@@ -561,11 +563,32 @@ def test_sigterm_finishes_what_runs_and_a_killed_server_starts_again(small, neur
     (("--serve", "--trait", "extraversion"), "--serve"), (("--serve", "--level", "1"), "--serve"), (("--characters", "x"), "--serve"),
     (("--serve", "--chat"), "not allowed"), (("--serve", "--keep", "0.9"), "--keep"), (("--serve", "--temperature", "1"), "temperature"),
     (("--serve", "--port", "70000"), "port"), (("--serve", "--host", "0.0.0.0"), KEY),
-    (("--serve", "--characters", "nowhere"), "nowhere"), (("--serve", "--model", "nowhere.gguf"), "nowhere.gguf")])
+    (("--serve", "--characters", "nowhere"), "nowhere"), (("--serve", "--model", "nowhere.gguf"), "nowhere.gguf"),
+    (("--serve", "--seed", "7"), "--seed and --batch-size go without it"), (("--serve", "--batch-size", "8"), "--rows N is the batch"),
+    (("--serve", "--neurons", "npti:x", "--min-neurons", "8"), "selected already")])
 def test_wrong_flags(monkeypatch, capsys, flags, named):
     monkeypatch.delenv(KEY, raising=False)
     code, said = exit_of(induce, monkeypatch, capsys, *flags, *(() if "--port" in flags else ("--port", "0")))
     assert code == 2 and named in said
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    (("--bad",), "unrecognized arguments: --bad (python -m personality.serve --help)"), (("--seed", "7"), "--seed"),
+    (("--neurons", "npti:x", "--min-delta", "0.2"), "selected already")])
+def test_the_program_itself_takes_what_it_uses(monkeypatch, capsys, flags, named):
+    monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
+    with pytest.raises(UserError, match=re.escape(named)):
+        arguments_of_the_program()
+
+
+def test_the_programs_help_is_of_the_server(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--help"])
+    with pytest.raises(SystemExit):
+        arguments_of_the_program()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "where the client asks for none (default: 512)" in said and "--batch-size" not in said and "(default: 64" not in said
+    monkeypatch.setattr(sys, "argv", ["serve.py"])
+    assert vars(arguments_of_the_program())["max_new_tokens"] is None
 
 
 # ------------------------------------------------------------------------------------------------------------------ text

@@ -186,6 +186,10 @@ def test_settings(small, neurons):
                          ({"neuronz": "x"}, "unrecognized"), ({"profiles": "many"}, "whole number")):
         with pytest.raises(UserError, match=words):
             vllm.settings_of(config_of(small, neurons, given))
+    with pytest.raises(UserError, match="^--additional-config, personality: unrecognized arguments: --neuronz=x$"):
+        vllm.settings_of(config_of(small, neurons, {"neuronz": "x"}))
+    with pytest.raises(UserError, match="these neurons were selected already"):
+        vllm.settings_of(config_of(small, neurons, {"neurons": "npti:x", "min_delta": 0.2}))
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -49,6 +49,21 @@ def built(monkeypatch, folder, url, size=24, *more):
     main_of(identify, monkeypatch, "--build-bench", folder, "--size", size, "--writer", url, "--in-flight", "4", *more)
 
 
+@pytest.mark.parametrize("flag", ("--writer", "--size"))
+def test_what_builds_a_bench_does_nothing_else(monkeypatch, flag):
+    """--writer URL is easily taken for --engine URL."""
+    with pytest.raises(UserError, match="go with --build-bench DIR.*--engine URL a server that writes the answers"):
+        main_of(identify, monkeypatch, flag, "9", "--trait", "openness")
+
+
+def test_the_writer_of_the_environment_builds_a_bench_and_is_nothing_else(monkeypatch, tmp_path):
+    """Its URL is that of OpenAI's own clients, which whoever identifies may have set as well."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    for more, words in ((("--build-bench", tmp_path / "bench"), "127.0.0.1:9"), (("--trait", "openness", "--model", "nowhere.gguf"), "nowhere.gguf")):
+        with pytest.raises(UserError, match=words):
+            main_of(identify, monkeypatch, *more)
+
+
 def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
             if "replies" not in path.name and path.is_file()}

@@ -277,11 +277,12 @@ def characters_measured(means: list[tuple], judge: str, alpha: float, seed: int)
     spread = lambda values: {"mean": float(values[0]), "ci95": (  # noqa: E731
         np.quantile(values[1:], (0.025, 0.975)).tolist() if number > 1 else None)}
     of_way = {way: way_figures([point for point in points if point["method"] == way], picks) for way in WAYS}
-    told = lambda figures: {name: None if number < 2 and name == "correlation" else spread(values)  # noqa: E731
-                            for name, values in figures.items()}  # one character correlates with nothing
-    less = lambda figures: {name: values - of_way[WAYS[0]][name] for name, values in figures.items()}  # noqa: E731
-    return [{"method": way, "judge": judge, "n": number, **told(figures), "more_than_composed": told(less(figures))}
-            for way, figures in of_way.items()], points
+    rows = [{"method": way, "judge": judge, "n": number, **{name: spread(values) for name, values in figures.items()},
+             "more_than_composed": {name: spread(values - of_way[WAYS[0]][name]) for name, values in figures.items()}}
+            for way, figures in of_way.items()]
+    for row in rows if number < 2 else ():  # one character correlates with nothing
+        row["correlation"] = row["more_than_composed"]["correlation"] = None
+    return rows, points
 
 
 def way_figures(points: list[dict], picks) -> dict:

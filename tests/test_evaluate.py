@@ -523,6 +523,12 @@ def test_full_run_has_everything(whole):
     assert {row["judge"].split(":")[0] for row in rows} == set(evaluate.JUDGES)
     assert {row["method"] for row in rows} == set(evaluate.METHODS) - {"lora"}
     assert len(details["questionnaire"]) == 17 and details["agreement"]
+    mean_of = {(row["judge"], row["method"], row["pole"], row["alpha"]): row["mean"] for row in rows}
+    for row in details["beside"]:
+        judge, *condition = (row[name] for name in ("judge", "method", "pole", "alpha"))
+        assert row["mean"] == pytest.approx(mean_of[judge, *condition] - mean_of[judge, "unedited", None, None]), condition
+        assert row["times"]["mean"] > 0
+    assert {(row["method"], row["pole"]) for row in details["beside"]} == {(row["method"], row["pole"]) for row in rows} - {("unedited", None)}
     assert {row["n"] for row in rows if row["judge"] == "questionnaire"} == {12}, "two items a facet"
     for row in details.get("matched", ()):
         assert {"mean", "perplexity", "repetition", "added", "quiz"} <= set(row)

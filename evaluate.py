@@ -55,7 +55,7 @@ def parser() -> Flags:
     where_argument(flags)
     suppress_argument(flags)
     bench_argument(flags)
-    add("--limit", type=positive, default=10, metavar="N", help="test questions a trait (default: %(default)s)")
+    add("--limit", type=positive, default=10, metavar="N", help="test questions a trait, and --dose's (default: %(default)s)")
     add("--out", default="results", metavar="DIR", help="default: %(default)s")
     model_arguments(flags)
     return flags
@@ -108,7 +108,7 @@ from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
 from personality.baselines import Baselines, import_peft  # noqa: E402
 from personality.estimates import ANY, estimate, mean_of, share  # noqa: E402
-from personality.grid import character_cells, described, grid, random_characters, talks  # noqa: E402
+from personality.grid import character_cells, check_turns, described, grid, random_characters, talks  # noqa: E402
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
 from personality.methods import LEVELS, Character, Profiles, npti_edits, suppressed  # noqa: E402
@@ -380,7 +380,7 @@ def without_trait(condition: Condition) -> Condition:
 
 
 def evaluate(args) -> None:
-    bench = load_bench(args.bench)
+    check_turns(bench := load_bench(args.bench), args.trait, args.turns)
     model, tokenizer = load_asked(args)
     judging = digest(lines_of("neutral.txt"), lines_of("quiz.csv"), OPTIONS, JUDGE_PERSONAS, rubric(None), rubric(TRAITS[0]))
     made_with = {"model": f"{name_of(model)} {fingerprint(model)}", "template": digest(tokenizer.chat_template), "judging": judging,

@@ -11,8 +11,8 @@
 Sets some of the model's neurons while it writes: no prompt, no changed weights, and hardly any time (the edit rides in the op that
 computes the MLP). --level adds constants to half a per cent of them, which were trained so that the model writes as under a
 persona (personality/train.py); --alpha raises the neurons that fire for the pole and suppresses those of the other one, as NPTI
-does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A file that is missing is made first (but
-with --serve and --tp, and in a chat by levels).
+does (ICLR 2025, arXiv 2410.12327, section 3.3). Below 0 it is the low pole. A file that is missing is made first, except
+with --serve or --tp, and for a trait that /trait adds to a chat by levels.
 """
 
 import os
@@ -54,8 +54,8 @@ def parser() -> Flags:
     edit = flags.add_argument_group("how to edit")
     edit.add_argument("--keep", type=number(0, 1), default=1.0, metavar="P",
                       help="raise a random share of the neurons, redrawn each step (default: all; NPTI's release: 0.9)")
-    edit_arguments(edit)
-    serve_arguments(flags.add_argument_group("of --serve"))
+    edit_arguments(edit, save=True)
+    serve_arguments(flags.add_argument_group("of --serve"), save=True)
     more = flags.add_argument_group("of --questions and --save")
     more.add_argument("--out", metavar="FILE", help="where the answers to --questions go (default: the terminal)")
     more.add_argument("--rank", type=positive, metavar="R",

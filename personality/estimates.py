@@ -25,7 +25,7 @@ def interval(values, seed: int = 0, draws: int = DRAWS) -> list[float] | None:
 
 def estimate(values, seed: int, within: tuple = ANY, steps: tuple = ()) -> dict:
     """Number, mean and its 95 % interval: the bootstrap's, as much wider as Student's is than the normal one, since draws from few
-    values scatter too little (by a fifth for ten values, by a twentieth for forty); and no wider than the scale.
+    values scatter too little (by a fifth for ten values, by a twentieth for forty); it ends where the scale `within` does.
 
     steps: the ends of a scale of few steps, as ratings are, whose values may be all alike without being all that there are. Then
     it is as wide as others at these ends would make it, of as large a share as may be and none of them be seen (Clopper and

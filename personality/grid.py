@@ -65,13 +65,19 @@ def character_cells(bench: Bench, characters: list[tuple], alone: dict, question
     return cells
 
 
+def check_turns(bench: Bench, traits: list[str], turns: int | None) -> None:
+    """Raise where a trait has fewer test questions than a conversation has turns."""
+    for trait in traits if turns else ():
+        if (there := len(bench.questions(trait, "test", turns))) < turns:
+            raise UserError(f"--turns {turns}: the bench has {there} test questions of {trait}")
+
+
 def talks(bench: Bench, traits: list[str], methods, alphas: dict, turns: int, limit: int, seed: int) -> list[list[dict]]:
     """Conversations: of each trait's first `limit` test questions, `turns` at a time are the user's lines, under every condition. A
-    list of cells each, one a turn; under a persona the first line chooses it. Raises where there are fewer questions than turns."""
+    list of cells each, one a turn; under a persona the first line chooses it."""
     whole = []
     for trait in traits:
-        if len(questions := bench.questions(trait, "test", limit)) < turns:
-            raise UserError(f"--turns {turns}: the bench has {len(questions)} test questions of {trait}")
+        questions = bench.questions(trait, "test", limit)
         for number, first in enumerate(range(0, len(questions) - turns + 1, turns)):
             lines = questions[first:first + turns]
             whole += [[{**cell, "question": line, "turn": turn, "talk": number} for turn, line in enumerate(lines, 1)]

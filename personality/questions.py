@@ -65,7 +65,8 @@ class Bench:
 
     def questions(self, trait: str, split: str, limit: int) -> list[str]:
         """The first questions of a split, each once: "search", "test" or "validation". Every third test question is for
-        validation: there strengths are chosen, and nowhere else."""
+        validation: there strengths are chosen, and nowhere else. Those that are search questions, too, are left out of both, unless
+        all are."""
         if split not in ("search", "test", "validation"):
             raise UserError(f"questions: expected the split search, test or validation, got {split!r}")
         if split == "search":
@@ -74,7 +75,9 @@ class Bench:
         if split == "validation" and len(asked) < 3:
             raise UserError(f"{self.name}: {len(asked)} test questions of {trait}, every third of which is for validation: "
                             "doses and levels need 3 or more")
-        return [text for i, text in enumerate(asked) if (i % 3 == 2) == (split == "validation")][:limit]
+        chosen = [text for i, text in enumerate(asked) if (i % 3 == 2) == (split == "validation")]
+        known = set(self.search[trait])
+        return ([text for text in chosen if text not in known] or chosen)[:limit]
 
     def check_validation(self, trait: str, most: int) -> None:
         """Raise where there are no validation questions, and say so where there are few."""
@@ -131,12 +134,11 @@ def load_bench(name: str | None) -> Bench:
             if len(texts) < 4:
                 raise UserError(f"{root / 'description.json'}: expected at least 4 lines with the key {key}, got {len(texts)}")
             bench.personas[trait][pole] = texts
-        known = set(bench.search[trait])
-        fresh = [text for text in bench.test[trait] if text not in known]
-        if twice := len(bench.test[trait]) - len(fresh):
-            out = ", and are left out" if fresh else ""
-            say(f"{name}: {twice} test questions of {trait} are search questions as well{out}: no test of what was made with them")
-        bench.test[trait] = fresh or bench.test[trait]
+        if twice := len(set(bench.search[trait]) & set(bench.test[trait])):
+            say(f"{name}: {twice} test questions of {trait} are search questions as well, and are left out while there are others: "
+                "no test of what was made with them")
+        if again := len(bench.search[trait]) - len(set(bench.search[trait])):
+            say(f"{name}: {again} search questions of {trait} stand there again, and are asked once")
     if skipped:
         say(f"{name}: {skipped} items with options or a scale were skipped: they are no open questions")
     return bench

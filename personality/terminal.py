@@ -227,7 +227,8 @@ def frame_text(text: str) -> str:
     """A frame's name, or a text of one's own; one word that is nearly a name is not taken for a text."""
     meant = get_close_matches(text.lower(), FRAMES, 1, 0.7) if text not in FRAMES and len(text.split()) == 1 else ()
     if meant:
-        raise argparse.ArgumentTypeError(f"expected {', '.join(FRAMES)} or a text, got {text}: is {meant[0]} meant?")
+        raise argparse.ArgumentTypeError(f"expected {', '.join(FRAMES)} or a text (which, so near to these, needs a second word), "
+                                         f"got {text}: is {meant[0]} meant?")
     return text
 
 
@@ -289,8 +290,8 @@ EDIT_RULES = [
      "--neurons {neurons}: these neurons were selected already: --min-delta and --min-neurons go without it")]
 
 
-def edit_arguments(flags) -> None:
-    """How neurons become edits, in induce.py and in the server."""
+def edit_arguments(flags, save: bool = False) -> None:
+    """How neurons become edits, in induce.py and in the server. save: there is --save, which has other defaults."""
     flags.add_argument("--neurons", default="neurons", metavar="DIR",
                        help="folder of neuron files (default: %(default)s); npti:DIR: of NPTI's released ones")
     flags.add_argument("--min-delta", type=number(least=0, to=1), default=MIN_DELTA, metavar="D",
@@ -298,12 +299,12 @@ def edit_arguments(flags) -> None:
                             "other (default: %(default)s)")
     flags.add_argument("--min-neurons", type=positive, metavar="N",
                        help="at least so many neurons a pole (default: 0.436 %% of all, NPTI's 2,000 of Llama-3-8B's)")
-    where_argument(flags, "; --save: all")
-    suppress_argument(flags, "; --save: zero")
+    where_argument(flags, "; --save: all" if save else "")
+    suppress_argument(flags, "; --save: zero" if save else "")
 
 
-def serve_arguments(flags) -> None:
-    """Of the server."""
+def serve_arguments(flags, save: bool = False) -> None:
+    """Of the server. save: there is --save, with --verify-server."""
     flags.add_argument("--characters", metavar="DIR", help="profile files (*.toml) that clients may ask for by name")
     flags.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                        help="to listen on (default: %(default)s); any but localhost and other loopback addresses needs a key")
@@ -313,8 +314,8 @@ def serve_arguments(flags) -> None:
     flags.add_argument("--queue", type=whole_number(0), default=128, metavar="N",
                        help="requests that may wait, beside those (default: %(default)s); more get 429")
     flags.add_argument("--served-model", metavar="NAME",
-                       help="the model's name for clients (default: its own); with --verify-server: its name there (default: the "
-                            "first that it lists)")
+                       help="the model's name for clients (default: its own)" + (
+                           "; with --verify-server: its name there (default: the first that it lists)" if save else ""))
 
 
 def bench_argument(flags: Flags) -> None:

@@ -25,8 +25,10 @@ TOKENS = 96
 
 
 def identified(neurons: str) -> list[str]:
-    """The traits that have a neuron file there, in order."""
-    traits = sorted(path.stem for path in Path(neurons).glob("*.safetensors"))
+    """The traits that have a neuron file there."""
+    from personality import TRAITS
+
+    traits = [trait for trait in TRAITS if (Path(neurons) / f"{trait}.safetensors").exists()]
     if not traits:
         sys.exit(f"load.py: no neuron file in {neurons}; identify.py --train makes one")
     return traits

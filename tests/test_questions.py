@@ -249,14 +249,24 @@ def test_test_questions_that_are_searched_with_are_said(tmp_path, capsys):
 
 def test_test_questions_that_are_searched_with_are_left_out(tmp_path, capsys):
     save_bench(tmp_path)
-    path, [first, *rest] = tmp_path / "test" / "Openness.json", (tmp_path / "search" / "Openness.json").read_text().splitlines()
-    path.write_text(path.read_text() + first + "\n")
+    path, first = tmp_path / "test" / "Openness.json", (tmp_path / "search" / "Openness.json").read_text().splitlines()[0]
+    before = load_bench(str(tmp_path))
+    path.write_text(first + "\n" + "\n".join(path.read_text().splitlines()[1:]) + "\n")  # in the place of another
+    capsys.readouterr()
     bench = load_bench(str(tmp_path))
-    assert json.loads(first)["question"] not in bench.test["openness"] and len(bench.test["openness"]) == 12
     assert "1 test questions of openness are search questions as well, and are left out" in capsys.readouterr().err
+    assert bench.test["openness"][1:] == before.test["openness"][1:] and bench.test["openness"][0] == json.loads(first)["question"]
+    assert bench.questions("openness", "test", 99) == before.questions("openness", "test", 99)[1:]
+    assert bench.questions("openness", "validation", 99) == before.questions("openness", "validation", 99), "no other moves between them"
 
 
-def test_a_search_question_that_stands_twice_is_asked_once():
+def test_a_search_question_that_stands_twice_is_asked_once(tmp_path, capsys):
+    path = save_bench(tmp_path) / "search" / "Openness.json"
+    load_bench(str(tmp_path))
+    assert "asked once" not in capsys.readouterr().err
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    load_bench(str(tmp_path))
+    assert "1 search questions of openness stand there again, and are asked once" in capsys.readouterr().err
     bench = built_in_bench()
     bench.search["openness"] = [bench.search["openness"][0]] * 2 + bench.search["openness"][1:]
     items = search_items(bench, "openness", 3, 0)

@@ -143,7 +143,7 @@ def test_high_minus_low_is_paired_by_question():
     assert all(row["ci95"][1] - row["ci95"][0] > 2 for row in rows)
 
 
-def test_the_judges_scale_bounds_differences_of_ratings():
+def test_differences_of_ratings_that_are_all_alike_are_no_certainty():
     answers, scores = planted({("openness", method, alpha, pole): {"openness": [0.0] * 4}
                                for method, alpha in (("npti", 1.0), ("persona", None)) for pole in POLES})
     scores += [score_line(line["key"], "openness", 5.0 if (line["pole"], line["method"]) == ("high", "npti") else 1.0, "llm:big") for line in answers]

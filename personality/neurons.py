@@ -278,13 +278,13 @@ class NeuronFolder:
             raise UserError("trained edits need neuron files of identify.py: the released ones come without the answers")
         if not self[trait].trained_key:
             if not self.train:
-                raise UserError(f"{self[trait].path}: no trained edits in it: python identify.py --train --out {self.folder} "
-                                "makes them")
+                raise UserError(f"{self[trait].path}: no trained edits: python identify.py --train --out {self.folder} makes them")
             say(f"{self[trait].path}: no trained edits yet, so they are trained first")
             self.files[trait] = self.train(self[trait])
         elif self[trait].meta.get("training") != TRAINING and trait not in self.told:
             self.told.add(trait)
-            say(f"{self[trait].path}: its trained edits are of another version of the training: identify.py --train makes new ones")
+            say(f"{self[trait].path}: its trained edits are of another version of the training: python identify.py --train makes "
+                "new ones")
         return self.files[trait]
 
     def check_unchanged(self) -> None:

@@ -361,7 +361,7 @@ class Evaluation:
         self.contrast.judge([line for line in made if line["method"] not in alone], self.scores, TRAITS, "characters: judging")
         self.contrast.judge([line for line in made if line["method"] in alone], self.scores, [], "traits alone: judging")
         table, fluent = self.tables(made)
-        means = [(condition, {trait: mean_of(results.per_question(own)) for trait, own in rows.groupby("measured", sort=False)})
+        means = [(condition, results.per_question(rows, ["measured"]).groupby("measured", sort=False).score.mean().to_dict())
                  for condition, rows in results.grouped(table, results.CONDITION)]
         rows, points = results.characters_measured(means, "contrast", alpha, args.seed)
         perplexity = fluent.groupby(["method", "alpha"], sort=False, dropna=False).perplexity.median().groupby("method").mean()

@@ -87,16 +87,36 @@ class Bench:
 
 
 def built_in_bench() -> Bench:
-    """288 questions a trait (216 to search, 72 to test, in other situations) and 20 personas a pole, of which 5 are the judge's."""
+    """288 questions a trait and 20 personas a pole, of which 5 are the judge's. 216 questions are to search: all twelve sentences
+    in 18 situations. 48 are to test and 24 for validation: three sentences in each of 16 and of 8 other situations."""
     bench, situations = Bench("built-in", {}, {}, {}), text_table("situations.toml")
     for trait in TRAITS:
         asked = [facet["questions"][k] for k in (0, 1) for facet in facets(trait)]
-        for use in ("search", "test"):
-            texts = [f"{situation} {question}" for situation in situations[use] for question in asked]
-            random.Random(trait).shuffle(texts)  # so that the first few are of all kinds
-            getattr(bench, use)[trait] = texts
+        bench.search[trait] = [f"{situation} {question}" for situation in situations["search"] for question in asked]
+        random.Random(trait).shuffle(bench.search[trait])  # so that the first few are of all kinds
+        test, validation = (three_in_each(situations[use], trait) for use in ("test", "validation"))
+        thirds = enumerate(validation)  # every third test question is for validation: see Bench.questions()
+        bench.test[trait] = [text for k, third in thirds for text in (*test[2 * k:2 * k + 2], third)]
         bench.personas[trait] = {pole: built_in_personas(facets(trait), pole) for pole in POLES}
     return bench
+
+
+def three_in_each(situations: list[str], trait: str) -> list[str]:
+    """Questions of three facets in each situation, an even number of them, so that any first few are of as many situations and
+    facets as may be: by six, which ask for all facets, beginning with another each time, in one wording and the other in turn."""
+    pick = random.Random(trait)
+    places, own, number = pick.sample(situations, len(situations)), pick.sample(facets(trait), 6), len(situations)
+    while True:
+        begin = pick.sample(range(6), 6) * 4
+        facet_of = [(k + begin[k // 6]) % 6 for k in range(3 * number)]
+        if all(len({*facet_of[k::number]}) == 3 for k in range(number)):
+            return [f"{places[k % number]} {own[facet]['questions'][k // 6 % 2]}" for k, facet in enumerate(facet_of)]
+
+
+def situation_of(question: str) -> str:
+    """The situation of the built-in bench in which a question is asked; of another bench, where nobody knows, the question."""
+    first = question[:question.find(". ") + 1]
+    return first if first in itertools.chain(*text_table("situations.toml").values()) else question
 
 
 def built_in_personas(of_trait: list[dict], pole: str) -> list[str]:

@@ -1,7 +1,7 @@
 """From scores to figures. Scores are one tidy table: a row for an answer, a judge, and what it was judged along.
 
 Columns: answer (its key), question, method, trait, pole, alpha, judge, measured, score. Figures are lists of rows, as summary.json
-and details.json hold them; intervals are 95 % ones over the questions, of paired differences where there are two sides.
+and details.json hold them; intervals are 95 % ones over the questions' situations, of paired differences where there are two sides.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from . import POLES, TRAITS
 from .estimates import ANY, APART, DRAWS, FURTHER, RATING, estimate, mean_of
 from .frame import declines
 from .model import name_of, surroundings
+from .questions import situation_of
 
 CONDITION = ["method", "trait", "pole", "alpha"]
 Condition = namedtuple("Condition", CONDITION)  # of a whole character: alpha is a tuple over TRAITS, trait and pole are None
@@ -73,9 +74,14 @@ def grouped(table: pd.DataFrame, names: list[str]):
         yield {name: None if pd.isna(value) else value for name, value in zip(names, values)}, rows
 
 
-def per_question(rows: pd.DataFrame) -> list[float]:
-    """The mean of each question's answers."""
-    return rows.groupby("question", sort=False).score.mean().tolist()
+def per_question(rows: pd.DataFrame, names=(), of: str = "score") -> pd.DataFrame:
+    """names, question, and the mean of each question's answers."""
+    return rows.groupby([*names, "question"], sort=False, dropna=False)[of].mean().reset_index()
+
+
+def estimate_of(rows: pd.DataFrame, seed: int, within: tuple = ANY, steps: tuple = (), of: str = "score") -> dict:
+    """estimate() of a column of a table with a row a question."""
+    return estimate(rows[of].tolist(), seed, within, steps, [*map(situation_of, rows.question)])
 
 
 def own_trait(table: pd.DataFrame) -> pd.DataFrame:
@@ -87,7 +93,7 @@ def own_trait(table: pd.DataFrame) -> pd.DataFrame:
 
 def fluency(table: pd.DataFrame, ratings: pd.DataFrame, seed: int) -> list[dict]:
     """By condition: perplexity (median), repeated 3-grams and tokens (means), and the rating judge's fluency."""
-    rating_of = {condition_of(key): estimate(per_question(rows), seed, RATING, RATING)
+    rating_of = {condition_of(key): estimate_of(per_question(rows), seed, RATING, RATING)
                  for key, rows in grouped(ratings[ratings.measured == "fluency"], CONDITION)}
     return [{**key, "n": len(rows), "perplexity": float(rows.perplexity.median()), "repetition": float(rows.repetition.mean()),
              "tokens": float(rows.tokens.mean()), "rating": rating_of.get(condition_of(key))}
@@ -106,8 +112,8 @@ def summarise(table: pd.DataFrame, fluent: list[dict], seed: int) -> list[dict]:
     rows = []
     for key, group in grouped(own_trait(table), ["judge", *CONDITION]):
         values = per_question(group)
-        mean = estimate(values, seed, ANY if key["judge"] == "contrast" else RATING, steps_of(key["judge"], RATING))
-        rows.append({**key, **mean, "variance": float(np.var(values))})
+        mean = estimate_of(values, seed, ANY if key["judge"] == "contrast" else RATING, steps_of(key["judge"], RATING))
+        rows.append({**key, **mean, "variance": float(values.score.var(ddof=0))})
     return with_fluency(rows, fluent)
 
 
@@ -118,17 +124,17 @@ def steps_of(judge: str, ends: tuple) -> tuple:
 
 def high_minus_low(table: pd.DataFrame) -> pd.DataFrame:
     """judge, method, trait, alpha, measured, question, and score: of the high pole's answer less the low one's."""
-    names = ["judge", "method", "trait", "alpha", "measured", "question"]
-    means = table.groupby([*names, "pole"], sort=False, dropna=False).score.mean().reset_index()
-    both = means[means.pole == POLES[0]].merge(means[means.pole == POLES[1]], on=names, suffixes=("", "_low"))
-    return both.assign(score=both.score - both.score_low)[[*names, "score"]]
+    names = ["judge", "method", "trait", "alpha", "measured"]
+    means = per_question(table, [*names, "pole"])
+    both = means[means.pole == POLES[0]].merge(means[means.pole == POLES[1]], on=[*names, "question"], suffixes=("", "_low"))
+    return both.assign(score=both.score - both.score_low)[[*names, "question", "score"]]
 
 
 def effects(apart: pd.DataFrame, seed: int) -> list[dict]:
     """High minus low, paired by question; and, where a judge rates 1 to 5, the paper's high + (6 - low)."""
     rows = []
     for key, group in grouped(own_trait(apart), ["judge", "trait", "method", "alpha"]):
-        rows.append({**key, **estimate(group.score.tolist(), seed, steps=steps_of(key["judge"], APART))})
+        rows.append({**key, **estimate_of(group, seed, steps=steps_of(key["judge"], APART))})
         if key["judge"].startswith("llm"):
             rows[-1]["paper"] = {"mean": 6 + float(group.score.mean()), "variance": float(group.score.var(ddof=0))}
     return rows
@@ -138,16 +144,15 @@ def beside_unedited(table: pd.DataFrame, fluent: pd.DataFrame, seed: int) -> lis
     """Each pole's score less the unedited model's, paired by question; and by how much its answers' perplexity is a multiple of
     theirs, the geometric mean (by which levels are read, see doses.py), with the interval of that."""
     names = ["judge", "trait", "question"]
-    means = own_trait(table).groupby(["judge", *CONDITION, "question"], sort=False, dropna=False).score.mean().reset_index()
-    nats = fluent.assign(nats=np.log(fluent.perplexity)).groupby([*CONDITION, "question"], sort=False, dropna=False).nats.mean()
-    means = means.merge(nats.reset_index(), on=[*CONDITION, "question"])
-    plain = means[means.method == "unedited"][[*names, "score", "nats"]]
-    both, rows = means[means.method != "unedited"].merge(plain, on=names, suffixes=("", "_unedited")), []
+    nats = per_question(fluent.assign(nats=np.log(fluent.perplexity)), CONDITION, "nats")
+    means = per_question(own_trait(table), ["judge", *CONDITION]).merge(nats, on=[*CONDITION, "question"])
+    plain, rows = means[means.method == "unedited"][[*names, "score", "nats"]], []
+    both = means[means.method != "unedited"].merge(plain, on=names, suffixes=("", "_unedited"))
+    both = both.assign(score=both.score - both.score_unedited, nats=both.nats - both.nats_unedited)
     for key, group in grouped(both, ["judge", *CONDITION]):
-        price = estimate((group.nats - group.nats_unedited).tolist(), seed)
+        price = estimate_of(group, seed, of="nats")
         times = {"mean": math.exp(price["mean"]), "ci95": price["ci95"] and [math.exp(end) for end in price["ci95"]]}
-        rows.append({**key, **estimate((group.score - group.score_unedited).tolist(), seed, steps=steps_of(key["judge"], APART)),
-                     "times": times})
+        rows.append({**key, **estimate_of(group, seed, steps=steps_of(key["judge"], APART)), "times": times})
     return rows
 
 
@@ -157,9 +162,8 @@ def compared(apart: pd.DataFrame, seed: int) -> list[dict]:
     other = apart.rename(columns={"method": "other", "alpha": "other_alpha", "score": "less"})
     both = apart[apart.method.isin((*EDITS, HYBRID))].merge(other, on=["trait", "judge", "measured", "question"])
     both = both[(both.method != both.other) | (both.alpha != both.other_alpha)]
-    groups = grouped(both, ["trait", "judge", "method", "alpha", "other", "other_alpha"])
-    return [{**key, **estimate((rows.score - rows.less).tolist(), seed, steps=steps_of(key["judge"], FURTHER))}
-            for key, rows in groups]
+    groups = grouped(both.assign(score=both.score - both.less), ["trait", "judge", "method", "alpha", "other", "other_alpha"])
+    return [{**key, **estimate_of(rows, seed, steps=steps_of(key["judge"], FURTHER))} for key, rows in groups]
 
 
 def spill_over(table: pd.DataFrame) -> list[dict]:

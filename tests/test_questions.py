@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 
 import datasets
 import pyarrow
@@ -9,9 +10,9 @@ import pytest
 
 from conftest import lines_of, save_bench
 from personality import POLES, TRAITS, Bench, UserError, load_bench
-from personality.grid import character_cells, described, grid
+from personality.grid import character_cells, described, grid, talks
 from personality.judges import judge_personas
-from personality.questions import adjectives, all_facets, built_in_bench, facets, read_answers, search_items
+from personality.questions import adjectives, all_facets, built_in_bench, facets, read_answers, search_items, situation_of
 
 # -------------------------------------------------------------------------------------------------- the built-in bench
 
@@ -26,6 +27,47 @@ def test_built_in_questions(trait):
         assert question.endswith("?") and question[0].isupper() and 20 < len(question) < 200 and question == question.strip()
     situations = [{question.split(". ")[0] for question in part} for part in (search, test)]
     assert not situations[0] & situations[1], "a test question is asked in a situation that was searched with"
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+@pytest.mark.parametrize(("split", "number"), (("test", 16), ("validation", 8)))
+def test_test_and_validation_are_of_many_situations_with_three_questions_each(trait, split, number):
+    """What the answers in one situation have in common is one piece of luck, and so it is with facets and sentences: as many as may
+    be, of any first few."""
+    asked = built_in_bench().questions(trait, split, 99)
+    where, sentences = zip(*((situation_of(question), question.split(". ", 1)[1]) for question in asked))
+    facet_of = {sentence: facet["name"] for facet in facets(trait) for sentence in facet["questions"]}
+    of_facets = [facet_of[sentence] for sentence in sentences]
+    assert list(Counter(where).values()) == [3] * number and list(Counter(sentences).values()) == [number // 4] * 12
+    assert len(set(where[:number])) == number, "first each situation once"
+    for few in range(6, len(asked), 6):
+        assert set(Counter(of_facets[:few]).values()) == {few // 6}, "every six ask for all facets"
+    together = [{k for k, of in enumerate(where) if of == situation} for situation in dict.fromkeys(where)]
+    assert all(len({of_facets[k] for k in places}) == 3 for places in together)
+    assert len({frozenset(sentences[k] for k in places) for places in together}) > number // 2, "situations aren't tied to sentences"
+
+
+def test_search_test_and_validation_share_no_situation():
+    bench = built_in_bench()
+    of = [{situation_of(question) for trait in TRAITS for question in bench.questions(trait, split, 999)}
+          for split in ("search", "test", "validation")]
+    assert [len(situations) for situations in of] == [18, 16, 8] and len(set.union(*of)) == 42
+
+
+def test_turns_of_conversations_ask_for_every_facet():
+    """Else the first turns and the last ones would be about other facets, and not just later. No situation comes twice."""
+    for trait in TRAITS:
+        whole = talks(built_in_bench(), [trait], ["unedited"], {}, 6, 36, 0)
+        facet_of = {sentence: facet["name"] for facet in facets(trait) for sentence in facet["questions"]}
+        for turn in range(6):
+            assert len({facet_of[talk[turn]["question"].split(". ", 1)[1]] for talk in whole}) == 6
+        assert len(whole) == 6 and all(len({situation_of(cell["question"]) for cell in talk}) == 6 for talk in whole)
+
+
+def test_questions_of_another_bench_are_their_own_situations():
+    assert situation_of("You join a bus tour through the mountains. What? And why?") == "You join a bus tour through the mountains."
+    for question in ("You join a club. What?", "What?", "You join a bus tour through the mountains", "You join a bus tour"):
+        assert situation_of(question) == question
 
 
 @pytest.mark.parametrize("trait", TRAITS)

@@ -10,6 +10,7 @@ import pytest
 
 import evaluate
 from personality import POLES, TRAITS, estimates, results
+from personality.questions import built_in_bench, situation_of
 
 
 def planted(values):
@@ -60,7 +61,7 @@ def test_interval_is_that_of_draws_with_numpys_generator(number):
 @pytest.mark.parametrize(("number", "least"), ((2, 0.91), (3, 0.91), (5, 0.91), (10, 0.91)))
 def test_the_interval_of_few_values_is_wide_enough(number, least, monkeypatch):
     """It is no help that draws from three values look alike. The bootstrap alone covers 50, 76, 84 and 90 %."""
-    monkeypatch.setattr(estimates, "interval", lambda values, seed: bootstrap(values, seed, 1000))
+    monkeypatch.setattr(estimates, "interval", lambda values, seed, **more: bootstrap(values, seed, 1000, **more))
     ends = np.array([estimates.estimate(sample, 0)["ci95"] for sample in np.random.default_rng(0).normal(3, 2, (1000, number))])
     assert least <= ((ends[:, 0] <= 3) & (3 <= ends[:, 1])).mean() <= 0.99
     assert estimates.estimate([2.0], 0) == {"n": 1, "mean": 2.0, "ci95": None}
@@ -68,11 +69,48 @@ def test_the_interval_of_few_values_is_wide_enough(number, least, monkeypatch):
     assert estimates.estimate([0.5] * 9, 0) == {"n": 9, "mean": 0.5, "ci95": [0.5, 0.5]}
 
 
+def test_questions_of_one_situation_are_one_draw():
+    """Sixteen situations with three questions each, a third of whose variance is the situation's: as if they were 48, intervals
+    are too narrow."""
+    generator, units = np.random.default_rng(1), [f"situation {k}" for k in range(16)] * 3
+    samples = 3 + np.tile(generator.normal(0, 1, (400, 16)), 3) + generator.normal(0, math.sqrt(2), (400, 48))
+    covered = {}
+    for name, of in (("questions", None), ("situations", units)):
+        ends = np.array([estimates.estimate(sample, 0, units=of)["ci95"] for sample in samples])
+        covered[name] = ((ends[:, 0] <= 3) & (3 <= ends[:, 1])).mean()
+    assert covered["questions"] < 0.88 and 0.93 <= covered["situations"] <= 0.98
+    assert estimates.estimate(samples[0], 0, units=units)["n"] == 48, "the questions are counted"
+    ratings = [5.0] * 6
+    assert estimates.estimate(ratings, 0, steps=estimates.RATING, units=list("aabbcc"))["ci95"] == pytest.approx(
+        estimates.estimate(ratings[:3], 0, steps=estimates.RATING)["ci95"]), "of all alike there are three draws"
+
+
+def test_units_of_several_sizes_weigh_by_their_values():
+    """The mean of what is drawn is that of its values: as numpy's generator draws the units, in their order."""
+    values, units = [0.0, 1.0, 2.0, 2.5, 6.0, 1.0, 4.0], list("aabcbbc")
+    sums, numbers = np.array([1.0, 9.0, 6.5]), np.array([2, 3, 2])
+    drawn = np.random.default_rng(7).integers(0, 3, (500, 3))
+    expected = np.quantile(sums[drawn].sum(1) / numbers[drawn].sum(1), (0.025, 0.975))
+    assert estimates.interval(values, 7, 500, units) == pytest.approx(list(expected), abs=1e-12)
+
+
+def test_one_unit_tells_nothing_of_others():
+    values = [1.0, 2.0, 4.0, 8.0]
+    assert estimates.estimate(values, 0, units=["a"] * 4) == {"n": 4, "mean": 3.75, "ci95": None}
+    assert estimates.estimate(values, 0, units=list("abcd")) == estimates.estimate(values, 0), "units of one value each are the values"
+
+
+def test_ratings_of_units_that_are_alike_are_no_certainty():
+    """The means of the three units are 3, which is no more sure than three values of 3 are."""
+    ends = estimates.estimate([1.0, 5.0, 5.0, 1.0, 1.0, 5.0], 0, estimates.RATING, estimates.RATING, list("aabbcc"))["ci95"]
+    assert ends == pytest.approx(estimates.estimate([3.0] * 3, 0, estimates.RATING, estimates.RATING)["ci95"]) and ends[0] < 2 < 4 < ends[1]
+
+
 def test_ratings_that_are_all_alike_are_no_certainty():
     """Ten ratings of 5 have an interval that holds the mean of a judge who rates 4 now and then; differences likewise."""
     ends = [estimates.estimate([value] * 10, 0, steps=steps)["ci95"] for value, steps in (
         (5.0, estimates.RATING), (4.0, estimates.APART), (0.0, estimates.FURTHER))]
-    unseen = 1 - 0.025 ** 0.1  # so often may something be that ten times out of forty is not there in any of ten
+    unseen = 1 - 0.025 ** 0.1  # so often may something be that once in forty times is not there in any of ten
     assert ends == [pytest.approx([5 - 4 * unseen, 5.0]), pytest.approx([4 - 8 * unseen, 4.0]), pytest.approx([-8 * unseen, 8 * unseen])]
     generator = np.random.default_rng(0)
     ratings = [np.where(generator.random(10) < 0.9, 5.0, 4.0) for _ in range(300)]
@@ -128,6 +166,32 @@ def test_a_question_that_was_answered_twice_counts_once():
 
 
 # ------------------------------------------------------------------------------------------------------------- effects
+
+
+def test_intervals_are_over_the_situations_of_the_built_in_bench():
+    """Of questions in the same situations, all alike, every interval is that of one question of each."""
+    asked = built_in_bench().questions("openness", "test", 48)
+    situations = list(dict.fromkeys(map(situation_of, asked)))
+
+    def intervals(questions):
+        moved = [0.1 + situations.index(situation_of(question)) % 4 for question in questions]
+        conditions = [("unedited", None, None, 0), *((method, 1.0, pole, far * (pole == "high") + 0.1)
+                                                     for method, far in (("npti", 1), ("trained", 3)) for pole in POLES)]
+        answers, scores = planted({("openness", method, alpha, pole): {"openness": [far * own for own in moved]}
+                                   for method, alpha, pole, far in conditions})
+        score = {line["answer"]: line["score"] for line in scores if "judge" in line}
+        answers = [{**line, "question": questions[k]} for k in range(len(questions)) for line in answers if line["question"] == f"q{k}"]
+        scores = [{**line, "perplexity": 2 + score[line["answer"]]} if "perplexity" in line else line for line in scores]
+        scores += [score_line(key, None, 1 + far % 4, "llm") for key, far in score.items()]
+        table, prices = results.scored(answers, scores, {"contrast": None, "llm": None}), results.fluency_table(answers, scores, None)
+        apart, beside, fluent = results.high_minus_low(table), results.beside_unedited(table, prices, 0), results.fluency(prices, table, 0)
+        rows = [*results.summarise(table, fluent, 0), *results.effects(apart, 0), *results.compared(apart, 0), *beside,
+                *(row["times"] for row in beside), *(row["rating"] for row in fluent)]
+        return sorted(row["ci95"] for row in rows)
+
+    whole, few = (intervals([question for question in asked if question in some]) for some in (
+        asked, {situation_of(question): question for question in asked}.values()))
+    assert whole == [pytest.approx(ends) for ends in few] and len(whole) == 5 + 2 + 2 + 4 + 4 + 5
 
 
 def test_high_minus_low_is_paired_by_question():

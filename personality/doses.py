@@ -21,7 +21,7 @@ MULTIPLES, SMALLER, LARGER = (1.5, 3.0, 5.0), (0.375, 0.75), (8.0,)  # of the co
 VALIDATION, TOGETHER, TOKENS = 18, 6, 64  # questions, of which some are asked in one batch; tokens of an answer
 SURE = 1.64  # standard errors on top of the perplexity that is measured, so that it is higher in one of twenty cases only, or so:
 # of the built-in 18 questions in one of 17 by Student's distribution, of six in one of 12; of a single question nothing is known.
-# (Eighteen are of eight situations, which have a tenth of the variance in common: by that the error is 6 % too small.)
+# (Eighteen are of eight situations, which have perhaps a tenth of the variance in common: then the error is 6 % too small.)
 
 
 def options() -> dict:

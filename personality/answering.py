@@ -1,9 +1,11 @@
 """A request and its answer: its text as it grows, its place in the server, what it costs. Knows nothing of HTTP."""
 
 import asyncio
+import bisect
 import contextlib
 import itertools
 import json
+import logging
 import math
 import weakref
 from pathlib import Path
@@ -19,7 +21,7 @@ from .questions import adjectives
 from .steer import Profile
 from .terminal import UserError
 
-BEFORE = 8  # tokens that are decoded before one to see what it adds: alone, it may lose its space
+BEFORE = 8  # tokens that are decoded before others to see what these add: alone, the first may lose its space
 LENGTH = 512  # tokens of an answer where neither the client nor --max-new-tokens says how many
 
 
@@ -29,15 +31,20 @@ LENGTH = 512  # tokens of an answer where neither the client nor --max-new-token
 class Text:
     """An answer's text as it grows: what can be shown of it, which a stop string or half a character may not be."""
 
-    def __init__(self, tokenizer, stops: list[str], chat: bool = True):
-        self.chat = chat  # a completion's outer spaces are a part of it
-        self.tokenizer, self.stops = tokenizer, [*stops, *filter(None, [tokenizer.stop_text])]
-        self.begun, self.read, self.text, self.shown, self.stopped = 0, 0, "", 0, False
+    def __init__(self, tokenizer, stops: list[str], prompt: list[int] | None = None):
+        """prompt: of a completion, whose outer spaces are a part of it, and which goes on with the prompt's text; None: of a chat,
+        where a base model's answer is over when it asks the next question."""
+        self.chat, self.before, self.tokenizer = prompt is None, (prompt or [])[-BEFORE:], tokenizer
+        self.stops = [*stops, *filter(None, [tokenizer.stop_text if self.chat else None])]
+        self.begun, self.read, self.text, self.shown, self.stopped = 0, len(self.before), "", 0, False
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def add(self, ids: list[int], last: bool) -> str:
         """The text that can be shown now, of all ids so far; last: nothing follows."""
-        decode = lambda part: self.tokenizer.decode(part, skip_special_tokens=True)  # noqa: E731
-        before, after = decode(ids[self.begun:self.read]), decode(ids[self.begun:])
+        ids = self.before + ids
+        before, after = self.decode(ids[self.begun:self.read]), self.decode(ids[self.begun:])
         if len(after) > len(before) and (last or not after.endswith("�")):
             self.text, self.begun, self.read = self.text + after[len(before):], self.read, len(ids)
             if self.chat and not self.shown:
@@ -55,6 +62,12 @@ class Text:
     def stripped(self, text: str) -> str:
         return text.strip() if self.chat else text
 
+    def tokens_shown(self, ids: list[int]) -> int:
+        """How many of all ids it takes to write the text that is shown."""
+        begin, end = len(self.decode(self.before)), len(self.stripped(self.text))
+        return bisect.bisect_left(range(len(ids)), end, key=lambda n: len(
+            self.stripped(self.decode(self.before + ids[:n])[begin:])))
+
 
 class Choice:
     """One answer of a request: run() writes it."""
@@ -62,9 +75,9 @@ class Choice:
     def __init__(self, server: "Server", index: int, prompt: list[int], body, profile: Profile | None):
         self.server, self.index, self.body = server, index, body
         self.request = Request(prompt, body.sampling(index), profile, server.length(body, prompt))
-        self.chat, self.ids, self.finish = isinstance(body, ChatBody), [], None
+        self.ids, self.finish = [], None
         self.sent = self.at = 0  # tokens told of in logprobs, and at which character of the text the next one begins
-        self.text = Text(server.engine.tokenizer, body.stops(), self.chat)
+        self.text = Text(server.engine.tokenizer, body.stops(), None if isinstance(body, ChatBody) else prompt)
 
     async def run(self, tell=None) -> "Choice":
         """tell(choice, piece, tokens, finish): called with each piece of text, the number of tokens so far, and the last time with
@@ -87,25 +100,29 @@ class Choice:
     def logprobs(self, tokens: int):
         """Of the tokens up to this number that were not told yet, but for those of a stop string; None where they were not asked
         for, or where there are none."""
+        if self.request.sampling.top_logprobs is None:
+            return None
         if self.text.stopped:
-            tokens = min(tokens, self.shown_tokens())
-        if self.request.sampling.top_logprobs is None or tokens <= self.sent:
+            tokens = min(tokens, self.text.tokens_shown(self.ids))
+        if tokens <= self.sent:
             return None
         begin, self.sent = self.sent, tokens
-        offsets = None if self.chat else [self.step_over(k) for k in range(begin, tokens)]
-        return logprobs_of(self.server.engine.tokenizer, self.ids[begin:tokens], self.request.logprobs[begin:tokens], offsets)
+        return logprobs_of([self.tell_of(k) for k in range(begin, tokens)], self.text.chat)
 
-    def step_over(self, k: int) -> int:
-        """At which character of the text token k begins; self.at goes on to where it ends."""
-        decode, few, at = self.server.engine.tokenizer.decode, self.ids[max(0, k - BEFORE):k + 1], self.at
-        self.at += len(decode(few)) - len(decode(few[:-1]))
-        return at
+    def tell_of(self, k: int) -> tuple[int, str, float, dict]:
+        """At which character of the text token k begins, the token as text, its log-probability, and those of the best by text. A
+        token's text is what it adds here, or, where that is nothing or a part of a character, what it is alone. self.at goes on
+        to where token k ends."""
+        few, tokenizer = (self.text.before + self.ids[max(0, k - BEFORE):k])[-BEFORE:], self.server.engine.tokenizer
+        before, after, at = self.text.decode(few), self.text.decode([*few, self.ids[k]]), self.at
+        self.at += len(after) - len(before)
 
-    def shown_tokens(self) -> int:
-        """How many of the tokens it takes to write the text that is shown."""
-        decode, text = self.server.engine.tokenizer.decode, self.text
-        return next(n for n in range(len(self.ids) + 1)
-                    if len(text.stripped(decode(self.ids[:n], skip_special_tokens=True))) >= len(text.stripped(text.text)))
+        def word(token, after):
+            alone = tokenizer.decode([token])
+            return alone if "\ufffd" in alone else after[len(before):] or alone
+
+        own, best = self.request.logprobs[k]
+        return at, word(self.ids[k], after), own, {word(token, self.text.decode([*few, token])): value for token, value in best}
 
     async def more(self) -> dict:
         """What the request asked for beside OpenAI's fields."""
@@ -274,8 +291,11 @@ class Server:
             over = True
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status has gone out already
-            over = True
-            yield line({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
+            over, told = True, isinstance(error, (UserError, Refusal))
+            if not told:
+                logging.getLogger("uvicorn.error").exception("a stream failed")
+            message = str(error) if told else f"{type(error).__name__}: see the server's log"
+            yield line({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
         finally:
             places.free()
             self.counts["cancelled"] += not over

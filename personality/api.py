@@ -3,6 +3,7 @@
 What a client sends is honoured or refused by name, never passed over: the bodies know no other fields.
 """
 
+import itertools
 import time
 from typing import Annotated, Literal
 
@@ -225,14 +226,13 @@ def whole_bytes(word: str) -> list[int] | None:
     return None if "\ufffd" in word else list(word.encode())
 
 
-def logprobs_of(tokenizer, ids: list[int], kept: list, offsets: list[int] | None):
-    """OpenAI's form of the log-probabilities that a request kept of its tokens. offsets: at which character of a completion's text
-    each begins; None: of a chat, whose form has none."""
-    words = lambda token: tokenizer.decode([token])  # noqa: E731
-    if offsets is not None:
-        tokens = [words(token) for token in ids]
-        best = [{**{words(token): value for token, value in best}, word: own} for word, (own, best) in zip(tokens, kept)]
-        return {"tokens": tokens, "token_logprobs": [own for own, _ in kept], "top_logprobs": best, "text_offset": offsets}
-    one = lambda token, value: {"token": words(token), "logprob": value, "bytes": whole_bytes(words(token))}  # noqa: E731
-    return {"content": [{**one(token, own), "top_logprobs": [one(other, value) for other, value in best]}
-                        for token, (own, best) in zip(ids, kept)], "refusal": None}
+def logprobs_of(told: list[tuple], chat: bool) -> dict:
+    """OpenAI's form of some tokens' log-probabilities. told: of each, at which character of a completion's text it begins, it as
+    text, its own, and those of the best by text."""
+    if not chat:
+        offsets, tokens, values, best = map(list, zip(*told))
+        return {"tokens": tokens, "token_logprobs": values, "text_offset": offsets,
+                "top_logprobs": [{**others, word: value} for word, value, others in zip(tokens, values, best)]}
+    one = lambda word, value: {"token": word, "logprob": value, "bytes": whole_bytes(word)}  # noqa: E731
+    return {"content": [{**one(word, value), "top_logprobs": list(itertools.starmap(one, best.items()))}
+                        for _, word, value, best in told], "refusal": None}

@@ -21,6 +21,7 @@ import numpy
 import openai
 import pytest
 import torch
+import transformers
 import uvicorn
 
 import induce
@@ -318,10 +319,10 @@ def test_logprobs_are_of_their_chunk(served):
     for part in parts:
         choice = part.choices[0]
         if choice.delta.content:
-            assert "".join(token.token for token in choice.logprobs.content).split() == choice.delta.content.split()
+            assert "".join(token.token for token in choice.logprobs.content) == choice.delta.content
     whole = served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=10).choices[0].message.content.split()
     cut = served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=10, logprobs=True, stop=" " + whole[3])
-    assert [token.token for token in cut.choices[0].logprobs.content] == whole[:3], "no token of the stop string"
+    assert "".join(token.token for token in cut.choices[0].logprobs.content) == " ".join(whole[:3]), "no token of the stop string"
     told = served.client.completions.create(model="tiny", prompt="w10 w11", max_tokens=5, logprobs=1).choices[0].logprobs
     assert len(told.text_offset) == len(told.tokens) == 5 and told.text_offset[0] == 0
     assert all(token in best for token, best in zip(told.tokens, told.top_logprobs))
@@ -612,11 +613,57 @@ def test_text_never_shows_half_a_character_or_a_stop(small):
         shown += text.add(ids[:k], k == len(ids))
         assert "\ufffd" not in shown and "abc" not in shown
     assert shown == "Čau ✌️, ab" and text.stopped
-    for chat in (True, False):  # of a completion the outer spaces are a part
-        text, shown = Text(Bytes(), [], chat), ""
+    for prompt in (None, [], list("é ?".encode())):  # of a completion the outer spaces are a part
+        text, shown = Text(Bytes(), [], prompt), ""
         for k in range(1, len(ids) + 1):
             shown += text.add(ids[:k], k == len(ids))
-        assert shown == text.stripped(text.text) == (said.strip() if chat else said)
+        assert shown == text.stripped(text.text) == (said.strip() if prompt is None else said)
+
+
+@pytest.fixture
+def stripping(small):
+    """A tokenizer whose decoder drops the first space, as those of Llama 2, Mistral and Phi-3 do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = ["<pad>", "<s>", "</s>", "a", *(f"\u2581{word}" for word in ("a", "b", "c", "d", "\U0001f600"))]
+    tokenizer = Tokenizer(models.WordLevel({name: k for k, name in enumerate(names)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>")
+    tokenizer.stop_text = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("chat", (False, True))
+def test_an_answer_and_its_tokens_go_on_where_the_prompt_ends(stripping, chat):
+    """Also of a tokenizer that writes what it is given alone without its space."""
+    prompt, ids = stripping("b c a")["input_ids"], [4, 5, 3, 8, 7, 2]
+    server = SimpleNamespace(length=lambda *_: 6, engine=SimpleNamespace(tokenizer=stripping))
+    body = (ChatBody(messages=[{"role": "user", "content": "x"}], logprobs=True, top_logprobs=2) if chat else
+            CompletionBody(prompt="x", logprobs=2))
+    choice = Choice(server, 0, prompt, body, None)
+    choice.request.logprobs = [(-1.0, [(4, -2.0), (3, -3.0)])] * len(ids)
+    for k in range(1, len(ids) + 1):
+        choice.ids = ids[:k]
+        choice.text.add(choice.ids, k == len(ids))
+    assert choice.text.text == ("a ba \U0001f600 d" if chat else " a ba \U0001f600 d")
+    told = choice.logprobs(len(ids))
+    if chat:
+        tokens = [one["token"] for one in told["content"]]
+        assert [other["token"] for other in told["content"][1]["top_logprobs"]] == [" a", "a"], "two tokens are told apart"
+    else:
+        tokens = told["tokens"]
+        assert stripping.decode(prompt + ids[:-1]) == stripping.decode(prompt) + choice.text.text
+        assert told["text_offset"] == [0, 2, 4, 5, 7, 9] and set(told["top_logprobs"][1]) == {" a", "a", " b"}
+    assert "".join(tokens) == choice.text.text + "</s>"
+
+
+def test_only_a_chats_answer_is_over_when_a_base_model_asks_on():
+    tokenizer = SimpleNamespace(stop_text="\nQuestion:", decode=lambda ids, **options: bytes(ids).decode())
+    said = list(b"4\n\nQuestion: 5")
+    for prompt, shown, stopped in ((None, "4", True), (list(b"Answer: "), "4\n\nQuestion: 5", False)):
+        text = Text(tokenizer, [], prompt)
+        assert (text.add(said, True), text.stopped) == (shown, stopped)
 
 
 # ------------------------------------------------------------------------------------------------------------------ page
@@ -812,6 +859,19 @@ def test_offsets_cost_as_much_as_there_are_tokens(served):
     assert found == [len(tokenizer.decode(choice.ids[:k])) for k in range(400)] and sum(decoded) < 20 * 400
 
 
+@pytest.mark.parametrize("asked_for", (False, True))
+def test_a_stop_string_costs_little_more_than_the_text(served, asked_for):
+    """Nothing where no log-probabilities were asked for, and no square of the tokens where they were: everybody waits meanwhile."""
+    tokenizer, decoded = served.server.engine.tokenizer, []
+    server = SimpleNamespace(length=lambda *_: 2000, engine=SimpleNamespace(tokenizer=SimpleNamespace(
+        stop_text=None, decode=lambda ids, **options: decoded.append(len(ids)) or tokenizer.decode(ids, **options))))
+    choice = Choice(server, 0, [1], ChatBody(messages=[{"role": "user", "content": "x"}], logprobs=asked_for, stop=["never"]), None)
+    choice.ids, choice.request.logprobs = [10 + k % 80 for k in range(2000)], [(0.0, [])] * 2000
+    choice.text.text, choice.text.stopped = tokenizer.decode(choice.ids[:1500]), True
+    told = choice.logprobs(2000)
+    assert (len(told["content"]), sum(decoded) < 40 * 2000) == (1500, True) if asked_for else told is None and not decoded
+
+
 def test_where_the_model_lies_is_nobodys_affair(small, served):
     reply = post(served, personality={"traits": {"extraversion": 1}, "model": "another"})
     assert reply.status_code == 400 and "is for another, the model is" in reply.text
@@ -874,6 +934,10 @@ def test_what_went_wrong_inside_is_told_to_the_log_alone(served, monkeypatch, ca
     monkeypatch.setattr(served.server, "models", wrong)
     reply = httpx.get(served.url + "/v1/models")
     assert reply.status_code == 500 and "ValueError" in reply.text and "secret" not in reply.text
+    monkeypatch.setattr("personality.answering.surprise", lambda *_: wrong())
+    reply = post(served, stream=True, perplexity=True)
+    assert "ValueError: see the server's log" in reply.text and "secret" not in reply.text
+    assert [record.message for record in caplog.records if record.name == "uvicorn.error"] == ["a request failed", "a stream failed"]
 
 
 def test_refusals_at_the_door_are_counted(served):

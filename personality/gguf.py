@@ -31,11 +31,11 @@ def is_whole(folder: Path) -> bool:
 
 def dequantised(path: Path) -> Path:
     """The directory of a .gguf file's weights in float32. Unpacking takes some 20 s, so it is kept in the cache."""
+    whole = hashlib.sha256()
     with open(path, "rb") as file:
-        head = file.read(1 << 20)
-        file.seek(max(0, path.stat().st_size - (1 << 20)))
-        key = hashlib.sha256(head + file.read()).hexdigest()[:12]
-    directory = cache_folder("models") / f"{path.stem}-{path.stat().st_size}-{key}"
+        for part in iter(lambda: file.read(1 << 20), b""):  # of all: a fine-tune may differ in some layers only
+            whole.update(part)
+    directory = cache_folder("models") / f"{path.stem}-{path.stat().st_size}-{whole.hexdigest()[:12]}"
     if is_whole(directory):
         return directory
     shutil.rmtree(directory, ignore_errors=True)

@@ -49,6 +49,14 @@ def test_files_that_begin_alike_are_two_models(unpacked, tmp_path):
     assert folders[0] != folders[1] and len(unpacked.made) == 2, "each is unpacked once"
 
 
+def test_files_that_differ_in_the_middle_are_two_models(unpacked, tmp_path):
+    """As fine-tunes of some layers do, or another conversion."""
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.gguf").write_bytes(bytes(2 << 20) + bytes([number]) + bytes(2 << 20))
+    assert dequantised(tmp_path / "a" / "model.gguf") != dequantised(tmp_path / "b" / "model.gguf")
+
+
 @pytest.mark.parametrize("damage", (lambda folder: os.truncate(folder / "model.safetensors", 5000), lambda folder: (folder / "tokenizer.json").unlink(),
                                     lambda folder: (folder / gguf.SIZES).unlink(), lambda folder: (folder / gguf.SIZES).write_text("{")),
                          ids=("weights cut", "no tokenizer", "no sizes", "sizes damaged"))

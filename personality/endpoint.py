@@ -87,7 +87,7 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
-        self.url, self.model, self.in_flight, self.openai = checked_url(url, httpx_of(openai)), model, in_flight, openai
+        self.url, self.model, self.in_flight, self.openai = checked_url(url, httpx_of(openai)), None, in_flight, openai
         self.limit_name, self.key, self.stopped = "max_tokens", os.environ.get("OPENAI_API_KEY") or "", threading.Event()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has")
@@ -99,13 +99,14 @@ class Endpoint:
             raise UserError(f"{url}: can't be asked ({self.shown(error)}): see HTTPS_PROXY, ALL_PROXY and the like") from error
         try:
             listed = self.client.with_options(max_retries=0, timeout=self.CONNECT).models.list()
-            self.model = model or next(iter(listed)).id
+            model = model or next(iter(listed)).id
         except openai.APIConnectionError as error:
             raise UserError(f"{url}: nothing answers there ({self.shown(error)})") from error
         except (openai.OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:
             self.refuse(error)
             if not model:
                 raise UserError(f"{url} lists no model ({self.shown(error)}): --served-model NAME") from error
+        self.model = model  # from here on: a server that has no list (404) may have the model
 
     def shown(self, error) -> str:
         """An error's text without the key."""

@@ -252,15 +252,15 @@ def little_room(model, rows: int):
 
 class Server:
     """An OpenAI-compatible server on the loopback that says what replies(number, body) tells it to: a text, a list (text,
-    finish_reason), or (status, text); `seen` are its requests."""
+    finish_reason), or (status, text); `seen` are its requests. listing: the status of its list of models."""
 
-    def __init__(self, replies):
+    def __init__(self, replies, listing: int = 200):
         self.seen, self.keys, lock = [], set(), threading.Lock()
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.send(200, json.dumps({"object": "list", "data": [{"id": "served", "object": "model", "created": 0, "owned_by": "us"}]}))
+                self.send(listing, json.dumps({"object": "list", "data": [{"id": "served", "object": "model", "created": 0, "owned_by": "us"}]}))
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -63,6 +63,13 @@ def test_errors_that_last_end_it_at_once(tmp_path, status, pattern):
         assert len(server.seen) <= 16
 
 
+def test_a_server_without_a_list_of_models_has_the_one_that_is_named(tmp_path):
+    with Server(lambda n, body: body["model"], listing=404) as server:
+        assert Endpoint(server.url, "big").chat(conversation("w9 ?")) == ("big", True)
+        with pytest.raises(UserError, match="lists no model .*404.*: --served-model NAME"):
+            Endpoint(server.url)
+
+
 def test_an_error_that_lasts_is_what_is_said_of_several(tmp_path):
     """The first of eight is refused for good, the others for the moment; several have ended when they are looked at."""
     together = threading.Barrier(8, timeout=10)

@@ -76,11 +76,13 @@ def dtype_of(model) -> str:
 
 
 def surroundings(model) -> str:
-    """In what arithmetic a model runs, on what, and by which versions: "float32 on cpu, torch 2.13.0, transformers 5.24.0"."""
+    """In what arithmetic a model runs, on what (of --tp's processes the devices of one, times their number), and by which versions:
+    "float32 on cpu, torch 2.13.0, transformers 5.24.0"."""
     places = [f"cuda:{place}" if isinstance(place, int) else str(place) for place in
               getattr(model, "hf_device_map", {"": model.device}).values() if place != "disk"]
     names = [torch.cuda.get_device_name(place) if place.startswith("cuda") else place for place in dict.fromkeys(places)]
-    return f"{dtype_of(model)} on {' and '.join(names)}, torch {torch.__version__}, transformers {transformers.__version__}"
+    shared = f"{ranks} x " if (ranks := getattr(model, "tp_size", None) or 1) > 1 else ""
+    return f"{dtype_of(model)} on {shared}{' and '.join(names)}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def end_tokens(model) -> list[int]:
@@ -123,8 +125,8 @@ def as_published(tokenizer):
 
 def render(tokenizer, turns: list[dict]) -> str:
     """The text of a conversation ({"role", "content"}, roles system, user, assistant) up to where the assistant speaks.
-    Templates without a system role get it in front of the first question. Models that think first, if they can be told to, are
-    told not to: it is the answer that has a personality."""
+    Templates without a system role get it in front of the first question, or, where the assistant begins, as one. Models that
+    think first, if they can be told to, are told not to: it is the answer that has a personality."""
     system = turns[0]["content"] if turns[0]["role"] == "system" and len(turns) > 1 else ""
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
@@ -134,7 +136,9 @@ def render(tokenizer, turns: list[dict]) -> str:
         if not system:
             raise UserError(f"the chat template of this model refuses the conversation: {error}") from error
     # refused, or passed over, as some templates do with what they do not know
-    return render(tokenizer, [{"role": "user", "content": f"{system}\n\n{turns[1]['content']}"}, *turns[2:]])
+    if turns[1]["role"] != "assistant":
+        system, turns = f"{system}\n\n{turns[1]['content']}", turns[1:]
+    return render(tokenizer, [{"role": "user", "content": system}, *turns[1:]])
 
 
 def prompt_ids(tokenizer, turns: list[dict]) -> list[int]:

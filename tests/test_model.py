@@ -36,6 +36,8 @@ def test_chat_with_and_without_template(small, tmp_path):
     _, strict = load_model(str(save_model(tmp_path / "strict", template=refusing)), "cpu", "float32")
     assert render(strict, turns) == "user : w9\n\nw10 ? assistant : "
     assert render(strict, turns[1:]) == "user : w10 ? assistant : "
+    greeted = [turns[0], {"role": "assistant", "content": "w11"}, turns[1]]
+    assert render(strict, greeted) == "user : w9 assistant : w11 user : w10 ? assistant : ", "the user does not say the greeting"
     deaf = "{% for turn in messages if turn['role'] != 'system' %}{{ turn['content'] }} {% endfor %}"
     _, deaf = load_model(str(save_model(tmp_path / "deaf", template=deaf)), "cpu", "float32")
     assert render(deaf, turns) == "w9\n\nw10 ? ", "the persona is not lost"
@@ -215,4 +217,7 @@ def test_rows_are_padded_with_a_token_of_their_own(small, monkeypatch):
 def test_surroundings(monkeypatch, places, names):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"GPU {place[-1]}")
     model = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda:0"), **({"hf_device_map": places} if places else {}))
-    assert surroundings(model) == f"bfloat16 on {names}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    assert surroundings(model) == f"bfloat16 on {names}, {versions}"
+    model.tp_size = 4  # of transformers, None where a model is not shared
+    assert surroundings(model) == f"bfloat16 on 4 x {names}, {versions}"

@@ -55,7 +55,7 @@ def parser() -> Flags:
     where_argument(flags)
     suppress_argument(flags)
     bench_argument(flags)
-    add("--limit", type=positive, default=10, metavar="N", help="test questions a trait, and --dose's (default: %(default)s)")
+    add("--limit", type=positive, default=12, metavar="N", help="test questions a trait, and --dose's (default: %(default)s)")
     add("--out", default="results", metavar="DIR", help="default: %(default)s")
     model_arguments(flags)
     return flags

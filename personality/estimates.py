@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 DRAWS = 10_000  # of the bootstrap
@@ -13,7 +14,7 @@ APART, FURTHER = (-4, 4), (-8, 8)  # of a rating less another, and of such a dif
 def interval(values, seed: int = 0, draws: int = DRAWS, units=None) -> list[float] | None:
     """Bootstrap 95 % interval of the mean: [low, high]; None of one value, which tells nothing of it. units: a name for each
     value; those of one name are drawn together."""
-    values, unit = np.asarray(values, dtype=np.float64), numbered(range(len(values)) if units is None else units)
+    values, unit = np.asarray(values, dtype=np.float64), pd.Series(range(len(values)) if units is None else units).factorize()[0]
     if len(set(unit)) < 2:
         return None
     if np.ptp(values) == 0:
@@ -23,12 +24,6 @@ def interval(values, seed: int = 0, draws: int = DRAWS, units=None) -> list[floa
     ends = stats.bootstrap(sums_and_numbers, lambda sums, numbers, axis: sums.sum(axis) / numbers.sum(axis), paired=True,
                            n_resamples=draws, batch=batch, method="percentile", rng=rng).confidence_interval
     return [float(ends.low), float(ends.high)]
-
-
-def numbered(names) -> list[int]:
-    """0, 1, ... for each name, in the order of first appearance."""
-    number = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    return [number[name] for name in names]
 
 
 def estimate(values, seed: int, within: tuple = ANY, steps: tuple = (), units=None) -> dict:

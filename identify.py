@@ -87,7 +87,7 @@ from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show
 from personality.observe import FEWEST, Statistics, observe, shapes_at  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
 from personality.train import add_trained  # noqa: E402
-from personality.store import Journal, digest, json_lines, lock_of, only_run, to_line, write_atomically  # noqa: E402
+from personality.store import Journal, digest, json_lines, lock_of, only_run, plain_path, to_line, write_atomically  # noqa: E402
 from personality.world import World  # noqa: E402
 
 
@@ -139,7 +139,7 @@ class Run:
         self.meta = {
             "format": FORMAT, "model": model.source, "revision": getattr(model.config, "_commit_hash", None) or "",
             "fingerprint": fingerprint(model), "trait": trait, "where": args.where, "template": digest(tokenizer.chat_template),
-            "bench": args.answers or bench.name, "questions": len(self.items) // 2, "bench_fingerprint": content,
+            "bench": plain_path(args.answers or bench.name), "questions": len(self.items) // 2, "bench_fingerprint": content,
             "max_new_tokens": args.max_new_tokens, "repetition_penalty": SEARCH_PENALTY, "batch_size": args.batch_size,
             "dtype": dtype_of(model), "device": model.device.type, "seed": args.seed, **self.frame.made_with(),
             **({"engine": endpoint.model} if endpoint else {})}

@@ -14,7 +14,7 @@ from .gguf import dequantised
 from .mlp import Experts, find_mlps, layers_of
 from .model import end_tokens, prepared
 from .op import check_cuda
-from .store import cache_folder
+from .store import cache_folder, plain_path
 from .terminal import ANSWER, DTYPES, UserError, out_of_memory, say
 from .world import World
 
@@ -122,7 +122,7 @@ def load_model(name: str | None = None, device: str | None = None, dtype: str | 
             raise UserError(f"{flag} {name}: {words}") from error
         what = "can't be loaded" if Path(place).is_dir() else "neither a readable directory, a .gguf file nor a hub id in reach"
         raise UserError(f"{flag} {name}: {what}: {words}") from error
-    model.source = source
+    model.source = plain_path(source)
     with contextlib.suppress(UserError):  # a judge may have any structure
         if quantize and any(isinstance(mlp, Experts) for mlp in find_mlps(model)):
             say(f"--quantize {quantize}: the routed experts stay as they are saved: only linear layers are quantised")

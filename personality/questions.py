@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import POLES, TRAITS
-from .store import TEXTS, digest, expect_texts, json_lines, read_toml, to_line
+from .store import TEXTS, digest, expect_texts, json_lines, plain_path, read_toml, to_line
 from .terminal import UserError, say
 
 OPTIONS_OR_SCALE = re.compile(  # by an item's form: "do you strongly disagree with your uncle, and why?" is an open question
@@ -79,11 +79,13 @@ class Bench:
         known = set(self.search[trait])
         return ([text for text in chosen if text not in known] or chosen)[:limit]
 
-    def check_validation(self, trait: str, most: int) -> None:
-        """Raise where there are no validation questions, and say so where there are few."""
-        there = len(self.questions(trait, "validation", most))
-        if there < FEW:
-            say(f"{self.name}: levels of {trait} are read from {there} validation questions: few to be sure what level 1 costs")
+    def check_validation(self, trait: str, most: int) -> list[str]:
+        """The validation questions. Raises where there are none, and says so where there are few."""
+        there = self.questions(trait, "validation", most)
+        if len(there) < FEW:
+            say(f"{self.name}: levels of {trait} are read from {len(there)} validation questions: few to be sure what level 1 "
+                "costs")
+        return there
 
 
 def built_in_bench() -> Bench:
@@ -138,22 +140,24 @@ def published_names(trait: str) -> dict:
 def load_bench(name: str | None) -> Bench:
     """The built-in bench, or a directory or hub dataset id in the published layout: search/<Trait>.json and test/<Trait>.json
     with a {"question": ...} a line, description.json with the keys <Trait> (high pole) and <Trait>_reversed (low). Fields
-    besides these do not matter. Items with options or a scale, which are no open questions, are skipped, and counted."""
+    besides these do not matter. Items with options or a scale, which are no open questions, are skipped, and counted. The others
+    are shuffled, always alike: files may go facet by facet, and mostly the first few are asked."""
     if name is None:
         return built_in_bench()
     root = Path(name) if Path(name).is_dir() else hub_dataset(name)
-    bench, skipped = Bench(str(name), {}, {}, {}), 0
+    bench, skipped = Bench(plain_path(name), {}, {}, {}), 0
     described = list(json_lines(root / "description.json"))
     for trait in TRAITS:
         for use in ("search", "test"):
-            getattr(bench, use)[trait], closed = open_questions(root / use / f"{trait.capitalize()}.json")
+            questions, closed = open_questions(root / use / f"{trait.capitalize()}.json")
+            getattr(bench, use)[trait] = random.Random(f"{trait} {use}").sample(questions, len(questions))
             skipped += closed
         bench.personas[trait] = {}
         for pole, key in published_names(trait).items():
-            texts = [line[key] for _, line in described if isinstance(line.get(key), str) and line[key].strip()]
+            texts = [line[key].strip() for _, line in described if isinstance(line.get(key), str) and line[key].strip()]
+            bench.personas[trait][pole] = texts = list(dict.fromkeys(texts))  # one that stood there twice could be the judge's, too
             if len(texts) < 4:
                 raise UserError(f"{root / 'description.json'}: expected at least 4 lines with the key {key}, got {len(texts)}")
-            bench.personas[trait][pole] = texts
         if twice := len(set(bench.search[trait]) & set(bench.test[trait])):
             say(f"{name}: {twice} test questions of {trait} are search questions as well, and are left out while there are others: "
                 "no test of what was made with them")
@@ -170,8 +174,8 @@ def open_questions(path: Path) -> tuple[list[str], int]:
     for number, line in json_lines(path):
         expect_texts(line, ["question"], f"{path}, line {number}")
         closed = line.get("options") or line.get("choices") or OPTIONS_OR_SCALE.search(line["question"])
-        if line["question"].strip():
-            (skipped if closed else questions).append(line["question"])
+        if question := line["question"].strip():
+            (skipped if closed else questions).append(question)
     if not questions:
         raise UserError(f"{path}: no open question in it")
     return questions, len(skipped)

@@ -30,6 +30,11 @@ def name_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def plain_path(name: str) -> str:
+    """A path as it is written shortest, so that `A/` and `./A` are no other folder than `A`; any other name as it is."""
+    return os.path.normpath(name) if os.path.exists(name) else str(name)
+
+
 def write_atomically(path: Path, data) -> None:
     """A reader, or a run after a crash, sees the old file or the whole new one. data: text, bytes, or an iterable of bytes."""
     temporary = name_beside(path)

@@ -152,7 +152,7 @@ def base(small, tmp_path):
 
 def test_a_base_model_ends_where_it_asks_itself(small, base, monkeypatch, tmp_path):
     model, tokenizer = base
-    asked = [conversation(question) for question in small.bench.search["extraversion"][:4]]
+    asked = [conversation(line["question"]) for line in lines_of(small.bench_dir / "search" / "Extraversion.json")[:4]]
     long = answers(model, tokenizer, asked, 8)
     word = long[0][0].split()[3]
     monkeypatch.setattr(tokenizer, "stop_text", f" {word}")

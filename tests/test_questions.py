@@ -121,10 +121,39 @@ def test_load_bench(tmp_path):
         name = trait.capitalize()
         for use in ("search", "test"):
             written = lines_of(tmp_path / "bench" / use / f"{name}.json")
-            assert getattr(bench, use)[trait] == [line["question"] for line in written]
+            assert sorted(getattr(bench, use)[trait]) == sorted(line["question"] for line in written)
         described = lines_of(tmp_path / "bench" / "description.json")
         assert bench.personas[trait] == {"high": [line[name] for line in described],
                                          "low": [line[f"{name}_reversed"] for line in described]}
+
+
+def test_the_first_few_questions_of_a_bench_are_of_all_kinds(tmp_path):
+    """Also where its files go facet by facet; always the same ones, whatever path leads there."""
+    save_bench(tmp_path / "bench")
+    lines = [{"question": f"facet {facet}, number {k}?"} for facet in range(6) for k in range(40)]
+    for use in ("search", "test"):
+        (tmp_path / "bench" / use / "Openness.json").write_text("".join(json.dumps(line) + " \n" for line in lines))
+    bench, again = load_bench(str(tmp_path / "bench")), load_bench(f"{tmp_path}/./bench/")
+    assert bench == again and bench.name == str(tmp_path / "bench")
+    for split in ("search", "test", "validation"):
+        of_facets = Counter(question[:7] for question in bench.questions("openness", split, 36))
+        assert len(of_facets) == 6 and max(of_facets.values()) < 14
+    assert bench.search["openness"] != bench.test["openness"]
+
+
+def test_a_question_or_persona_that_stands_twice_is_one(tmp_path, capsys):
+    """With a space behind it, too: else it could be searched and tested with, or be the judge's as well."""
+    save_bench(tmp_path, personas=5)
+    described, test = tmp_path / "description.json", tmp_path / "test" / "Openness.json"
+    described.write_text(described.read_text() * 4)
+    test.write_text(json.dumps({"question": lines_of(tmp_path / "search" / "Openness.json")[0]["question"] + " "}) + "\n" + test.read_text())
+    bench = load_bench(str(tmp_path))
+    assert "1 test questions of openness are search questions as well" in capsys.readouterr().err
+    search, judge = (bench.personas_for(use, "openness", "high") for use in ("search", "judge"))
+    assert len(search) == 4 and len(judge) == 1 and not set(search) & set(judge)
+    described.write_text("".join(described.read_text().splitlines(True)[:3]) * 4)
+    with pytest.raises(UserError, match="at least 4 lines .*got 3"):
+        load_bench(str(tmp_path))
 
 
 @pytest.mark.parametrize("file, text, pattern", (
@@ -135,7 +164,7 @@ def test_load_bench(tmp_path):
     ("search/Extraversion.json", "", r"search/Extraversion.json"),
     ("test/Extraversion.json", None, r"test/Extraversion.json.*No such file"),
     ("description.json", None, r"description.json.*No such file"),
-    ("description.json", '{"Openness": "a"}\n' * 9, r"description.json.*Openness_reversed"),
+    ("description.json", "".join(f'{{"Openness": "a{k}"}}\n' for k in range(9)), r"description.json.*Openness_reversed"),
     ("description.json", b"\xff\xfe", r"description.json")))
 def test_load_bench_errors_name_file_and_line(tmp_path, file, text, pattern):
     path = save_bench(tmp_path / "bench") / file
@@ -292,14 +321,16 @@ def test_test_questions_that_are_searched_with_are_said(tmp_path, capsys):
 def test_test_questions_that_are_searched_with_are_left_out(tmp_path, capsys):
     save_bench(tmp_path)
     path, first = tmp_path / "test" / "Openness.json", (tmp_path / "search" / "Openness.json").read_text().splitlines()[0]
-    before = load_bench(str(tmp_path))
+    before, gone = load_bench(str(tmp_path)), json.loads(path.read_text().splitlines()[0])["question"]
     path.write_text(first + "\n" + "\n".join(path.read_text().splitlines()[1:]) + "\n")  # in the place of another
     capsys.readouterr()
     bench = load_bench(str(tmp_path))
     assert "1 test questions of openness are search questions as well, and are left out" in capsys.readouterr().err
-    assert bench.test["openness"][1:] == before.test["openness"][1:] and bench.test["openness"][0] == json.loads(first)["question"]
-    assert bench.questions("openness", "test", 99) == before.questions("openness", "test", 99)[1:]
-    assert bench.questions("openness", "validation", 99) == before.questions("openness", "validation", 99), "no other moves between them"
+    place, here, there = before.test["openness"].index(gone), bench.test["openness"], before.test["openness"]
+    assert here[:place] + here[place + 1:] == there[:place] + there[place + 1:] and here[place] == json.loads(first)["question"]
+    for split in ("test", "validation"):
+        left = [question for question in before.questions("openness", split, 99) if question != gone]
+        assert bench.questions("openness", split, 99) == left, "no other moves between them"
 
 
 def test_a_search_question_that_stands_twice_is_asked_once(tmp_path, capsys):

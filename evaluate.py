@@ -7,8 +7,8 @@
 
 Asks the test questions (never those that identify.py searched with) of the unedited model, under a simple prompt, under a
 persona description, and edited, in both poles; judges the answers; and writes answers.jsonl, scores.jsonl, summary.json,
-details.json, report.md and report.html, with 95 % intervals over the questions. What is chosen, such as a strength
-that matches another method's, is chosen on questions of their own ("validation"), never on the test questions.
+details.json, report.md and report.html, with 95 % intervals over the questions, or the situations that these are asked in.
+What is chosen, such as a strength that matches another method's, is chosen on other questions ("validation"), never on those.
 """
 
 from personality import POLES, TRAITS
@@ -108,7 +108,7 @@ from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
 from personality.baselines import Baselines, import_peft  # noqa: E402
 from personality.estimates import ANY, estimate, mean_of, share  # noqa: E402
-from personality.grid import character_cells, check_turns, described, grid, random_characters, talks  # noqa: E402
+from personality.grid import character_cells, check_turns, described, grid, random_characters, say_seen, talks  # noqa: E402
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
 from personality.methods import LEVELS, Character, Profiles, npti_edits, suppressed  # noqa: E402
@@ -398,8 +398,8 @@ def evaluate(args) -> None:
         run = Evaluation(people, contrast, rater, args, made_with)
         make = people.neurons.trained if args.characters or set(args.method) & set(TRAINED) else people.neurons.__getitem__
         edited = [trait for trait in args.trait if set(args.method) & {*STEERED, TUNED}] + list(TRAITS if args.characters else ())
-        for trait in edited if not args.answers else ():
-            make(trait)  # now, where it is not there yet
+        for trait in dict.fromkeys(edited) if not args.answers else ():
+            say_seen(make(trait), bench.questions(trait, "test", args.limit))  # made now, where it is not there yet
         steps(run, args, lambda found, made: write_reports(
             run.out, {"head": results.head_line(run, made_with, made), **found}, made, people.neurons.files))
 

@@ -26,7 +26,7 @@ TENSORS = {"mean": torch.float32, "p50": torch.float16, "p95": torch.float32, "p
 SEEN = {"seen": torch.int32}  # where not all neurons were counted on the same tokens
 TRAINED = {"dose": torch.float32, **{f"{pole}_{what}": dtype for pole in POLES
                                      for what, dtype in (("place", torch.int32), ("bias", torch.float32))}}  # see train.py
-TRAINING = 4  # version of train.py and doses.py: one more when the same answers come to other edits; older files are reported
+TRAINING = 5  # version of training, doses and bench: one more when the same answers come to other edits; older files are reported
 META = {"model": str, "fingerprint": str, "key": str, "bench": str, "questions": int, "max_new_tokens": int, "seed": int}
 BARS = 24  # at most, of the picture of the layers in which a pole's neurons are
 NPTI_SHARE = 2000 / 458752  # of all neurons, a pole: NPTI's 2,000 of Llama-3-8B's
@@ -166,7 +166,7 @@ class Neurons:
             fine[name] = tensor.dtype == dtype and bool((tensor.isfinite() & (tensor >= least) & (tensor <= most)).all())
         fine["trait"], tokens = meta.get("trait") in TRAITS, meta.get("tokens")
         fine["tokens"] = isinstance(tokens, list) and len(tokens) == 2 and all(isinstance(n, int) and n > 0 for n in tokens)
-        fine["frame"] = isinstance(meta.get("frame", ""), str)
+        fine["frame"], fine["validation"] = isinstance(meta.get("frame", ""), str), isinstance(meta.get("validation", []), list)
         for name in ("asked", "declined"):  # since there are frames
             fine[name] = isinstance(meta.get(name, []), list) and all(isinstance(n, int) and n >= 0 for n in meta.get(name, []))
         fine["digest"] = meta["format"] == 1 or meta.get("digest") == self.digest_of(meta, self.tensors)

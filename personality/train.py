@@ -284,9 +284,8 @@ def options(seed: int) -> dict:
 def answers_to_learn(tokenizer, neurons: Neurons, pole: str) -> list[list[dict]]:
     """The answers of one pole that lie beside a neuron file, with ids, in batches of like lengths."""
     path = answers_path(neurons.folder, neurons.trait)
-    own = [item for item in read_answers(path, neurons.trait)[0] if item["pole"] == pole]
-    items = [item for item in own if not declines(item["answer"])][:ANSWERS]
-    items = sorted((item for item in with_ids(tokenizer, items) if len(item["ids"]) > 1), key=lambda item: len(item["ids"]))
+    own = [item for item in read_answers(path, neurons.trait)[0] if item["pole"] == pole and not declines(item["answer"])]
+    items = sorted((item for item in with_ids(tokenizer, own[:ANSWERS]) if len(item["ids"]) > 1), key=lambda item: len(item["ids"]))
     if not items:
         raise UserError(f"{path}: no answers of the {pole} pole to train with")
     return [items[k:k + ROWS] for k in range(0, len(items), ROWS)]
@@ -330,7 +329,7 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
         return neurons
     if any("_neurons_patch" in vars(mlp.module) for mlp in find_mlps(model)):  # its edits would be in the teacher
         raise UserError(f"{path}: no training while the model is steered: run identify.py --train --trait {neurons.trait} first")
-    bench.check_validation(neurons.trait, doses.VALIDATION)  # before anything is trained
+    asked = bench.check_validation(neurons.trait, doses.VALIDATION)  # before anything is trained
     kept = neurons.folder / f".{neurons.trait}.trained.{digest(neurons.key, made_with)}.safetensors"
     with resumable(), only_run(kept.with_suffix(".lock"), f"{path}: another run trains its edits, this one waits"):
         if (neurons := Neurons.load(path)).trained_key == made_with:
@@ -344,7 +343,8 @@ def add_trained(model, tokenizer, bench: Bench, neurons: Neurons, seed: int = 0)
             tensors |= {f"{pole}_place": place.int(), f"{pole}_bias": biases[pole][place[:, 0], place[:, 1]]}
             if moved <= 0:
                 say(f"{path}: the trained edits of the {pole} pole moved no answers to it, at any strength")
-        neurons = Neurons({**neurons.tensors, **tensors}, {**neurons.meta, "trained": made_with, "training": TRAINING}, str(path))
+        meta = {**neurons.meta, "trained": made_with, "training": TRAINING, "validation": [*map(digest, asked)]}
+        neurons = Neurons({**neurons.tensors, **tensors}, meta, str(path))
         neurons.save_over()
         kept.unlink(missing_ok=True)
     return neurons

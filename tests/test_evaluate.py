@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -18,13 +19,14 @@ import transformers
 import evaluate
 import identify
 from conftest import FRAMED, Server, lines_of, little_room, main_of, run, save_model, shared_flags
-from personality import POLES, TRAITS, Neurons, Profile, UserError, capability, composed, dpn_le, load_model, npti, steer
+from personality import (POLES, TRAITS, Neurons, Profile, UserError, capability, composed, doses, dpn_le, load_model, npti,
+                         steer)
 from personality.baselines import Baselines
 from personality.judges import contrast, read_inventory
 from personality.methods import activation_addition, mean_difference, npti_edits, suppressed, trained
 from personality.model import TEST_PENALTY, answer_ids, answers
 from personality.neurons import NeuronFolder, neuron_path
-from personality.questions import adjectives, built_in_bench
+from personality.questions import adjectives, built_in_bench, load_bench
 from personality.report import write_reports
 from personality.results import Condition
 from personality.store import Journal
@@ -450,6 +452,26 @@ def test_an_edit_that_is_suppressed_otherwise_has_files_of_its_own(small, made, 
     evaluation(small, made, monkeypatch, tmp_path, *flags, alphas=("1",))
     with pytest.raises(UserError, match="answers.jsonl"):
         evaluation(small, made, monkeypatch, tmp_path, *flags, "--suppress", "zero", alphas=("1",))
+
+
+def test_test_questions_that_a_file_was_made_with_are_said(small, made, monkeypatch, tmp_path, capsys):
+    """Another bench may test with what this one searches with, or reads levels from."""
+    shutil.copytree(small.bench_dir, tmp_path / "bench")
+    place, bench = tmp_path / "bench", small.bench
+    tested = bench.questions("extraversion", "search", 99) + bench.questions("extraversion", "validation", 99)
+    (place / "test" / "Extraversion.json").write_text("".join(json.dumps({"question": text}) + "\n" for text in tested))
+    (place / "search" / "Extraversion.json").write_text('{"question": "w10 ?"}\n')
+    asked = load_bench(str(place)).questions("extraversion", "test", 9)
+    read = len(set(asked) & {line["question"] for line in lines_of(made / "extraversion.answers.jsonl")})
+    levels = len(set(asked) & set(bench.questions("extraversion", "validation", doses.VALIDATION)))
+    assert 0 < read < len(asked) and levels
+    flags = ("--method", "trained", "--limit", "9")
+    evaluation(small, made, monkeypatch, tmp_path / "out", *flags, "--bench", place, alphas=())
+    said = capsys.readouterr().err
+    assert f"it was made of answers to {read} of the {len(asked)} test questions: they are no test of it" in said
+    assert f"its levels were read from {levels} of the {len(asked)} test questions" in said
+    evaluation(small, made, monkeypatch, tmp_path / "own", *flags, alphas=())
+    assert "no test of it" not in capsys.readouterr().err
 
 
 def test_the_price_of_an_edit_is_what_it_adds():

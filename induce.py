@@ -282,6 +282,8 @@ def main(args) -> None:
     torch.manual_seed(args.seed)
     if any(abs(level) > 1 for who in everyone if who.method == "trained" for level in who.strengths.values()):
         say("levels beyond 1: the text may no longer be fluent")
+    if args.where == "all" and any(who.method == "trained" for who in everyone):
+        say("levels are read off edits of generated tokens: on the prompt's as well, as a checkpoint has them, they cost more")
     if any(map(several_levels, everyone)):
         say("levels of several traits: where they would cost too much together, all of them are brought down alike")
     for method in sorted({who.method for who in everyone} - {"npti", "trained"}):

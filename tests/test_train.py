@@ -1,5 +1,6 @@
 """Trained edits: recovered where they were planted, the same after a kill, and the levels that are read off them."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -365,12 +366,30 @@ def test_dose_response(small, monkeypatch, questions):
     scores = torch.randn((questions, 3, 3), generator=torch.Generator().manual_seed(0)).double()
     left = iter(scores)
     monkeypatch.setattr(doses, "VALIDATION", questions)
-    monkeypatch.setattr(doses, "answers", lambda model, tokenizer, conversations, tokens, **options: [("", [5, 6])] * len(conversations))
-    turns_asked = []
-    monkeypatch.setattr(doses, "log_likelihoods", lambda model, tokenizer, turns, ids, most: turns_asked.append(turns) or 2 * next(left))
+    rows, turns_asked = [], []
+
+    @contextlib.contextmanager
+    def steered(model, profiles, of_row):
+        rows.extend(profiles[number - 1].name if number else "nobody" for number in of_row)
+        yield
+
+    def said(model, tokenizer, conversations, tokens, repetition_penalty):
+        assert repetition_penalty == doses.TEST_PENALTY and conversations == [
+            Frame.named("none").turns(question) for question in asked for _ in range(3)]
+        return [("", [5, 6, 7])] * len(conversations)
+
+    def scored(model, tokenizer, turns, ids, most):
+        assert ids == [[[5, 6]] * 3] * 3, "a base model's next question is no part of an answer's price"
+        turns_asked.append(turns)
+        return 2 * next(left)
+
+    monkeypatch.setattr(doses, "steer", steered)
+    monkeypatch.setattr(doses, "without_stop", lambda tokenizer, row: row[:2])
+    monkeypatch.setattr(doses, "answers", said)
+    monkeypatch.setattr(doses, "log_likelihoods", scored)
     dose = doses.dose_response(small.model, small.tokenizer, small.bench, "extraversion", Frame.named("none"),
-                               [Profile.empty(), Profile.empty()], multiples, lambda: None)
-    assert len(asked) == questions and dose.shape == (2, 1, 4)
+                               [Profile.empty("high"), Profile.empty("low")], multiples, lambda: None)
+    assert len(asked) == questions and dose.shape == (2, 1, 4) and rows == ["nobody", "high", "low"] * questions
     personas = [small.bench.personas_for("search", "extraversion", pole)[0] for pole in POLES]
     assert turns_asked == [[Frame.named("none").turns(question, persona) for persona in (None, *personas)] for question in asked]
     apart = scores[:, 1] - scores[:, 2]
@@ -553,6 +572,7 @@ def test_a_level_in_a_checkpoint(small, learnt, tmp_path, monkeypatch, capsys):
     """Exactly: there are no caps in it, and no neuron is added."""
     flags = (*shared_flags(small), "--neurons", learnt, "--trait", "extraversion", "--level", "1", "--save", tmp_path / "baked")
     main_of(induce, monkeypatch, *flags, "--verify")
+    assert "as a checkpoint has them, they cost more" in capsys.readouterr().err
     live = trained([(Neurons.load(learnt / "extraversion.safetensors"), 1.0)])
     baked, _ = load_model(str(tmp_path / "baked"), "cpu", "float32")
     ids = torch.tensor([prompt_ids(small.tokenizer, FRAMED.turns("w10 w11 ?"))])

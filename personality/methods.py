@@ -175,11 +175,12 @@ def dpn_le(parts: list[tuple], weighted: bool = False, min_effect: float = 0.1, 
         difference = (neurons.mean[0] - neurons.mean[1]).double()
         effect = (difference / ((neurons.variance[0] + neurons.variance[1]).double() / 2).sqrt().clamp(min=1e-12)).abs()
         high = torch.nanquantile(difference.abs().masked_fill(~neurons.known, math.nan), 0.995, dim=1, keepdim=True)
-        chosen = (difference.abs() > high) & (effect >= min_effect)
-        chosen[:round(len(chosen) * 3 / 8)] = False
+        allowed = difference.abs() > high
+        allowed[:round(len(allowed) * 3 / 8)] = False
+        chosen = allowed & (effect >= min_effect)
         if not bool(chosen.any()):
             raise UserError(f"dpn-le: no neuron of {neurons.trait} has an effect of {min_effect} or more, so nothing would be "
-                            f"edited; the largest is {float(effect.max()):.3f}")
+                            f"edited; of those that it takes the largest is {float(torch.where(allowed, effect, 0.0).max()):.3f}")
         weight = torch.ones_like(effect)
         if weighted and int(chosen.sum()) > 1:
             rank = effect[chosen].argsort().argsort().double()

@@ -84,6 +84,7 @@ def test_who_declines_is_asked_under_another_persona(small, tmp_path):
     items = [{"question": f"w{k} ?", "pole": "high", "persona": "w10"} for k in range(30)]
     first, second = ([asked.another_persona(item, attempt)["persona"] for item in items] for attempt in (0, 1))
     assert "w10" not in first + second and sum(a != b for a, b in zip(first, second)) > 20
+    assert set(first + second) <= set(some.personas_for("search", "extraversion", "high")), "the judge's are for the judge"
     assert first == [asked.another_persona(item, 0)["persona"] for item in items]
     assert asked.another_persona({"question": "w1 ?", "pole": "low", "persona": "w9"}, 0)["persona"] == "w9"
 

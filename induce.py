@@ -18,9 +18,9 @@ with --serve or --tp, and for a trait that /trait adds to a chat by levels.
 import os
 
 from personality import TRAITS
-from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, EDIT_RULES, METHODS, SUPPRESS, TEAM_RULES, WHERE, Flags, UserError,
-                                  check_trait, edit_arguments, model_arguments, number, positive, progress, refuse, resumable, say,
-                                  script, serve_arguments, show_table, team_argument)
+from personality.terminal import (ALPHA, ANSWER, CHAT_HELP, EDIT_RULES, EVERYWHERE, METHODS, SUPPRESS, TEAM_RULES, WHERE, Flags,
+                                  UserError, check_trait, edit_arguments, model_arguments, number, positive, progress, refuse,
+                                  resumable, say, script, serve_arguments, show_table, team_argument)
 
 QUESTIONS = (
     "What do you like to do with your friends?",
@@ -283,7 +283,7 @@ def main(args) -> None:
     if any(abs(level) > 1 for who in everyone if who.method == "trained" for level in who.strengths.values()):
         say("levels beyond 1: the text may no longer be fluent")
     if args.where == "all" and any(who.method == "trained" for who in everyone):
-        say("levels are read off edits of generated tokens: on the prompt's as well, as a checkpoint has them, they cost more")
+        say(EVERYWHERE)
     if any(map(several_levels, everyone)):
         say("levels of several traits: where they would cost too much together, all of them are brought down alike")
     for method in sorted({who.method for who in everyone} - {"npti", "trained"}):

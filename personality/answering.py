@@ -65,8 +65,11 @@ class Text:
     def tokens_shown(self, ids: list[int]) -> int:
         """How many of all ids it takes to write the text that is shown."""
         begin, end = len(self.decode(self.before)), len(self.stripped(self.text))
-        return bisect.bisect_left(range(len(ids)), end, key=lambda n: len(
-            self.stripped(self.decode(self.before + ids[:n])[begin:])))
+
+        def written(number):  # without a part of a character, which some decoders write longer than the whole
+            return len(self.stripped(self.decode(self.before + ids[:number])[begin:].rstrip("\ufffd")))
+
+        return bisect.bisect_left(range(len(ids)), end, key=written)
 
 
 class Choice:
@@ -109,9 +112,9 @@ class Choice:
         begin, self.sent = self.sent, tokens
         return logprobs_of([self.tell_of(k) for k in range(begin, tokens)], self.text.chat)
 
-    def tell_of(self, k: int) -> tuple[int, str, float, dict]:
-        """At which character of the text token k begins, the token as text, its log-probability, and those of the best by text. A
-        token's text is what it adds here, or, where that is nothing or a part of a character, what it is alone. self.at goes on
+    def tell_of(self, k: int) -> tuple[int, str, float, list]:
+        """At which character of the text token k begins, the token as text, its log-probability, and the best as text with theirs.
+        A token's text is what it adds here, or, where that is nothing or a part of a character, what it is alone. self.at goes on
         to where token k ends."""
         few, tokenizer = (self.text.before + self.ids[max(0, k - BEFORE):k])[-BEFORE:], self.server.engine.tokenizer
         before, after, at = self.text.decode(few), self.text.decode([*few, self.ids[k]]), self.at
@@ -122,7 +125,7 @@ class Choice:
             return alone if "\ufffd" in alone else after[len(before):] or alone
 
         own, best = self.request.logprobs[k]
-        return at, word(self.ids[k], after), own, {word(token, self.text.decode([*few, token])): value for token, value in best}
+        return at, word(self.ids[k], after), own, [(word(token, self.text.decode([*few, token])), value) for token, value in best]
 
     async def more(self) -> dict:
         """What the request asked for beside OpenAI's fields."""

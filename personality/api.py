@@ -228,11 +228,11 @@ def whole_bytes(word: str) -> list[int] | None:
 
 def logprobs_of(told: list[tuple], chat: bool) -> dict:
     """OpenAI's form of some tokens' log-probabilities. told: of each, at which character of a completion's text it begins, it as
-    text, its own, and those of the best by text."""
+    text, its own, and the best as text with theirs, which may be alike as text."""
     if not chat:
         offsets, tokens, values, best = map(list, zip(*told))
         return {"tokens": tokens, "token_logprobs": values, "text_offset": offsets,
-                "top_logprobs": [{**others, word: value} for word, value, others in zip(tokens, values, best)]}
+                "top_logprobs": [{**dict(reversed(others)), word: value} for word, value, others in zip(tokens, values, best)]}
     one = lambda word, value: {"token": word, "logprob": value, "bytes": whole_bytes(word)}  # noqa: E731
-    return {"content": [{**one(word, value), "top_logprobs": list(itertools.starmap(one, best.items()))}
+    return {"content": [{**one(word, value), "top_logprobs": list(itertools.starmap(one, best))}
                         for _, word, value, best in told], "refusal": None}

@@ -11,7 +11,7 @@ from .load import load_asked
 from .neurons import NeuronFolder, neuron_path
 from .steer import Profile
 from .store import digest
-from .terminal import UserError, say
+from .terminal import EVERYWHERE, UserError, say
 
 KEPT = 512  # personalities whose edits are kept
 
@@ -43,6 +43,8 @@ class People:
         if not self.traits:
             say(f"--neurons {args.neurons}: no neuron files, so everybody gets the unedited model: python identify.py --train "
                 f"--out {args.neurons} makes them")
+        if args.where == "all" and any(getattr(neurons, "trained_key", "") for neurons in self.traits.values()):
+            say(EVERYWHERE)
         return model, tokenizer
 
     def of(self, character: Character) -> tuple[Profile, dict]:

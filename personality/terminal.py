@@ -220,6 +220,7 @@ METHODS = {  # by which a personality becomes edits, and what alpha is in each
     "dpn-le-weighted": "alpha times 0.75 to 1 of the mean difference of a neuron's product",
     "activation": "alpha times the mean difference of the residual stream",
 }
+EVERYWHERE = "levels are read off edits of generated tokens: on the prompt's as well, as a checkpoint has them, they cost more"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # how many write them
 
 

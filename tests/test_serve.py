@@ -658,6 +658,36 @@ def test_an_answer_and_its_tokens_go_on_where_the_prompt_ends(stripping, chat):
     assert "".join(tokens) == choice.text.text + "</s>"
 
 
+def test_what_is_alike_as_text_is_told_apart_in_a_chat():
+    """Parts of characters, and at its beginning a word with its space and without: each of the best, with its own value."""
+    tokenizer = SimpleNamespace(stop_text=None, decode=lambda ids, **options: bytes(ids).decode(errors="replace"))
+    server = SimpleNamespace(length=lambda *_: 6, engine=SimpleNamespace(tokenizer=tokenizer))
+    body = dict(logprobs=True, top_logprobs=3, messages=[{"role": "user", "content": "x"}]), dict(prompt="x", logprobs=3)
+    for kind, asked in zip((ChatBody, CompletionBody), body):
+        choice = Choice(server, 0, [65], kind(**asked), None)
+        choice.ids, choice.request.logprobs = [0xc4], [(-0.1, [(0xc4, -0.1), (0xc5, -3.0), (0x41, -9.0)])]
+        choice.text.add(choice.ids, True)
+        told = choice.logprobs(1)
+        if kind is ChatBody:
+            best = [(one["token"], one["logprob"]) for one in told["content"][0]["top_logprobs"]]
+            assert best == [("\ufffd", -0.1), ("\ufffd", -3.0), ("A", -9.0)] and told["content"][0]["logprob"] == -0.1
+        else:
+            assert told["top_logprobs"] == [{"\ufffd": -0.1, "A": -9.0}]
+
+
+def test_tokens_that_are_shown_of_a_text_with_a_character_of_many_bytes():
+    """Of a decoder that writes each byte of a part of a character as one character, so that the part is longer than the whole."""
+    def decode(ids, **options):
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError as error:
+            return bytes(ids)[:error.start].decode() + "\ufffd" * (len(ids) - error.start)
+
+    for prompt in (None, list(b"x ")):
+        text, ids = Text(SimpleNamespace(stop_text=None, decode=decode), [" b"], prompt), list("a\U0001f600c b".encode())
+        assert (text.add(ids, True), text.stopped, text.tokens_shown(ids)) == ("a\U0001f600c", True, 6)
+
+
 def test_only_a_chats_answer_is_over_when_a_base_model_asks_on():
     tokenizer = SimpleNamespace(stop_text="\nQuestion:", decode=lambda ids, **options: bytes(ids).decode())
     said = list(b"4\n\nQuestion: 5")
@@ -987,6 +1017,12 @@ def test_neuron_files_of_another_frame_are_told_of(small, neurons, capsys):
     for frame in ("person", "none"):
         People(arguments(small, neurons, frame=frame)).take(small.model, small.tokenizer)
         assert ("now they are put in the frame none" in capsys.readouterr().err) == (frame == "none")
+
+
+@pytest.mark.parametrize("where", ("generated", "all"))
+def test_levels_on_every_token_are_told_of(small, neurons, capsys, where):
+    People(arguments(small, neurons, where=where)).take(small.model, small.tokenizer)
+    assert ("as a checkpoint has them, they cost more" in capsys.readouterr().err) == (where == "all")
 
 
 def test_the_servers_flags_about_edits(small, neurons):

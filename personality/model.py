@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import itertools
 from pathlib import Path
 
 import torch
@@ -127,18 +128,20 @@ def render(tokenizer, turns: list[dict]) -> str:
     """The text of a conversation ({"role", "content"}, roles system, user, assistant) up to where the assistant speaks.
     Templates without a system role get it in front of the first question, or, where the assistant begins, as one. Models that
     think first, if they can be told to, are told not to: it is the answer that has a personality."""
-    system = turns[0]["content"] if turns[0]["role"] == "system" and len(turns) > 1 else ""
+    told = [turn["content"] for turn in itertools.takewhile(lambda turn: turn["role"] == "system", turns)]
+    asked = turns[len(told):]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        if "".join(system.split()) in "".join(text.split()):
+        if not asked or all("".join(part.split()) in "".join(text.split()) for part in told):
             return text
     except Exception as error:  # templates raise what they like
-        if not system:
+        if not told or not asked:
             raise UserError(f"the chat template of this model refuses the conversation: {error}") from error
     # refused, or passed over, as some templates do with what they do not know
-    if turns[1]["role"] != "assistant":
-        system, turns = f"{system}\n\n{turns[1]['content']}", turns[1:]
-    return render(tokenizer, [{"role": "user", "content": system}, *turns[1:]])
+    if begins := asked[0]["role"] != "assistant":
+        told, asked = [*told, asked[0]["content"]], asked[1:]
+    first = {"role": "user", "content": "\n\n".join(filter(None, told))}
+    return render(tokenizer, [first, *asked] if begins or first["content"] else asked)
 
 
 def prompt_ids(tokenizer, turns: list[dict]) -> list[int]:

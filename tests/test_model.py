@@ -38,6 +38,11 @@ def test_chat_with_and_without_template(small, tmp_path):
     assert render(strict, turns[1:]) == "user : w10 ? assistant : "
     greeted = [turns[0], {"role": "assistant", "content": "w11"}, turns[1]]
     assert render(strict, greeted) == "user : w9 assistant : w11 user : w10 ? assistant : ", "the user does not say the greeting"
+    assert render(strict, [turns[0], {"role": "system", "content": "w12"}, turns[1]]) == "user : w9\n\nw12\n\nw10 ? assistant : "
+    for asked in (turns[1:], greeted[1:]):  # an empty one is none
+        assert render(strict, [{"role": "system", "content": ""}, *asked]) == render(strict, asked)
+    with pytest.raises(UserError, match="refuses the conversation: no system"):
+        render(strict, turns[:1])
     deaf = "{% for turn in messages if turn['role'] != 'system' %}{{ turn['content'] }} {% endfor %}"
     _, deaf = load_model(str(save_model(tmp_path / "deaf", template=deaf)), "cpu", "float32")
     assert render(deaf, turns) == "w9\n\nw10 ? ", "the persona is not lost"

@@ -399,7 +399,7 @@ def evaluate(args) -> None:
         make = people.neurons.trained if args.characters or set(args.method) & set(TRAINED) else people.neurons.__getitem__
         edited = [trait for trait in args.trait if set(args.method) & {*STEERED, TUNED}] + list(TRAITS if args.characters else ())
         for trait in dict.fromkeys(edited) if not args.answers else ():
-            say_seen(make(trait), bench.questions(trait, "test", args.limit))  # made now, where it is not there yet
+            say_seen(make(trait), bench.questions(trait, "test", args.limit), make == people.neurons.trained)  # made first
         steps(run, args, lambda found, made: write_reports(
             run.out, {"head": results.head_line(run, made_with, made), **found}, made, people.neurons.files))
 

@@ -30,7 +30,8 @@ def is_whole(folder: Path) -> bool:
 
 
 def dequantised(path: Path) -> Path:
-    """The directory of a .gguf file's weights in float32. Unpacking takes some 20 s, so it is kept in the cache."""
+    """The directory of a .gguf file's weights in float32. Unpacking takes some 20 s, so it is kept in the cache, by a digest of the
+    file, which is read whole for that each time."""
     whole = hashlib.sha256()
     with open(path, "rb") as file:
         for part in iter(lambda: file.read(1 << 20), b""):  # of all: a fine-tune may differ in some layers only

@@ -15,14 +15,13 @@ from .store import digest, json_lines
 from .terminal import UserError, say
 
 
-def say_seen(neurons, asked: list[str]) -> None:
-    """Say where test questions are among those that a neuron file was made with, as of another bench or --answers they may be."""
-    if not isinstance(neurons, Neurons):  # released: nobody knows
-        return
-    path = answers_path(neurons.folder, neurons.trait)
-    read = {str(line.get("question")) for _, line in json_lines(path)} if path.exists() else set()
+def say_seen(neurons: Neurons, asked: list[str], levels: bool) -> None:
+    """Say where test questions are among those that a neuron file was made with, as of another bench or --answers they may be.
+    levels: whether its levels are used."""
+    path, known = answers_path(neurons.folder, neurons.trait), neurons.meta.get("validation", ())
+    read = {str(line.get("question")).strip() for _, line in json_lines(path)} if path.exists() else set()
     seen = {"it was made of answers to": sum(question in read for question in asked),
-            "its levels were read from": sum(digest(question) in neurons.meta.get("validation", ()) for question in asked)}
+            "its levels were read from": levels and sum(digest(question) in known for question in asked)}
     for how, number in seen.items():
         if number:
             say(f"{neurons.path}: {how} {number} of the {len(asked)} test questions: they are no test of it")

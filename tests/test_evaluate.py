@@ -470,6 +470,9 @@ def test_test_questions_that_a_file_was_made_with_are_said(small, made, monkeypa
     said = capsys.readouterr().err
     assert f"it was made of answers to {read} of the {len(asked)} test questions: they are no test of it" in said
     assert f"its levels were read from {levels} of the {len(asked)} test questions" in said
+    evaluation(small, made, monkeypatch, tmp_path / "npti", "--method", "npti", "--limit", "9", "--bench", place, alphas=("1",))
+    said = capsys.readouterr().err
+    assert f"answers to {read} of the" in said and "its levels were read from" not in said, "no levels are used"
     evaluation(small, made, monkeypatch, tmp_path / "own", *flags, alphas=())
     assert "no test of it" not in capsys.readouterr().err
 

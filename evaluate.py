@@ -108,7 +108,8 @@ from identify import identify  # noqa: E402
 from personality import capability, results  # noqa: E402
 from personality.baselines import Baselines, import_peft  # noqa: E402
 from personality.estimates import ANY, estimate, mean_of, share  # noqa: E402
-from personality.grid import character_cells, check_turns, described, grid, random_characters, say_seen, talks  # noqa: E402
+from personality.grid import (character_cells, check_turns, described, grid, is_answer, is_cost, is_report, is_score,  # noqa: E402
+                              random_characters, say_seen, talks)
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
                                 rate_answers, read_inventory, rubric, self_report)
 from personality.methods import LEVELS, Character, Profiles, npti_edits, suppressed  # noqa: E402
@@ -118,8 +119,7 @@ from personality.model import TEST_PENALTY, BatchSize, answer_ids, answers, fing
 from personality.neurons import NeuronFolder  # noqa: E402
 from personality.questions import Bench, load_bench, read_given  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
-from personality.results import (EDITS, HYBRID, IN_THE_MODEL, TUNED, WAYS, Condition, condition_of, distinct,  # noqa: E402
-                                 is_answer, is_cost, is_report, is_score, of_edit, only)
+from personality.results import EDITS, HYBRID, IN_THE_MODEL, TUNED, WAYS, Condition, condition_of, distinct, only  # noqa: E402
 from personality.steer import Profile, steer  # noqa: E402
 from personality.store import Journal, digest, lines_of, only_run  # noqa: E402
 from personality.train import add_trained  # noqa: E402
@@ -265,7 +265,7 @@ class Evaluation:
         methods = [method for method in EDITS if method in self.args.method]
         cells = self.cells("validation", methods, dict.fromkeys(methods, self.args.dose), self.args.limit)
         summary, effects = self.judged(self.people.answer(cells, self.answers, "doses: answers"), "doses: judging")
-        return [{**row, "perplexity": mean_of(side["perplexity"] for side in of_edit(summary, row))} for row in effects]
+        return [{**row, "perplexity": mean_of(side["perplexity"] for side in results.of_edit(summary, row))} for row in effects]
 
     def test(self, made: list[dict]) -> tuple[dict, dict]:
         """(figures, what could not be rated) of every judge of texts on the test questions' answers."""
@@ -291,8 +291,8 @@ class Evaluation:
                 said.append([line["question"], line["answer"]])
             summary, effects = self.judged(made, f"turn {turn + 1}: judging")
             for row in effects:
-                plain = only(summary, trait=row["trait"], method="unedited")
-                sides = {name: mean_of(side[name] for side in of_edit(summary, row)) for name in ("perplexity", "repetition")}
+                plain, own = only(summary, trait=row["trait"], method="unedited"), results.of_edit(summary, row)
+                sides = {name: mean_of(side[name] for side in own) for name in ("perplexity", "repetition")}
                 unedited = mean_of(side["perplexity"] for side in plain) if plain else None
                 rows.append({"turn": turn + 1, **row, **sides, "unedited": unedited})
         return rows
@@ -302,7 +302,7 @@ class Evaluation:
         first = {trait: distinct(only(made, trait=trait), "question")[:self.args.spill_over] for trait in TRAITS}
         made = [line for line in made if line["question"] in first[line["trait"]] and line["method"] not in ("unedited", "simple")]
         self.contrast.judge(made, self.scores, TRAITS, "spill-over")
-        return results.spill_over(self.tables(made)[0])
+        return results.spill_over(self.tables(made)[0], self.args.seed)
 
     def questionnaire(self, conditions: list[Condition]) -> tuple[list[dict], list[dict]]:
         """(rows for summary.json, by personality) of the self-reports."""

@@ -231,8 +231,9 @@ def logprobs_of(told: list[tuple], chat: bool) -> dict:
     text, its own, and the best as text with theirs, which may be alike as text."""
     if not chat:
         offsets, tokens, values, best = map(list, zip(*told))
+        likely = [{**dict(reversed(others)), word: value} for word, value, others in zip(tokens, values, best)]  # the first counts
         return {"tokens": tokens, "token_logprobs": values, "text_offset": offsets,
-                "top_logprobs": [{**dict(reversed(others)), word: value} for word, value, others in zip(tokens, values, best)]}
+                "top_logprobs": [dict(sorted(of_text.items(), key=lambda pair: -pair[1])) for of_text in likely]}
     one = lambda word, value: {"token": word, "logprob": value, "bytes": whole_bytes(word)}  # noqa: E731
     return {"content": [{**one(word, value), "top_logprobs": list(itertools.starmap(one, best))}
                         for _, word, value, best in told], "refusal": None}

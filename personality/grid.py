@@ -1,4 +1,4 @@
-"""What an evaluation asks of whom: cells, which are questions under a condition, and what the prompt says.
+"""What an evaluation asks of whom: cells, which are questions under a condition, and what the prompt says; lines of its files.
 
 A cell: trait, question, method, pole, alpha (of edits; of a whole character one for each trait), persona; in a conversation also
 turn, talk (its number), and before: what was asked and answered in it.
@@ -97,3 +97,31 @@ def talks(bench: Bench, traits: list[str], methods, alphas: dict, turns: int, li
             whole += [[{**cell, "question": line, "turn": turn, "talk": number} for turn, line in enumerate(lines, 1)]
                       for cell in grid(bench, trait, methods, alphas, lines[:1], seed)]
     return whole
+
+
+# --------------------------------------------------------------------------- lines of result folders, which are not believed
+
+
+def numbers(values) -> bool:
+    return isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+
+
+def is_answer(line: dict) -> bool:
+    texts = ("key", "trait", "question", "method", "answer")
+    return all(isinstance(line.get(name), str) for name in texts) and numbers(line.get("ids"))
+
+
+def is_score(line: dict) -> bool:
+    names = ("score",) if "judge" in line else ("perplexity", "repetition", "tokens")
+    return isinstance(line.get("answer"), str) and "from" in line and all(
+        isinstance(line.get(name), (int, float)) or name == "score" and line.get(name, "") is None for name in names)
+
+
+def is_report(line: dict) -> bool:
+    return numbers(line.get("items"))
+
+
+def is_cost(line: dict) -> bool:
+    figures = ("quiz", "added", "agreement")
+    return isinstance(line.get("tasks"), dict) or bool(line.get("quiz")) and all(
+        numbers(line[name]) for name in figures if name in line) and set(line["quiz"]) <= {0, 1}

@@ -12,7 +12,7 @@ from rich.text import Text
 from . import POLES, TRAITS
 from .estimates import mean_of
 from .questions import text_table
-from .results import EDITS, WAYS, distinct, only
+from .results import EDITS, WAYS, distinct, only, spilt_in_all
 from .store import markdown, read_text, parse_json, rendered, write_atomically
 from .terminal import UserError, show_table
 
@@ -24,7 +24,8 @@ COLOURS = {"unedited": "#000000", "simple": "#56B4E9", "persona": "#E69F00", "np
            "activation": "#0072B2", "dpn-le": "#CC79A7", "trained": "#009E73", "hybrid": "#F0E442", "given": "#999999",
            "residual": "#8B5A2B", "lora": "#7F7F00"}
 POLE_COLOURS = {"high": "#D55E00", "low": "#0072B2", "unedited": "#000000"}
-FORMATS = {"perplexity": ".1f", "repetition": ".1%", "tokens": ".0f", "added": "+.3f", "quiz": ".0%"}
+FORMATS = {"perplexity": ".1f", "repetition": ".1%", "tokens": ".0f", "added": "+.3f", "quiz": ".0%",
+           "share": ".2f", "noise": ".2f"}
 
 
 def named(row: dict, prefix: str = "") -> str:
@@ -82,6 +83,8 @@ CELLS = {  # by table: what a row of figures shows, in the order of texts/tables
                                   *figures(row, "perplexity"), *figures({"perplexity": row["unedited"]}, "perplexity"),
                                   *figures(row, "repetition")],
     "characters": lambda row: [row["judge"], row["method"], row["n"], *distances(row, row, ""), *figures(row, "perplexity")],
+    "spilt": lambda row: [row["judge"], named(row), row["n"], *(shown(row[name], row["judge"], "") for name in ("own", "others")),
+                          *figures(row, "share", "noise")],
     "more_than_composed": lambda row: [row["judge"], row["method"], *distances(row, row["more_than_composed"], "+")],
     "matched": lambda row: [row["trait"], row["method"], f"{row['alpha']:g}", around(row, "contrast"),
                             *figures(row, "perplexity", "repetition"), shown(row.get("spill_over"), "contrast", ""),
@@ -97,31 +100,32 @@ CELLS = {  # by table: what a row of figures shows, in the order of texts/tables
 
 def tables_of(found: dict):
     """Yield (title, note, column titles, rows) of every table that the figures allow: for Markdown and HTML alike."""
-    found = {**found, "more_than_composed": [row for row in found.get("characters", ()) if row["method"] != WAYS[0]]}
+    found = {**found, "more_than_composed": [row for row in found.get("characters", ()) if row["method"] != WAYS[0]],
+             "spilt": spilt_in_all([row for cells in matrices_of(found).values() for row in cells.values()])}
     for name, text in text_table("tables.toml").items():
         if found.get(name):
             cells = [["" if cell is None else cell for cell in CELLS[name](row)] for row in found[name]]
             yield text["title"], text["note"], text["columns"], cells
-        if name == "fluency":
+        if name == "spilt":
             yield from matrix_tables(found)
 
 
 def matrix_tables(found: dict):
     for (judge, method), cells in matrices_of(found).items():
         steered, measured = ([trait for trait in TRAITS if trait in traits] for traits in zip(*cells))
-        number = min(row["n"] for row in found["spill_over"] if (row["judge"], named(row)) == (judge, method))
-        of_few = (f" Of {number} questions, whose noise is off the diagonal, too: compare methods with like diagonals."
-                  if judge == "contrast" else "")
+        number = min(row["n"] for row in cells.values())
+        of_few = f" Of {number} questions, whose noise is off the diagonal, too." if judge == "contrast" else ""
         note = f"High minus low along each trait (columns) of what was steered along one (rows), in {unit_of(judge)[2]}.{of_few}"
+        shown_cells = {of: around(row, judge) if row["ci95"] else shown(row["mean"], judge) for of, row in cells.items()}
         yield (f"Spill-over: {method}, {judge}", note, ["steered", *measured],
-               [[trait, *(shown(cells.get((trait, other)), judge) for other in measured)] for trait in steered])
+               [[trait, *(shown_cells.get((trait, other), "") for other in measured)] for trait in steered])
 
 
 def matrices_of(found: dict) -> dict:
-    """(judge, method) -> {(steered, measured): high - low}, where more than the steered trait was measured."""
+    """(judge, method) -> {(steered, measured): row}, where more than the steered trait was measured."""
     matrices = {}
     for row in found.get("spill_over", ()):
-        matrices.setdefault((row["judge"], named(row)), {})[row["steered"], row["measured"]] = row["mean"]
+        matrices.setdefault((row["judge"], named(row)), {})[row["steered"], row["measured"]] = row
     return {key: cells for key, cells in matrices.items() if key[1] != "simple" and len({measured for _, measured in cells}) > 1}
 
 
@@ -174,15 +178,15 @@ def plot_matrices(figure, matrices: dict, judge: str) -> None:
     scale, _, unit = unit_of(judge)
     rows = [trait for trait in TRAITS if any((trait, trait) in cells for cells in matrices.values())]
     figure.set_size_inches(3 * len(matrices) + 3, max(2.8, 1.5 + 0.5 * len(rows)))
-    grids = {name: np.array([[scale * cells.get((steered, measured), np.nan) for measured in TRAITS] for steered in rows])
-             for name, cells in matrices.items()}
-    most = max(np.nanmax(np.abs(grid)) for grid in grids.values())
-    for axes, (name, grid) in zip(np.atleast_1d(figure.subplots(1, len(grids), sharey=True)), grids.items()):
+    most = scale * max(abs(row["mean"]) for cells in matrices.values() for row in cells.values())
+    for axes, (name, cells) in zip(np.atleast_1d(figure.subplots(1, len(matrices), sharey=True)), matrices.items()):
+        grid = np.full((len(rows), len(TRAITS)), np.nan)
+        for row in cells.values():
+            y, x, value = rows.index(row["steered"]), TRAITS.index(row["measured"]), scale * row["mean"]
+            grid[y, x], sure = value, row["ci95"] and not row["ci95"][0] <= 0 <= row["ci95"][1]
+            axes.text(x, y, f"{value:+.0f}" if scale > 1 else f"{value:+.2f}", ha="center", va="center", fontsize=8,
+                      weight="bold" if sure else "normal", color="white" if abs(value) > 0.65 * most else "black")
         picture = axes.imshow(grid, cmap="PuOr_r", vmin=-most, vmax=most)
-        for (y, x), value in np.ndenumerate(grid):
-            if not np.isnan(value):
-                axes.text(x, y, f"{value:+.0f}" if scale > 1 else f"{value:+.2f}", ha="center", va="center", fontsize=8,
-                          color="white" if abs(value) > 0.65 * most else "black")
         axes.set_xticks(range(len(TRAITS)), [trait[:5] + "." for trait in TRAITS], rotation=40)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_title(name, fontsize=10)
@@ -269,8 +273,8 @@ def pictures_of(found: dict, files: dict):
         first = dict([(method, cells) for (of, method), cells in matrices.items() if of == judge][:4])
         rest = [method for of, method in matrices if of == judge and method not in first]
         more = f" Only in the tables: {', '.join(rest)}." if rest else ""
-        yield (f"Spill-over: how steering one trait (row) moves each (column); {judge}. A perfect method has a dark diagonal and, "
-               f"but for the noise of few questions, nothing else.{more}", drawn(plot_matrices, first, judge))
+        yield (f"Spill-over: how steering one trait (row) moves each (column); {judge}. A perfect method has a dark diagonal and "
+               f"only noise elsewhere; bold: the 95 % interval excludes 0.{more}", drawn(plot_matrices, first, judge))
     people = found.get("questionnaire", ())
     if {"unedited", "npti"} <= set(distinct(people, "method")):
         most = max(row["alpha"] for row in only(people, method="npti"))

@@ -166,12 +166,35 @@ def compared(apart: pd.DataFrame, seed: int) -> list[dict]:
     return [{**key, **estimate_of(rows, seed, steps=steps_of(key["judge"], FURTHER))} for key, rows in groups]
 
 
-def spill_over(table: pd.DataFrame) -> list[dict]:
+def spill_over(table: pd.DataFrame, seed: int) -> list[dict]:
     """The matrix of each method: how the answers of a steered trait move along each trait; high - low, paired by question."""
     apart = high_minus_low(table[table.judge == "contrast"])
     return [{"method": key["method"], "alpha": key["alpha"], "steered": key["trait"], "measured": key["measured"],
-             "judge": "contrast", "n": len(group), "mean": float(group.score.mean())}
+             "judge": "contrast", **estimate_of(group, seed), "noise": noise_of(group)}
             for key, group in grouped(apart, ["measured", "method", "trait", "alpha"])]
+
+
+def noise_of(rows: pd.DataFrame) -> float | None:
+    """How far from 0 the mean of a table with a row a question would be in the mean if nothing were there but noise: a normal
+    distribution's mean size, of the standard error over the questions' situations. None of one situation."""
+    of_situation = rows.score.sub(rows.score.mean()).groupby([*map(situation_of, rows.question)]).sum()
+    draws = len(of_situation)
+    return math.sqrt(2 / math.pi * draws / (draws - 1) * float((of_situation ** 2).sum())) / len(rows) if draws > 1 else None
+
+
+def spilt_in_all(rows: list[dict]) -> list[dict]:
+    """By judge and method the mean size of the effects along the steered traits (own), of those along the others, the latter in
+    shares of the former, and what share noise alone would be (None where an answer has no others beside it, as in self-report)."""
+    found = []
+    for key in dict.fromkeys((row["judge"], row["method"], row["alpha"]) for row in rows):
+        cells = only(rows, **dict(zip(("judge", "method", "alpha"), key)))
+        own, others = ([row for row in cells if (row["measured"] == row["steered"]) == same] for same in (True, False))
+        size, other = (mean_of(abs(row["mean"]) for row in side) for side in (own, others))
+        if own and others and size:
+            noise = [row.get("noise") for row in others]
+            found.append({**dict(zip(("judge", "method", "alpha"), key)), "n": min(row["n"] for row in cells), "own": size,
+                          "others": other, "share": other / size, "noise": None if None in noise else mean_of(noise) / size})
+    return found
 
 
 def matched_alphas(rows: list[dict], reach: float = 0.9) -> list[dict]:
@@ -255,7 +278,7 @@ def questionnaire_spill_over(people: list[dict]) -> list[dict]:
     for condition, traits in traits_of.items():
         low = traits_of.get(condition._replace(pole="low"), {}) if condition.pole == "high" else {}
         rows += [{"method": condition.method, "alpha": condition.alpha, "steered": condition.trait, "measured": trait,
-                  "judge": "questionnaire", "n": 1, "mean": traits[trait] - low[trait]} for trait in low]
+                  "judge": "questionnaire", "n": 1, "ci95": None, "mean": traits[trait] - low[trait]} for trait in low]
     return rows
 
 
@@ -320,31 +343,3 @@ def head_line(run, made_with: dict, made: list[dict]) -> str:
         head += f"; judged by {name_of(run.contrast.model)}"
     head += f"; {nobody} of {len(made)} answers decline to be anyone" if nobody else ""
     return head + (f"; edits with {made_with['edits']}" if "edits" in made_with else "") + "."
-
-
-# --------------------------------------------------------------------------- lines of result folders, which are not believed
-
-
-def numbers(values) -> bool:
-    return isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
-
-
-def is_answer(line: dict) -> bool:
-    texts = ("key", "trait", "question", "method", "answer")
-    return all(isinstance(line.get(name), str) for name in texts) and numbers(line.get("ids"))
-
-
-def is_score(line: dict) -> bool:
-    names = ("score",) if "judge" in line else ("perplexity", "repetition", "tokens")
-    return isinstance(line.get("answer"), str) and "from" in line and all(
-        isinstance(line.get(name), (int, float)) or name == "score" and line.get(name, "") is None for name in names)
-
-
-def is_report(line: dict) -> bool:
-    return numbers(line.get("items"))
-
-
-def is_cost(line: dict) -> bool:
-    figures = ("quiz", "added", "agreement")
-    return isinstance(line.get("tasks"), dict) or bool(line.get("quiz")) and all(
-        numbers(line[name]) for name in figures if name in line) and set(line["quiz"]) <= {0, 1}

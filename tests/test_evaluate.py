@@ -518,10 +518,10 @@ def test_spill_over_is_of_each_traits_first_questions(monkeypatch):
     """Of the methods that have a matrix."""
     line = lambda trait, question, method: {"trait": trait, "question": question, "method": method}  # noqa: E731
     made, judged = [line(trait, question, method) for question in "abc" for trait in TRAITS[:2] for method in ("unedited", "simple", "npti")], []
-    step = step_of({"spill_over": 2})
+    step = step_of({"spill_over": 2, "seed": 0})
     step.contrast, step.scores = SimpleNamespace(judge=lambda *given: judged.append(given)), None
     step.tables = lambda made: (judged.append(made), None)
-    monkeypatch.setattr(evaluate.results, "spill_over", lambda table: [])
+    monkeypatch.setattr(evaluate.results, "spill_over", lambda table, seed: [])
     assert step.spill_over(made) == []
     assert judged[0][0] == judged[1] == [line(trait, question, "npti") for question in "ab" for trait in TRAITS[:2]]
     assert judged[0][2] == TRAITS
@@ -544,6 +544,8 @@ def test_full_run_has_everything(whole):
     assert {("contrast", "npti"), ("questionnaire", "npti"), ("questionnaire", "persona")} <= of_matrix
     for of in (("contrast", "npti"), ("questionnaire", "npti")):
         assert {row["measured"] for row in details["spill_over"] if (row["judge"], row["method"]) == of} == set(TRAITS)
+    for row in details["spill_over"]:
+        assert row["ci95"] is None if row["judge"] == "questionnaire" else row["ci95"][0] <= row["mean"] <= row["ci95"][1]
     rows = summary_of(whole)
     assert {row["judge"].split(":")[0] for row in rows} == set(evaluate.JUDGES)
     assert {row["method"] for row in rows} == set(evaluate.METHODS) - {"lora"}

@@ -50,8 +50,8 @@ def found():
                      "other": "persona", "other_alpha": None}],
         "fluency": [{**row, "n": 4, "perplexity": 7.25, "repetition": 0.125, "tokens": 11.0, "rating": estimate(4.0)}
                     for row in sides],
-        "spill_over": [{"method": "npti", "alpha": 1.5, "steered": steered, "measured": measured, "judge": judge, "n": 4,
-                        "mean": 0.003}
+        "spill_over": [{"method": "npti", "alpha": 1.5, "steered": steered, "measured": measured, "judge": judge, **estimate(0.003),
+                        **({"n": 1, "ci95": None} if judge == "questionnaire" else {"noise": 0.001})}
                        for judge in ("contrast", "questionnaire") for steered in TRAITS[:2] for measured in TRAITS],
         "dose": [{"method": method, "trait": trait, "alpha": alpha, **estimate(alpha / 10), "judge": "contrast",
                   "perplexity": 8.0 + alpha} for method in EDITS for trait in TRAITS[:2] for alpha in (0.5, 1.0)],
@@ -85,7 +85,7 @@ def answers_of(*texts):
 
 def test_every_kind_of_figure_has_its_table(found):
     tables = {title: (columns, rows) for title, _, columns, rows in tables_of(found)}
-    assert list(tables) == ["Scores", "High minus low", "Each pole beside the unedited model", "Methods compared", "Fluency", "Spill-over: npti 1.5, contrast",
+    assert list(tables) == ["Scores", "High minus low", "Each pole beside the unedited model", "Methods compared", "Fluency", "Spill-over in all", "Spill-over: npti 1.5, contrast",
                             "Spill-over: npti 1.5, questionnaire", "Characters", "Characters: more than composed",
                             "At matched strength", "Capability", "lm-evaluation-harness", "Questionnaire", "Do the judges agree?",
                             "Accuracy"]
@@ -108,7 +108,7 @@ def test_each_figure_stands_under_its_title(found):
     way = {**found["characters"][1], **distances, "more_than_composed": {name: estimate(row["mean"] / 10) for name, row in distances.items()}}
     turn = {"turn": 2, **condition("npti", "openness", None, 1.5), **estimate(0.1), "judge": "contrast", "perplexity": 8.0, "unedited": 4.0,
             "repetition": 0.25}
-    spilt = [{**row, "mean": k / 1000, "n": 4 + k} for k, row in enumerate(found["spill_over"])]
+    spilt = [{**row, "mean": k / 1000, "n": 4 + k, "ci95": row["ci95"]} for k, row in enumerate(found["spill_over"])]
     notes = {title: note for title, note, *_ in tables_of({"spill_over": spilt})}
     assert "Of 4 questions" in notes["Spill-over: npti 1.5, contrast"], "the fewest"
     tables = {title: [dict(zip(columns, row)) for row in rows] for title, _, columns, rows in tables_of(
@@ -120,7 +120,12 @@ def test_each_figure_stands_under_its_title(found):
     (talk,) = tables["Over a conversation"]
     assert (talk["turn"], talk["perplexity"], talk["unedited"], talk["repetition"]) == (2, "8.0", "4.0", "25.0%")
     second = tables["Spill-over: npti 1.5, contrast"][1]
-    assert second["steered"] == TRAITS[1] and [second[trait] for trait in TRAITS] == ["+5.0", "+6.0", "+7.0", "+8.0", "+9.0"]
+    assert second["steered"] == TRAITS[1] and [second[trait] for trait in TRAITS] == [f"+{k}.0 (-7.0 to +13.0)" for k in range(5, 10)]
+    said = tables["Spill-over: npti 1.5, questionnaire"][0]
+    assert [said[trait] for trait in TRAITS] == ["+0.01"] * 5, "no questions, no interval"
+    in_all, of_self = tables["Spill-over in all"]
+    assert list(in_all.values()) == ["contrast", "npti 1.5", 4, "3.0", "4.9", "1.62", "0.33"]
+    assert list(of_self.values()) == ["questionnaire", "npti 1.5", 14, "0.01", "0.01", "1.14", ""]
 
 
 def test_nothing_is_shown_that_was_not_measured(found):
@@ -140,7 +145,7 @@ def test_a_matrix_needs_more_than_the_steered_trait(found):
     assert matrices_of({"spill_over": own[:1]}) == {}, "of one trait, its own"
     assert matrices_of({"spill_over": [{**row, "method": "simple", "alpha": None} for row in found["spill_over"]]}) == {}
     cells = matrices_of(found)["contrast", "npti 1.5"]
-    assert len(cells) == 2 * 5 and cells["openness", "neuroticism"] == 0.003
+    assert len(cells) == 2 * 5 and cells["openness", "neuroticism"]["mean"] == 0.003
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -184,6 +189,10 @@ def test_matrices_have_the_traits_in_order(found):
     shown = first.images[0].get_array().astype(float).filled(np.nan)
     assert shown.shape == (2, 5) and np.allclose(shown, 3), "three were not steered"
     assert [label.get_text() for label in first.get_yticklabels()] == list(TRAITS[:2])
+    assert {text.get_weight() for text in first.texts} == {"normal"}, "0 is in every interval"
+    of_judge["npti 1.5"]["openness", "neuroticism"] = {"steered": "openness", "measured": "neuroticism", "mean": 0.003, "ci95": [0.001, 0.005]}
+    first, *_ = drawing(plot_matrices, of_judge, "contrast")
+    assert [text.get_weight() for text in first.texts] == ["normal"] * 4 + ["bold"] + ["normal"] * 5
     some = {cell: value for cell, value in of_judge["npti 1.5"].items() if cell[0] == TRAITS[1]}
     first, second = drawing(plot_matrices, {"npti 1.5": of_judge["npti 1.5"], "persona": some}, "contrast")[:2]
     shown = second.images[0].get_array().astype(float).filled(np.nan)

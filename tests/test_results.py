@@ -6,10 +6,11 @@ import random
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import evaluate
-from personality import POLES, TRAITS, estimates, results
+from personality import POLES, TRAITS, estimates, grid, results
 from personality.questions import built_in_bench, situation_of
 
 
@@ -289,19 +290,51 @@ def test_spill_over_matrix():
     values = {("openness", "npti", 1.0, pole): {
         "openness": [sign * 2.0] * 3, "neuroticism": [sign * -0.5] * 3, "agreeableness": [7.0] * 3}
         for pole, sign in zip(POLES, (1, -1))}
-    rows = results.spill_over(table_of(values))
+    rows = results.spill_over(table_of(values), 0)
     assert {row["measured"]: row["mean"] for row in rows} == {"openness": 4.0, "neuroticism": -1.0, "agreeableness": 0.0}
     answers, scores = planted(values)
     scores += [score_line(line["key"], "openness", 5.0 if line["pole"] == "high" else 1.5, "llm:big") for line in answers]
-    assert rows == results.spill_over(results.scored(answers, scores, {"contrast": None, "llm:big": None})), "another judge has other units"
+    assert rows == results.spill_over(results.scored(answers, scores, {"contrast": None, "llm:big": None}), 0), "another judge has other units"
 
 
 def test_spill_over_is_paired_by_question():
     """A question that one pole alone was asked tells nothing of the difference."""
     answers, scores = planted({("openness", "given", None, "high"): {"openness": [10.0, 1.0]}, ("openness", "given", None, "low"): {"openness": [9.0, 0.5]}})
     answers = [line for line in answers if (line["pole"], line["question"]) != ("low", "q0")]
-    (row,) = results.spill_over(results.scored(answers, scores, {"contrast": None}))
-    assert (row["n"], row["mean"]) == (1, 0.5)
+    (row,) = results.spill_over(results.scored(answers, scores, {"contrast": None}), 0)
+    assert (row["n"], row["mean"], row["ci95"], row["noise"]) == (1, 0.5, None, None)
+
+
+def test_spill_over_has_intervals_and_its_noise():
+    """Simulated: of cells in which nothing is, 95 % have 0 in their interval, and their mean size is the noise that is told."""
+    draw, questions = np.random.default_rng(0), [f"q{k}" for k in range(12)]
+    cells = [pd.DataFrame({"question": questions, "score": draw.normal(0, 2, 12)}) for _ in range(400)]
+    rows = [results.estimate_of(cell, 0) for cell in cells]
+    assert np.mean([row["ci95"][0] <= 0 <= row["ci95"][1] for row in rows]) > 0.92
+    told = np.mean([results.noise_of(cell) for cell in cells])
+    assert told == pytest.approx(np.mean([abs(row["mean"]) for row in rows]), rel=0.06)
+    moved = cells[0].assign(score=cells[0].score + 100)
+    assert results.noise_of(moved) == pytest.approx(results.noise_of(cells[0])), "whatever the effect"
+
+
+def test_questions_of_one_situation_are_one_draw_of_noise(monkeypatch):
+    monkeypatch.setattr(results, "situation_of", lambda question: question[0])
+    alike = pd.DataFrame({"question": ["a1", "a2", "b1", "b2"], "score": [1.0, 1.0, 3.0, 3.0]})
+    assert results.noise_of(alike) == pytest.approx(results.noise_of(alike[::2])), "they tell nothing more"
+    assert results.noise_of(alike[:2]) is None
+
+
+def test_spill_over_in_all_is_of_sizes():
+    row = lambda steered, measured, mean, n=12, judge="contrast", **more: {  # noqa: E731
+        "judge": judge, "method": "npti", "alpha": 1.5, "steered": steered, "measured": measured, "mean": mean, "n": n, **more}
+    rows = [row("openness", "openness", 6.0, noise=9.0), row("openness", "neuroticism", -3.0, noise=1.0),
+            row("neuroticism", "neuroticism", 2.0, noise=9.0), row("neuroticism", "openness", 1.0, 10, noise=2.0)]
+    said = [row("openness", "openness", 2.0, 1, "questionnaire"), row("openness", "neuroticism", -1.0, 1, "questionnaire")]
+    alone = [{**row("openness", "openness", 6.0, noise=1.0), "method": "trained"}]
+    both = results.spilt_in_all([*rows, *said, *alone])
+    of = {"method": "npti", "alpha": 1.5}
+    assert both == [{"judge": "contrast", **of, "n": 10, "own": 4.0, "others": 2.0, "share": 0.5, "noise": 0.375},
+                    {"judge": "questionnaire", **of, "n": 1, "own": 2.0, "others": 1.0, "share": 0.5, "noise": None}]
 
 
 def test_a_questions_ratings_of_fluency_count_once():
@@ -387,6 +420,7 @@ def test_self_reports_are_means_of_items():
     facets = {"Ideas": 5.0, "Values": 4.0, "Anger": 2.0}
     assert people[1] == {**high, "traits": {"openness": 4.5, "neuroticism": 2.0}, "facets": facets}
     matrix = results.questionnaire_spill_over(people)
+    assert {row["ci95"] for row in matrix} == {None}
     assert [(row["steered"], row["measured"], row["mean"]) for row in matrix] == [
         ("openness", "openness", 2.5), ("openness", "neuroticism", -1.0)]
 
@@ -459,7 +493,7 @@ def test_an_inventory_of_one_item():
 
 
 def test_what_an_edit_costs_is_no_other_thing():
-    assert results.is_cost({"quiz": [0, 1, 1.0], "added": [0.1]}) and results.is_cost({"tasks": {}})
+    assert grid.is_cost({"quiz": [0, 1, 1.0], "added": [0.1]}) and grid.is_cost({"tasks": {}})
     for wrong in ({}, {"quiz": []}, {"quiz": [2]}, {"quiz": ["1"]}, {"quiz": [[1]]}, {"quiz": 1}, {"quiz": [1], "added": [None]}):
-        assert not results.is_cost(wrong)
+        assert not grid.is_cost(wrong)
     assert estimates.share([0, 1, 1.0])["mean"] == 2 / 3

@@ -111,13 +111,13 @@ from personality.estimates import ANY, estimate, mean_of, share  # noqa: E402
 from personality.grid import (character_cells, check_turns, described, grid, is_answer, is_cost, is_report, is_score,  # noqa: E402
                               random_characters, say_seen, talks)
 from personality.judges import (JUDGE_PERSONAS, OPTIONS, ContrastJudge, EndpointJudge, LocalJudge, percentiles,  # noqa: E402
-                                rate_answers, read_inventory, rubric, self_report)
+                                rate_answers, rubric, self_report)
 from personality.methods import LEVELS, Character, Profiles, npti_edits, suppressed  # noqa: E402
 from personality.frame import Frame  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import TEST_PENALTY, BatchSize, answer_ids, answers, fingerprint, name_of, without_stop  # noqa: E402
 from personality.neurons import NeuronFolder  # noqa: E402
-from personality.questions import Bench, load_bench, read_given  # noqa: E402
+from personality.questions import Bench, load_bench, read_given, read_inventory  # noqa: E402
 from personality.report import compare, show, write_reports  # noqa: E402
 from personality.results import EDITS, HYBRID, IN_THE_MODEL, TUNED, WAYS, Condition, condition_of, distinct, only  # noqa: E402
 from personality.steer import Profile, steer  # noqa: E402

@@ -14,7 +14,8 @@ from .model import SEARCH_PENALTY, answer_ids, answer_text, prompt_ids
 from .store import Journal, digest
 from .terminal import UserError, say
 
-MALFORMED = 3  # tries for a reply that is not what was asked for
+MALFORMED, AGAIN = 3, {"temperature": 0.7}  # tries for a reply that is not what was asked for; at 0 it would be the same
+NEWER = {"max_tokens": "max_completion_tokens", "temperature": None}  # what newer models of OpenAI call it, or don't take
 MOST_BYTES = 4 << 20  # of a reply
 
 
@@ -88,7 +89,7 @@ class Endpoint:
         except ImportError as error:
             raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
         self.url, self.model, self.in_flight, self.openai = checked_url(url, httpx_of(openai)), None, in_flight, openai
-        self.limit_name, self.key, self.stopped = "max_tokens", os.environ.get("OPENAI_API_KEY") or "", threading.Event()
+        self.names, self.key, self.stopped = {}, os.environ.get("OPENAI_API_KEY") or "", threading.Event()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has")
         try:
@@ -121,21 +122,24 @@ class Endpoint:
         if status == 404 and self.model:
             raise UserError(f"{self.url} has no model {self.model}: {self.shown(error)}") from None
 
-    def chat(self, messages: list[dict], fine=bool, max_tokens: int = 512, **options) -> tuple[str, bool]:
-        """(what it answers, whether it came to its end), asked for again a few times where it is not fine(text). Raises NoReply."""
-        def request(again):
-            given = {**options, limit: max_tokens, **({"temperature": 0.7} if again else {})}  # at 0 it would say the same
-            choice = self.client.chat.completions.create(model=self.model, messages=messages, **given).choices[0]
+    def chat(self, messages: list[dict], fine=bool, again=AGAIN, **options) -> tuple[str, bool]:
+        """(what it answers, whether it came to its end), asked for again, with the options of `again`, a few times where it is not
+        fine(text). Raises NoReply."""
+        def request(retry):
+            asked = {"max_tokens": 512, **options, **(again if retry else {})}
+            asked = {names.get(name, name): value for name, value in asked.items() if names.get(name, name)}
+            choice = self.client.chat.completions.create(model=self.model, messages=messages, **asked).choices[0]
             return (choice.message.content or "").strip(), choice.finish_reason != "length"
 
-        limit = self.limit_name  # another thread may change it meanwhile
-        try:
-            return self.replied(request, fine)
-        except NoReply as error:
-            if "max_completion_tokens" not in str(error) or limit == "max_completion_tokens":
-                raise
-            limit = self.limit_name = "max_completion_tokens"  # the name that newer models of OpenAI want
-            return self.replied(request, fine)
+        while True:
+            names = self.names  # another thread may change it meanwhile
+            try:
+                return self.replied(request, fine)
+            except NoReply as error:
+                new = {name: other for name, other in NEWER.items() if error.lasting and (other or name) in str(error)}
+                if new.items() <= names.items():
+                    raise
+                self.names = {**self.names, **new}
 
     def completion(self, ids: list[int], **options) -> tuple[str, bool]:
         """(text, whether it came to its end) that follows the token ids of a prompt; raises NoReply."""
@@ -224,8 +228,9 @@ def fill(replies: Journal, requests: list[tuple], run, refused: str | None = Non
 class RemoteEngine:
     """A server that writes the answers (vLLM, SGLang, llama.cpp, ...), asked with the ids of the same prompts."""
 
-    def __init__(self, endpoint: Endpoint, tokenizer, frame: Frame, out, most: int):
-        self.endpoint, self.tokenizer, self.frame = endpoint, tokenizer, frame
+    def __init__(self, endpoint: Endpoint, tokenizer, frame: Frame, out, most: int, weights: str = ""):
+        """weights: what tells the model from others that are served by one name."""
+        self.endpoint, self.tokenizer, self.frame, self.weights = endpoint, tokenizer, frame, weights
         self.replies = Journal(Path(out) / "engine.replies.jsonl")
         # by both names: vLLM's and SGLang's, and llama.cpp's, which looks back 64 tokens only if not told otherwise
         penalty = {"repetition_penalty": SEARCH_PENALTY, "repeat_penalty": SEARCH_PENALTY, "repeat_last_n": 8192}
@@ -234,7 +239,7 @@ class RemoteEngine:
 
     def answer(self, items: list[dict]) -> list[dict]:
         prompts = [prompt_ids(self.tokenizer, self.frame.turns(item["question"], item["persona"])) for item in items]
-        keys = [digest(self.endpoint.model, ids, self.options) for ids in prompts]
+        keys = [digest(self.endpoint.model, self.weights, ids, self.options) for ids in prompts]
         work = lambda ids: json.dumps(self.endpoint.completion(ids, **self.options))  # noqa: E731
         fill(self.replies, list(zip(keys, prompts)), lambda requests, store: self.endpoint.run(requests, work, store))
         return [{**item, **self.cut(*json.loads(self.replies[key]["text"]))} for key, item in zip(keys, items)]

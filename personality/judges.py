@@ -3,8 +3,6 @@
 A conversation's likelihood is what all of them stand on. Nothing that an answer says is an instruction to a judge.
 """
 
-import csv
-import io
 import json
 import math
 import re
@@ -19,8 +17,8 @@ from . import POLES
 from .endpoint import Endpoint, NoReply
 from .frame import Frame, conversation
 from .model import CACHE, BatchSize, answer_ids, beyond_context, fingerprint, pad_left, prompt_ids, render
-from .questions import Bench, all_facets, facets
-from .store import Journal, digest, read_text
+from .questions import Bench, facets
+from .store import Journal, digest
 from .terminal import UserError, progress, say
 
 JUDGE_PERSONAS = 2  # a pole, of those that identify does not use
@@ -234,11 +232,21 @@ class LocalJudge:
         return ratings
 
 
+RATING = re.compile(r"(?i)(?:(?:my )?(?:rating|score)(?: is)?[ :=*_]*)?[\[(]*([1-5])(?: ?/ ?5)?[\])]*")
+BRIEF, THINKING = 8, 2048  # tokens of a reply: of a digit, and of a model that thinks first
+
+
+def rating_in(reply: str) -> float | None:
+    """The rating that a reply is, but for thoughts and emphasis; a digit within a sentence is none: it may be quoted."""
+    found = RATING.fullmatch(reply.rpartition("</think>")[2].strip(" \n*_`\"'#.!"))
+    return float(found[1]) if found else None
+
+
 class EndpointJudge:
     """Any OpenAI-compatible server."""
 
     def __init__(self, url: str, model: str, batch_size: int):
-        self.endpoint = Endpoint(url, model, in_flight=8)
+        self.endpoint, self.most = Endpoint(url, model, in_flight=8), BRIEF
         self.batch_size, self.name, self.origin = batch_size, f"llm:{model}", digest(url)
 
     def rate(self, trait: str | None, pairs: list[tuple[str, str]], store) -> None:
@@ -252,19 +260,30 @@ class EndpointJudge:
         self.endpoint.run(list(enumerate(pairs)), lambda pair: self.rating(trait, pair), keep)
 
     def rating(self, trait, pair) -> float | str:
-        digit = re.compile(r"[1-5]\.?")  # the whole reply: a digit in a quotation of the answer is none
+        replies, again = [], {"temperature": 0.7, "max_tokens": THINKING}
         messages = [{"role": "system", "content": rubric(trait)}, {"role": "user", "content": material(*pair)}]
+
+        def fine(reply):
+            replies.append(rating_in(reply))
+            return replies[-1]
+
         try:
-            reply = self.endpoint.chat(messages, digit.fullmatch, temperature=0, max_tokens=8)[0]
+            reply = self.endpoint.chat(messages, fine, again, temperature=0, max_tokens=self.most)[0]
         except NoReply as error:
             return f"failed: {error}"
-        return float(reply[0]) if digit.fullmatch(reply) else "unparsable"
+        if not replies[-1]:
+            return f"unparsable, as {reply[-60:]!r}"
+        if len(replies) > 1:
+            self.most = THINKING  # it has more to say than a digit
+        return replies[-1]
 
 
 def rate_answers(judge, answers: list[dict], scores: Journal) -> dict:
     """Rate what is not rated yet, for trait and fluency in separate requests. What could not be rated is counted, not
-    guessed: {reason: number}; failed requests are tried again by the next run."""
-    failed, before = Counter(), len(scores)
+    guessed: {reason: number}, and tried again by the next run. Some replies that are no rating, of a judge who rates others, are
+    kept, as a score of None."""
+    failed, unparsable, rated = Counter(), [], []
+    no_ratings = lambda: {unparsable[0]["score"]: len(unparsable)} if unparsable else {}  # noqa: E731
     key = lambda line, trait: f"{line['key']}/{judge.name}/{trait or 'fluency'}/{judge.origin}"  # noqa: E731
     todo = [line for line in answers if not all(key(line, trait) in scores for trait in (line["trait"], None))]
     todo.sort(key=lambda line: line["trait"])
@@ -275,50 +294,33 @@ def rate_answers(judge, answers: list[dict], scores: Journal) -> dict:
                 group = [line for line in batch if trait in (None, line["trait"]) and key(line, trait) not in scores]
 
                 def store(k, score):
-                    reason = score if isinstance(score, str) else ""
-                    failed.update([reason] if reason else [])
-                    if not reason.startswith("failed"):
-                        scores.append({"key": key(group[k], trait), "answer": group[k]["key"], "judge": judge.name,
-                                       "from": judge.origin, "trait": trait, "score": None if reason else score})
+                    line = {"key": key(group[k], trait), "answer": group[k]["key"], "judge": judge.name, "from": judge.origin,
+                            "trait": trait, "score": score}
+                    if not isinstance(score, str):
+                        scores.append(line)
+                        rated.append(line["key"])
+                    elif score.startswith("failed"):
+                        failed.update([score])
+                    else:
+                        unparsable.append(line)
 
                 if group:
                     judge.rate(trait, [(line["question"], line["answer"]) for line in group], store)
-                if len(group) > 2 and len(scores) == before:
-                    raise UserError(f"{judge.name}: none of {len(group)} requests was answered ({dict(failed)}); answers and "
+                if len(group) > 2 and not rated:
+                    lost = dict(failed) | no_ratings()
+                    raise UserError(f"{judge.name}: none of {len(group)} requests was answered by a rating ({lost}); answers and "
                                     "ratings so far are kept, and the same command goes on from there")
             bar.update(len(batch))
+    if not rated:
+        return dict(failed) | no_ratings()
+    for line in unparsable:
+        scores.append({**line, "score": None})
+    for reason, number in no_ratings().items():
+        say(f"{judge.name}: {number} replies are no rating and count as none: {reason}")
     return dict(failed)
 
 
 # ------------------------------------------------------------------------------------------------------- questionnaire
-
-
-def read_inventory(path: str | None) -> list[tuple[str, str, str, int]]:
-    """(statement, trait, facet, 1 or -1) of each item: the built-in inventory, or a table with a header line and commas,
-    semicolons or tabs between the columns item (or text), key (or sign: + and -, also within "+N1") and facet (a name, or
-    "N1")."""
-    if path is None:
-        return [(text, facet["trait"], facet["name"], key) for facet in all_facets() for text, key in zip(facet["items"], (1, -1))]
-    text, items, facet_of = read_text(path, "--inventory "), [], {}
-    mark = max("\t;,", key=text.partition("\n")[0].count)
-    for k, facet in enumerate(all_facets()):
-        facet_of |= dict.fromkeys((facet["name"].replace("-", " ").lower(), f"{facet['trait'][0]}{k % 6 + 1}"), facet)
-    try:
-        rows = list(csv.DictReader(io.StringIO(text), delimiter=mark))
-    except csv.Error as error:
-        raise UserError(f"--inventory {path}: {error}") from error
-    for number, row in enumerate(rows, 2):
-        row = {(name or "").strip().lower(): (value or "").strip() for name, value in row.items() if isinstance(value, str)}
-        item, sign = row.get("item") or row.get("text"), row.get("sign") or row.get("key") or ""
-        named = row.get("facet") or row.get("label_ocean") or row.get("key") or ""
-        facet = facet_of.get(named.replace("-", " ").strip(" +").lower())
-        if not item or not facet or not re.fullmatch(r"[+-]1?|1|[+-]?[OCEAN][1-6]?", sign.upper()):
-            raise UserError(f"--inventory {path}, line {number}: expected an item, a key (+ or -) and one of the 30 facets, "
-                            f"got {row}")
-        items.append((item, facet["trait"], facet["name"], -1 if sign.startswith("-") else 1))
-    if not items:
-        raise UserError(f"--inventory {path}: no items in it")
-    return items
 
 
 def self_report(model, tokenizer, items, system: str | None, rows: int) -> list[float]:

@@ -1,7 +1,9 @@
-"""Questions, personas, and the answers to them: the built-in bench, PersonalityBench's layout, files of answers."""
+"""Questions, personas, and the answers to them: the built-in bench, PersonalityBench's layout, files of answers, inventories."""
 
+import csv
 import functools
 import hashlib
+import io
 import itertools
 import random
 import re
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import POLES, TRAITS
-from .store import TEXTS, digest, expect_texts, json_lines, plain_path, read_toml, to_line
+from .store import TEXTS, digest, expect_texts, json_lines, plain_path, read_text, read_toml, to_line
 from .terminal import UserError, say
 
 OPTIONS_OR_SCALE = re.compile(  # by an item's form: "do you strongly disagree with your uncle, and why?" is an open question
@@ -261,3 +263,31 @@ def read_given(path: str) -> list[dict]:
     if not given:
         raise UserError(f"{path}: no answers in it")
     return given
+
+
+def read_inventory(path: str | None) -> list[tuple[str, str, str, int]]:
+    """(statement, trait, facet, 1 or -1) of each item: the built-in inventory, or a table with a header line and commas,
+    semicolons or tabs between the columns item (or text), key (or sign: + and -, also within "+N1") and facet (a name, or
+    "N1")."""
+    if path is None:
+        return [(text, facet["trait"], facet["name"], key) for facet in all_facets() for text, key in zip(facet["items"], (1, -1))]
+    text, items, facet_of = read_text(path, "--inventory "), [], {}
+    mark = max("\t;,", key=text.partition("\n")[0].count)
+    for k, facet in enumerate(all_facets()):
+        facet_of |= dict.fromkeys((facet["name"].replace("-", " ").lower(), f"{facet['trait'][0]}{k % 6 + 1}"), facet)
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=mark))
+    except csv.Error as error:
+        raise UserError(f"--inventory {path}: {error}") from error
+    for number, row in enumerate(rows, 2):
+        row = {(name or "").strip().lower(): (value or "").strip() for name, value in row.items() if isinstance(value, str)}
+        item, sign = row.get("item") or row.get("text"), row.get("sign") or row.get("key") or ""
+        named = row.get("facet") or row.get("label_ocean") or row.get("key") or ""
+        facet = facet_of.get(named.replace("-", " ").strip(" +").lower())
+        if not item or not facet or not re.fullmatch(r"[+-]1?|1|[+-]?[OCEAN][1-6]?", sign.upper()):
+            raise UserError(f"--inventory {path}, line {number}: expected an item, a key (+ or -) and one of the 30 facets, "
+                            f"got {row}")
+        items.append((item, facet["trait"], facet["name"], -1 if sign.startswith("-") else 1))
+    if not items:
+        raise UserError(f"--inventory {path}: no items in it")
+    return items

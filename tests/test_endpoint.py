@@ -150,6 +150,21 @@ def test_newer_models_name_the_limit_otherwise():
     assert not failures and set(said.values()) == {"fine"} and len(said) == 20
 
 
+def test_newer_models_have_a_temperature_of_their_own():
+    def newer(n, body):
+        if "max_tokens" in body:
+            return 400, '{"error": {"message": "Use max_completion_tokens instead."}}'
+        return (400, '{"error": {"message": "Unsupported value: temperature."}}') if "temperature" in body else "fine"
+
+    with Server(newer) as server:
+        endpoint = Endpoint(server.url)
+        assert [endpoint.chat(conversation("w10 ?"), temperature=0) for _ in range(2)] == 2 * [("fine", True)] and len(server.seen) == 4
+    with Server(lambda n, body: (400, '{"error": {"message": "max_completion_tokens, temperature?"}}')) as server:
+        with pytest.raises(NoReply, match="temperature"):
+            Endpoint(server.url).chat(conversation("w10 ?"), temperature=0)
+        assert len(server.seen) == 2, "who takes neither is not asked for ever"
+
+
 def test_a_proxy_of_the_environment_is_used(monkeypatch):
     for name in ("NO_PROXY", "no_proxy", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -272,12 +287,13 @@ def test_an_endpoint_goes_on_after_a_run_that_was_stopped(tmp_path):
 def test_replies_are_of_a_model_and_its_options(small, tmp_path):
     """Of another model, or with another limit, they are asked for anew."""
     with Server(lambda n, body: [" ".join(["w20"] * body["max_tokens"]), "length"]) as server:
-        def told(model, most):
-            engine = RemoteEngine(Endpoint(server.url, model), small.tokenizer, Frame.named("person"), tmp_path, most)
+        def told(model, most, weights="a"):
+            engine = RemoteEngine(Endpoint(server.url, model), small.tokenizer, Frame.named("person"), tmp_path, most, weights)
             (line,), number = engine.answer([{"question": "w10 ?", "persona": None}]), len(server.seen)
             return len(line["ids"]), number
 
         assert [told("one", 2), told("one", 2), told("one", 4), told("two", 4)] == [(2, 1), (2, 1), (4, 2), (4, 3)]
+        assert [told("two", 4, "b"), told("two", 4, "b")] == [(4, 4), (4, 4)], "or of other weights by the same name"
 
 
 def test_a_server_that_writes_on_is_cut(small, tmp_path):

@@ -22,11 +22,11 @@ from conftest import FRAMED, Server, lines_of, little_room, main_of, run, save_m
 from personality import (POLES, TRAITS, Neurons, Profile, UserError, capability, composed, doses, dpn_le, load_model, npti,
                          steer)
 from personality.baselines import Baselines
-from personality.judges import contrast, read_inventory
+from personality.judges import contrast
 from personality.methods import activation_addition, mean_difference, npti_edits, suppressed, trained
 from personality.model import TEST_PENALTY, answer_ids, answers
 from personality.neurons import NeuronFolder, neuron_path
-from personality.questions import adjectives, built_in_bench, load_bench
+from personality.questions import adjectives, built_in_bench, load_bench, read_inventory
 from personality.report import write_reports
 from personality.results import Condition
 from personality.store import Journal
@@ -339,11 +339,37 @@ def test_a_server_that_stumbles_loses_nothing(small, made, monkeypatch, tmp_path
 
 
 @pytest.mark.usefixtures("quick")
-def test_replies_that_are_no_rating_are_counted(small, made, monkeypatch, tmp_path):
-    with Server(lambda n, body: "I like it very much: [[5]]") as server, pytest.raises(UserError, match="unparsable"):
+def test_replies_that_are_no_rating_are_counted(small, made, monkeypatch, tmp_path, capsys):
+    with Server(lambda n, body: "I like it very much: [[5]]") as server, pytest.raises(UserError, match="unparsable, as 'I like it .*same command"):
         judged_by(server, small, made, monkeypatch, tmp_path)
-    assert "56 replies were no rating" in (tmp_path / "report.md").read_text()
-    assert not [row for row in summary_of(tmp_path) if row["judge"] == "llm:big"], "nothing is guessed"
+    assert len(server.seen) == 3 * 8, "the first group's, three times each: no more is paid for"
+    assert not [line for line in lines_of(tmp_path / "scores.jsonl")[1:] if line.get("judge") == "llm:big"], "so they are asked for again"
+    rates = lambda body: sum(map(ord, body["messages"][1]["content"])) % 2 == 0 or "fluent" in body["messages"][0]["content"]  # noqa: E731
+    with Server(lambda n, body: "4" if rates(body) else "I like it very much: [[5]]") as server:
+        judged_by(server, small, made, monkeypatch, tmp_path)
+        lost = sum(line["score"] is None for line in lines_of(tmp_path / "scores.jsonl")[1:] if line.get("judge") == "llm:big")
+        assert 0 < lost < 28 and f"llm:big: {lost} replies are no rating and count as none: unparsable, as 'I like" in capsys.readouterr().err
+        before = len(server.seen)
+        judged_by(server, small, made, monkeypatch, tmp_path)
+        assert len(server.seen) == before
+    assert f"{lost} replies were no rating" in (tmp_path / "report.md").read_text()
+    assert {row["n"] for row in summary_of(tmp_path) if row["judge"] == "llm:big"} <= set(range(5)), "nothing is guessed"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_judge_may_think_first(small, made, monkeypatch, tmp_path):
+    """Aloud, or where nobody sees it: what is cut off is asked for again with room for it, and once that was needed it has it."""
+    for aloud in (True, False):
+        def thinking(n, body):
+            if body["max_tokens"] < 100:
+                return ["<think>well, 5 or" if aloud else "", "length"]
+            return "<think>well, 5 or 2?</think>\n\n**4**" if aloud else "4"
+
+        with Server(thinking) as server:
+            judged_by(server, small, made, monkeypatch, tmp_path / str(aloud))
+            short = sum(body["max_tokens"] < 100 for body in server.seen)
+            assert 1 <= short <= 8 and len(server.seen) == 56 + short, "of those that were under way together"
+        assert {row["mean"] for row in summary_of(tmp_path / str(aloud)) if row["judge"] == "llm:big"} == {4.0}
 
 
 @pytest.mark.usefixtures("quick")

@@ -25,13 +25,12 @@ from personality import TRAITS, Statistics, observe
 from personality.endpoint import Endpoint, NoReply
 from personality.frame import conversation
 from personality.grid import is_answer
-from personality.judges import read_inventory
 from personality.methods import Character
 from personality.load import load_model
 from personality.model import answers
 from personality.neurons import Neurons
 from personality.op import build, build_arguments
-from personality.questions import load_bench, read_answers, read_given
+from personality.questions import load_bench, read_answers, read_given, read_inventory
 from personality.store import Journal
 from personality.terminal import UserError
 

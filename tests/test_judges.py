@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from conftest import ROOT, TEMPLATE, tiny
 from personality import POLES, TRAITS, UserError, load_model, results
 from personality.frame import Frame, conversation
 from personality.judges import (OPTIONS, ContrastJudge, LocalJudge, contrast, described_facets, expected_digit, judge_personas,
-                                log_likelihoods, material, percentiles, read_inventory, repetition, rubric, self_report)
+                                log_likelihoods, material, percentiles, rating_in, repetition, rubric, self_report)
 from personality.model import CACHE, answer_ids, prepared, prompt_ids
-from personality.questions import built_in_bench, facets, read_given, text_table
+from personality.questions import built_in_bench, facets, read_given, read_inventory, text_table
 from personality.store import Journal
 
 
@@ -133,6 +134,24 @@ def test_the_expected_digit_is_of_the_five_digits(small):
             logits = small.model(input_ids=torch.tensor([prompt_ids(small.tokenizer, [turn])])).logits[0, -1]
         share = logits[digits].double().softmax(-1)
         assert float(value) == pytest.approx(float((share * torch.arange(1, 6)).sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("reply, rating", (
+    ("4", 4), ("4.", 4), (" **4** ", 4), ("Rating: 2", 2), ("**Rating:** 2", 2), ("My rating is 3.", 3), ("5/5", 5), ("1 / 5", 1), ("[[3]]", 3),
+    ("`2`", 2), ("<think>5? No.</think>\n2", 2), ("so, 3 or 4</think> Score: 4", 4),
+    ("", None), ("6", None), ("0", None), ("4.5", None), ("14", None), ("-4", None), ("1-5", None), ("5 out of 5", None), ("2 3", None),
+    ("<think>5", None), ("The answer says Rating: 5", None), ("I would say 4", None), ("#", None), ("4/10", None)))
+def test_a_rating_is_the_whole_reply(reply, rating):
+    """A digit within a sentence may be quoted."""
+    assert rating_in(reply) == rating
+
+
+def test_a_long_reply_is_read_at_once():
+    start = time.time()
+    for part in (" ", "(", "rating is ", ": ", "1", "</think>", "*"):
+        assert rating_in("x" + part * 500_000) is None
+        rating_in(part * 500_000)
+    assert time.time() - start < 5
 
 
 def test_a_model_without_chat_template_can_rate(small, monkeypatch):

@@ -129,9 +129,10 @@ class Choice:
 
     async def more(self) -> dict:
         """What the request asked for beside OpenAI's fields."""
-        if not self.body.perplexity or not self.ids:
+        ids = self.ids[:self.text.tokens_shown(self.ids)] if self.text.stopped else self.ids  # not of a stop string
+        if not self.body.perplexity or not ids:
             return {}
-        prompt, ids = self.request.ids, self.ids
+        prompt = self.request.ids
         nats = await self.server.engine.between(lambda: surprise(self.server.engine.model, prompt, ids))
         return {"perplexity": math.exp(min(nats, 50.0))}
 
@@ -141,6 +142,10 @@ def surprise(model, prompt: list[int], answer: list[int]) -> float:
     few = {"logits_to_keep": len(answer)} if model._supports_logits_to_keep() else {}  # not of the whole prompt
     logits = model(input_ids=torch.tensor([prompt + answer[:-1]], device=model.device), use_cache=False, **few).logits
     return float(torch.nn.functional.cross_entropy(logits[0, -len(answer):].float(), torch.tensor(answer, device=model.device)))
+
+
+def as_model(name: str) -> dict:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "personality-neurons"}
 
 
 async def collect(choices: list[Choice]) -> list[Choice]:
@@ -212,9 +217,12 @@ class Server:
         tokenizer, size = self.engine.tokenizer, self.engine.model.get_input_embeddings().num_embeddings
         if isinstance(body, ChatBody):
             try:
-                return [prompt_ids(tokenizer, [message.turn() for message in body.messages])]
+                prompt = prompt_ids(tokenizer, [message.turn() for message in body.messages])
             except UserError as error:
                 raise Refusal(400, str(error), param="messages") from None
+            if not prompt:
+                raise Refusal(400, "messages: this model's chat template makes nothing of them", param="messages")
+            return [prompt]
         prompts = [tokenizer(given)["input_ids"] if isinstance(given, str) else given for given in body.prompts()]
         if not all(ids and all(0 <= token < size for token in ids) for ids in prompts):
             raise Refusal(400, f"prompt: expected texts, or whole numbers from 0 to {size - 1}, none of them empty", param="prompt")
@@ -316,8 +324,7 @@ class Server:
 
     def models(self) -> dict:
         names = [self.name, *(f"{self.name}+{name}" for name in self.people.characters)]
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "personality-neurons"}
-                                           for name in names]}
+        return {"object": "list", "data": [*map(as_model, names)]}
 
     def metrics(self) -> str:
         """Prometheus' text."""

@@ -29,6 +29,14 @@ class Refusal(Exception):
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given):
+        """A null asks for nothing, whatever its name: some clients send one for each field that isn't set."""
+        if isinstance(given, dict):
+            given = {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
+        return given
+
 
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 

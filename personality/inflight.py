@@ -166,9 +166,10 @@ class Engine:
     def __init__(self, load, rows: int = 32, where: str = "generated"):
         self.load, self.rows, self.where = load, rows, where
         self.requests: dict[str, Request] = {}  # that are waiting or being written
+        self.heard: dict[str, tuple] = {}  # of each, the event loop and the queue where its tokens are awaited
         self.places, self.map, self.count, self.jobs = Places(rows), None, itertools.count(), queue.SimpleQueue()
         self.steps = self.tokens = 0
-        self.over = False
+        self.over = self.stopping = False
         self.ended = lambda: None  # called in its thread when it has stopped, for whatever reason
         self.profiles, ready = [Profile.empty()] * rows, Future()
         self.thread = threading.Thread(target=self.work, args=(ready,), name="engine", daemon=True)
@@ -200,6 +201,9 @@ class Engine:
                 self.manager._handle_critical_error(error, self.manager.batch_processor)
         self.over = True  # before it looks for jobs the last time: who brings one later sees it
         self.refuse_jobs()
+        for loop, grown in list(self.heard.values()):  # transformers forgets who came just before it was to stop
+            with contextlib.suppress(RuntimeError):  # the event loop has ended, too
+                loop.call_soon_threadsafe(grown.put_nowait, None)
         self.ended()
 
     def refuse_jobs(self) -> None:
@@ -297,8 +301,10 @@ class Engine:
 
     async def write(self, request: Request):
         """Yield the answer's ids so far, each time it has grown. Who stops reading frees its row within a step."""
+        if not request.ids:
+            raise UserError("an empty prompt")  # which would end the engine
         name, grown, going = f"request-{next(self.count)}", asyncio.Queue(), False
-        self.requests[name] = request
+        self.requests[name], self.heard[name] = request, (asyncio.get_running_loop(), grown)
         self.manager.register_result_handler(name, grown.put_nowait)  # of the event loop that runs
         try:
             add = self.manager.add_request
@@ -307,7 +313,9 @@ class Engine:
                 raise UserError("the engine has stopped")
             while going:
                 output = await grown.get()
-                going = not output.is_finished()
+                going = output is not None and not output.is_finished()
+                if output is None or output.error and self.stopping:
+                    raise UserError("the server was stopped" if self.stopping else "the engine has stopped")
                 if output.error:
                     raise RuntimeError(output.error)
                 yield output.generated_tokens
@@ -316,6 +324,7 @@ class Engine:
                 self.manager.cancel_request(name)
             self.manager.output_router.result_handlers.pop(name, None)
             self.requests.pop(name, None)
+            self.heard.pop(name, None)
 
     async def between(self, work):
         """What work() gives, called between two steps, when the model is nobody's: the forwards in it are unedited."""
@@ -328,6 +337,7 @@ class Engine:
 
     def stop(self) -> None:
         """What is still being written fails; the model is left as it was."""
+        self.stopping = True
         if self.running():
             self.manager.background_thread_status.request_stop(self.manager.background_thread_status.HARD_STOP, 0)
             self.manager._wake_up_loop.set()

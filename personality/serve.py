@@ -15,9 +15,11 @@ import logging
 import os
 import re
 import socket
+import threading
+from types import SimpleNamespace
 
-from .api import ChatBody, CompletionBody, PersonalityBody, Refusal, parsed
-from .answering import Server
+from .api import ChatBody, CompletionBody, PersonalityBody, Refusal, of_request, parsed
+from .answering import Server, as_model
 from .store import TEXTS
 from .terminal import (EDIT_RULES, Flags, UserError, edit_arguments, loading_arguments, positive, refuse, say, script,
                        serve_arguments)
@@ -107,6 +109,9 @@ class Door:
             await as_reply(error)(scope, receive, counted)
         except ClientDisconnect:
             pass
+        except UserError as error:  # the engine has stopped
+            if not begun:
+                await as_reply(Refusal(503, str(error), "server_error"))(scope, receive, counted)
         except Exception as error:
             logging.getLogger("uvicorn.error").exception("a request failed")
             if not begun:
@@ -136,6 +141,11 @@ def application(server: Server):
     @app.get("/v1/models")
     async def models():
         return JSONResponse(server.models())
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        of_request(SimpleNamespace(model=name, personality=None), server.name, server.people.characters)  # or a refusal
+        return JSONResponse(as_model(name))
 
     @app.get("/health")
     async def health():
@@ -205,6 +215,27 @@ def listening(args) -> socket.socket:
         raise UserError(f"--host {args.host} --port {args.port}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def ended_by_engine(web, engine):
+    """Have Ctrl-C and SIGTERM wait PATIENCE seconds, a second Ctrl-C no longer, for what is being written; then the engine stops,
+    and who still waits is told so, before uvicorn cuts connections."""
+    begin, waiting = web.handle_exit, []
+
+    def handle_exit(number, frame):
+        if not waiting:
+            waiting.append(threading.Timer(PATIENCE, engine.stop))
+            waiting[0].daemon = True
+            waiting[0].start()
+            if engine.requests:
+                say(f"waiting up to {PATIENCE} seconds for what is being written; Ctrl-C again ends it")
+        elif len(waiting) < 2:
+            waiting.append(threading.Thread(target=engine.stop, daemon=True))
+            return waiting[1].start()
+        begin(number, frame)
+
+    web.handle_exit = handle_exit
+    return web
+
+
 def serve(args) -> None:
     """Until Ctrl-C or SIGTERM, which wait PATIENCE seconds for what is being written."""
     try:
@@ -220,8 +251,9 @@ def serve(args) -> None:
             host, port = listener.getsockname()[:2]
             say(f"{server.name}: http://{f'[{host}]' if ':' in host else host}:{port}/ has the page, /v1 is for OpenAI's clients; "
                 f"traits: {', '.join(server.people.traits) or 'none'}; Ctrl-C ends it")
-            web = uvicorn.Server(uvicorn.Config(application(server), log_level="warning", access_log=False, server_header=False,
-                                                lifespan="off", timeout_graceful_shutdown=PATIENCE, timeout_keep_alive=IDLE))
+            web = ended_by_engine(uvicorn.Server(uvicorn.Config(
+                application(server), log_level="warning", access_log=False, server_header=False, lifespan="off",
+                timeout_graceful_shutdown=PATIENCE + 5, timeout_keep_alive=IDLE)), server.engine)
             server.engine.ended = lambda: setattr(web, "should_exit", True)  # a supervisor starts it anew
             if not server.engine.running():  # it stopped before it could say so
                 web.should_exit = True

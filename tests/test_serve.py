@@ -29,11 +29,12 @@ from conftest import FRAMED, ROOT, exit_of, run
 from personality import Character, Neurons, Profile, UserError, serve, steer
 from personality.answering import Choice, Server, Text
 from personality.api import ChatBody, CompletionBody, whole_bytes
+from personality.inflight import Request
 from personality.methods import Profiles, affordable, multiple_at
 from personality.model import answers, sampling
 from personality.neurons import NeuronFolder
 from personality.people import People
-from personality.serve import IDLE, KEY, application, listening, page
+from personality.serve import IDLE, KEY, application, ended_by_engine, listening, page
 from personality.serve import arguments as arguments_of_the_program
 from personality.train import add_trained
 
@@ -392,7 +393,8 @@ def test_an_engine_that_died(small, neurons):
             wait_for(lambda: server.taken == 2)
             there = server.engine.tokens
             wait_for(lambda: server.engine.tokens >= there + 10)  # both are being answered
-            server.engine.stop()
+            server.engine.manager.batch_processor.prepare_next_batch = lambda: 1 / 0
+            server.engine.thread.join(20)
             whole, stream = (reply.result() for reply in waiting)
         assert whole.status_code == 500 and whole.json()["error"]["type"] == "server_error"
         assert '"error"' in stream.text.strip().split("\n\n")[-1]
@@ -558,6 +560,46 @@ def test_sigterm_finishes_what_runs_and_a_killed_server_starts_again(small, neur
     assert post(served).status_code == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130 and "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("begun", (True, False))
+def test_what_is_written_when_the_server_ends_is_told_so(small, neurons, capfd, begun):
+    """In a line of the stream, or by a 503, not by a connection that is cut, nor by a traceback."""
+    with serving(arguments(small, neurons)) as (server, url), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        processor = server.engine.manager.batch_processor
+        step = processor.prepare_next_batch
+        processor.prepare_next_batch = lambda: (time.sleep(0.05), step())[1]
+        whole = pool.submit(post, SimpleNamespace(url=url), max_tokens=400)
+        body = json.dumps({"messages": asked(), "max_tokens": 400, "stream": True})
+        with httpx.stream("POST", url + "/v1/chat/completions", content=body, timeout=30, headers={"content-type": "application/json"}) as reply:
+            lines = reply.iter_lines()
+            assert "assistant" in next(lines)
+            while len(server.engine.requests) < 2 or begun and server.engine.tokens < 20:
+                time.sleep(0.01)
+            server.engine.stop()
+            said = list(lines)
+        assert "the server was stopped" in said[-2] + said[-1] and "[DONE]" not in "".join(said)
+        reply = whole.result()
+        assert reply.status_code == 503 and reply.json()["error"]["message"] == "the server was stopped"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ctrl_c_waits_once(monkeypatch, capsys):
+    monkeypatch.setattr("personality.serve.PATIENCE", 60)
+    stopped, ended = [], []
+    engine = SimpleNamespace(requests={"a": 1, "b": 2}, stop=lambda: stopped.append(True))
+    web = ended_by_engine(SimpleNamespace(handle_exit=lambda *given: ended.append(given)), engine)
+    web.handle_exit(signal.SIGINT, None)
+    assert ended == [(signal.SIGINT, None)] and not stopped and "waiting up to 60 seconds for what is being written; Ctrl-C again" in capsys.readouterr().err
+    web.handle_exit(signal.SIGINT, None)
+    time.sleep(0.2)
+    assert stopped == [True] and len(ended) == 1, "what is written ends, and says so"
+    web.handle_exit(signal.SIGINT, None)
+    assert len(ended) == 2, "the third time nobody is waited for"
+    monkeypatch.setattr("personality.serve.PATIENCE", 0.05)
+    ended_by_engine(SimpleNamespace(handle_exit=lambda *given: None), engine).handle_exit(signal.SIGTERM, None)
+    time.sleep(0.5)
+    assert stopped == [True, True]
 
 
 @pytest.mark.parametrize(("flags", "named"), [
@@ -857,6 +899,45 @@ def test_a_template_that_takes_no_such_messages_is_the_clients_affair(served, mo
     monkeypatch.setattr(served.server.engine.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     reply = post(served)
     assert reply.status_code == 400 and "roles must alternate" in reply.json()["error"]["message"]
+
+
+def test_a_prompt_of_nothing_is_refused(served, monkeypatch):
+    """As Llama 2's template makes of system messages alone: it would end the engine for all."""
+    monkeypatch.setattr(served.server.engine.tokenizer, "chat_template", "{% for turn in messages if turn['role'] == 'user' %}{{ turn['content'] }}{% endfor %}")
+    reply = post(served, messages=[{"role": "system", "content": "w10"}])
+    assert reply.status_code == 400 and "makes nothing of them" in reply.json()["error"]["message"]
+    with pytest.raises(UserError, match="an empty prompt"):
+        asyncio.run(anext(served.server.engine.write(Request([], ChatBody(messages=asked()).sampling(0), None, 4))))
+    assert post(served).status_code == 200
+
+
+def test_a_null_asks_for_nothing(served):
+    whole = post(served).json()["choices"]
+    nulls = dict.fromkeys(("tools", "tool_choice", "response_format", "logit_bias", "functions", "stop", "seed", "whatever"))
+    messages = [{**turn, "name": None, "reasoning_content": None} for turn in asked()]
+    assert post(served, messages=messages, **nulls).json()["choices"] == whole
+    assert served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=4, tools=None, extra_body=nulls).choices
+    assert post(served, messages=None).status_code == 400 and post(served, tools=[]).status_code == 400
+
+
+def test_a_model_can_be_looked_up(served):
+    for name in ("tiny", "tiny+ada", "tiny+extraversion=0.5"):
+        assert served.client.models.retrieve(name).id == name
+    for name in ("gpt-5", "tiny+", "x/y"):
+        with pytest.raises(openai.NotFoundError, match="model: expected tiny"):
+            served.client.models.retrieve(name)
+    assert httpx.get(served.url + "/v1/models/tiny+nobody").status_code == 400
+
+
+def test_perplexity_is_of_what_is_shown(served):
+    """As logprobs are, which stop where the stop string begins."""
+    words = post(served, max_tokens=12).json()["choices"][0]["message"]["content"].split()
+    cut = post(served, max_tokens=12, stop=" " + words[5], perplexity=True, logprobs=True).json()["choices"][0]
+    told = [token["logprob"] for token in cut["logprobs"]["content"]]
+    assert cut["message"]["content"].split() == words[:5] and len(told) == 5
+    whole = post(served, max_tokens=5, perplexity=True).json()["choices"][0]
+    assert whole["message"] == cut["message"] and cut["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
+    assert "perplexity" not in post(served, max_tokens=12, stop=words[0], perplexity=True).json()["choices"][0]
 
 
 def test_a_stream_tells_what_a_whole_reply_does(served):

@@ -11,8 +11,9 @@ which induce.py turns into a personality. The method is NPTI (ICLR 2025, arXiv 2
 import os
 
 from personality import POLES, TRAITS
-from personality.terminal import (TEAM_RULES, Flags, UserError, bench_argument, check_trait, model_arguments, out_of_memory,
-                                  positive, progress, refuse, resumable, say, script, team_argument, where_argument)
+from personality.terminal import (IN_FLIGHT, TEAM_RULES, Flags, UserError, bench_argument, check_trait, model_arguments,
+                                  out_of_memory, positive, progress, refuse, resumable, say, script, team_argument, where_argument,
+                                  writer_arguments)
 
 LIMIT, SIZE = 128, 360  # search questions: asked, and built
 
@@ -29,15 +30,7 @@ def parser() -> Flags:
     flags.add_argument("--engine", metavar="URL",
                        help="have an OpenAI-compatible server of the same model (vLLM, SGLang, llama.cpp) write the answers; key: "
                             "$OPENAI_API_KEY")
-    flags.add_argument("--build-bench", metavar="DIR", help="have a model write a bench, and stop there")
-    flags.add_argument("--size", type=positive, metavar="N",
-                       help=f"of --build-bench: search questions a trait (default: {SIZE}; PersonalityBench: 36000)")
-    flags.add_argument("--writer", metavar="MODEL_OR_URL", help="who writes the bench of --build-bench: a model, as --model takes "
-                       "it, or the URL of an OpenAI-compatible server (default: $OPENAI_BASE_URL, else --model)")
-    flags.add_argument("--served-model", metavar="NAME", default=os.environ.get("OPENAI_MODEL") or None,
-                       help="what --engine or --writer URL calls the model (default: $OPENAI_MODEL, else the first that it lists)")
-    flags.add_argument("--in-flight", type=positive, default=16, metavar="N",
-                       help="requests to a server at once (default: %(default)s)")
+    writer_arguments(flags, SIZE)
     flags.add_argument("--out", default="neurons", metavar="DIR", help="default: %(default)s")
     where_argument(flags)
     model_arguments(flags)
@@ -52,6 +45,8 @@ RULES = [(lambda args, name=name: args.build_bench and getattr(args, name),
      "--build-bench: one process is enough (--in-flight N), torchrun would pay for each request several times"),
     (lambda args: (args.size or args.writer) and not args.build_bench, "--size N and --writer go with --build-bench DIR; --limit N "
      "is the number of questions that are asked, --engine URL a server that writes the answers"),
+    (lambda args: (args.in_flight != IN_FLIGHT or args.served_model not in (None, os.environ.get("OPENAI_MODEL")))
+     and not args.engine and not args.build_bench, "--in-flight N and --served-model go with --engine URL or --build-bench DIR"),
     (lambda args: args.max_new_tokens == 1 and args.where == "generated" and not args.answers and not args.build_bench,
      "--max-new-tokens 1: no generated token is ever an input then, so there is nothing to count: 2 at least"),
     (lambda args: args.answers and args.engine, "--answers FILE has the answers already: --engine goes without it"),
@@ -79,7 +74,7 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from personality.endpoint import Endpoint, RemoteEngine  # noqa: E402
-from personality.frame import Frame, declines  # noqa: E402
+from personality.frame import Frame, declines, with_declined  # noqa: E402
 from personality.mlp import decoder_of, find_mlps  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import SEARCH_PENALTY, answer_inputs, answers, dtype_of, enough_memory, fingerprint, with_ids  # noqa: E402
@@ -91,20 +86,6 @@ from personality.store import Journal, digest, json_lines, lock_of, only_run, pl
 from personality.world import World  # noqa: E402
 
 
-def groups_of(items: list[dict]) -> list[int]:
-    return [POLES.index(item["pole"]) for item in items]
-
-
-def with_declined(items: list[dict]) -> list[dict]:
-    return [{**item, "declined": int(declines(item["answer"]))} for item in items]
-
-
-def written(model, tokenizer, items: list[dict], frame: Frame, most: int) -> list[dict]:
-    asked = [frame.turns(item["question"], item["persona"]) for item in items]
-    said = answers(model, tokenizer, asked, most, repetition_penalty=SEARCH_PENALTY)
-    return [{**item, "answer": text, "ids": ids} for item, (text, ids) in zip(items, said)]
-
-
 def read_batches(model, tokenizer, items: list[dict], frame: Frame, statistics: Statistics, where: str, size: int) -> None:
     """Forward passes over answers that are there, observing the same positions as while they are written; like lengths (in
     characters, about) together, so that little is padding."""
@@ -112,7 +93,7 @@ def read_batches(model, tokenizer, items: list[dict], frame: Frame, statistics: 
     for start in range(0, len(items), size):
         batch = items[start:start + size]
         inputs, counted = answer_inputs(model, tokenizer, batch, frame, where)
-        with torch.no_grad(), observe(model, statistics, groups_of(batch), counted):
+        with torch.no_grad(), observe(model, statistics, [POLES.index(item["pole"]) for item in batch], counted):
             decoder_of(model)(**inputs, use_cache=False)
 
 
@@ -144,7 +125,7 @@ class Run:
             "dtype": dtype_of(model), "device": model.device.type, "seed": args.seed, **self.frame.made_with(),
             **({"engine": endpoint.model} if endpoint else {})}
         self.key = digest(self.meta)
-        self.engine = RemoteEngine(endpoint, tokenizer, self.frame, args.out, args.max_new_tokens) if endpoint else None
+        self.engine = endpoint and RemoteEngine(endpoint, tokenizer, self.frame, args.out, args.max_new_tokens, fingerprint(model))
         self.at_once = self.READ_AT_ONCE if args.answers or endpoint else 1  # batches that are done, and saved, together
         self.share = world.share(len(self.items), args.batch_size * self.at_once)
         self.saved = self.file_of(world.rank, "state.safetensors")
@@ -158,7 +139,7 @@ class Run:
         """The neuron file: the one that is there, if it was made of the same, else a new one. Of several processes the first has
         it."""
         with self.alone():
-            there, found = None if self.world.rank else self.file_there(), None
+            there, found = None if self.world.rank else self.brought_back(), None
             if self.world.told(bool(there and there.key == self.key)):
                 self.world.say(f"{self.path} is there, made with the same model, questions and options")
             else:
@@ -172,10 +153,8 @@ class Run:
 
     def alone(self):
         """No other run of these options meanwhile, of however many processes: the first takes the lock, the others wait for it."""
-        if self.world.rank:
-            return contextlib.nullcontext()
-        lock = self.path.with_name(f".{self.trait}.{self.key}.lock")
-        return only_run(lock, f"{self.path}: another run makes it, this one waits")
+        lock, busy = self.path.with_name(f".{self.trait}.{self.key}.lock"), f"{self.path}: another run makes it, this one waits"
+        return contextlib.nullcontext() if self.world.rank else only_run(lock, busy)
 
     def file_there(self) -> Neurons | None:
         """The neuron file that is there and whole, of whatever options."""
@@ -209,14 +188,32 @@ class Run:
         if min(tokens) < FEWEST:
             say(f"{self.trait}: only {min(tokens)} tokens were counted under a pole, so neurons differ by chance, too: expected "
                 f"{FEWEST} or more, of more or longer answers")
+        self.set_aside()
+        Neurons(tensors, {**self.meta, "key": self.key, "tokens": tokens, **compliance}).save(self.path)
+
+    def set_aside(self) -> None:
+        """Keep the file that is there under a name that says what it was made of."""
         if self.path.exists():
             there = self.file_there()  # where it is damaged, its answers may be whole
             other = re.sub(r"\W", "", there.key) if there else f"damaged-{hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]}"
-            for path in (self.answers, self.path):  # in this order: a run that was killed between them comes by here again
-                if path.exists():
-                    os.replace(path, path.with_name(path.name.replace(self.trait, f"{self.trait}.{other}", 1)))
+            self.rename(self.trait, f"{self.trait}.{other}")
             say(f"{self.path} was of other options: it is {self.trait}.{other}.safetensors now")
-        Neurons(tensors, {**self.meta, "key": self.key, "tokens": tokens, **compliance}).save(self.path)
+
+    def brought_back(self) -> Neurons | None:
+        """The neuron file that is there, and first the one of these very options, where a run of others has set it aside."""
+        kept, there = f"{self.trait}.{self.key}", self.file_there()
+        if neuron_path(self.args.out, kept).exists() and not (there and there.key == self.key):
+            with only_run(lock_of(self.path)), contextlib.suppress(UserError):
+                if Neurons.load(neuron_path(self.args.out, kept)).key == self.key:
+                    self.set_aside()
+                    self.rename(kept, self.trait)
+        return self.file_there()
+
+    def rename(self, old: str, new: str) -> None:
+        """Of a neuron file and its answers. In this order: a run that was killed between them comes by here again."""
+        for path_of in (answers_path, neuron_path):
+            if path_of(self.args.out, old).exists():
+                os.replace(path_of(self.args.out, old), path_of(self.args.out, new))
 
     def parts(self) -> list[Journal]:
         """The answers of every rank."""
@@ -301,7 +298,8 @@ class Run:
             return with_declined(with_ids(self.tokenizer, items)), False
         if self.of_batch:
             self.of_batch.zero()
-        with observe(self.model, self.of_batch, groups_of(items), self.args.where) if self.of_batch else contextlib.nullcontext():
+        groups = [POLES.index(item["pole"]) for item in items]
+        with observe(self.model, self.of_batch, groups, self.args.where) if self.of_batch else contextlib.nullcontext():
             items = with_declined(self.ask(items))
         for attempt in range(self.AGAIN):
             again = [k for k, item in enumerate(items) if declines(item["answer"])]
@@ -312,8 +310,10 @@ class Run:
 
     def ask(self, items: list[dict]) -> list[dict]:
         if self.engine:
-            return self.engine.answer(items)
-        return written(self.model, self.tokenizer, items, self.frame, self.args.max_new_tokens)
+            return self.world.agree(None if self.world.place else self.engine.answer(items))  # one of a team asks
+        asked = [self.frame.turns(item["question"], item["persona"]) for item in items]
+        said = answers(self.model, self.tokenizer, asked, self.args.max_new_tokens, repetition_penalty=SEARCH_PENALTY)
+        return [{**item, "answer": text, "ids": ids} for item, (text, ids) in zip(items, said)]
 
     def another_persona(self, item: dict, attempt: int) -> dict:
         pick = random.Random(f"{self.args.seed}/{self.trait}/{item['question']}/{attempt}")

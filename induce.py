@@ -94,6 +94,10 @@ RULES = [(lambda args, name=name, work=work: getattr(args, name) != DEFAULT(name
      "--serve: clients send temperature and top_p, and the neurons are not drawn: --temperature, --top-p and --keep go without it"),
     (lambda args: args.serve and (args.seed != DEFAULT("seed") or args.batch_size != DEFAULT("batch_size")),
      "--serve: clients send their seeds, and --rows N is the batch: --seed and --batch-size go without it"),
+    (lambda args: args.save and (args.temperature or args.top_p or args.max_new_tokens),
+     "--save writes no answers: --temperature, --top-p and --max-new-tokens go without it"),
+    (lambda args: args.list and (args.trait or args.profile or strengths(args)),
+     "--list shows the folder of --neurons: --trait, --level, --alpha and --profile go without it"),
     (lambda args: args.list and args.neurons.startswith("npti:"),
      "--list shows a folder of identify.py: --neurons npti:DIR goes without it"),
     (lambda args: args.tp != 1 and (args.chat or args.save or args.serve or args.list or args.verify_server),
@@ -281,13 +285,13 @@ def main(args) -> None:
     model, tokenizer = load_asked(args, world=args.world)
     torch.manual_seed(args.seed)
     if any(abs(level) > 1 for who in everyone if who.method == "trained" for level in who.strengths.values()):
-        say("levels beyond 1: the text may no longer be fluent")
+        args.world.say("levels beyond 1: the text may no longer be fluent")
     if args.where == "all" and any(who.method == "trained" for who in everyone):
-        say(EVERYWHERE)
+        args.world.say(EVERYWHERE)
     if any(map(several_levels, everyone)):
-        say("levels of several traits: where they would cost too much together, all of them are brought down alike")
+        args.world.say("levels of several traits: where they would cost too much together, all of them are brought down alike")
     for method in sorted({who.method for who in everyone} - {"npti", "trained"}):
-        say(f"{method}: the scale of alpha is its own: {METHODS[method]}")
+        args.world.say(f"{method}: the scale of alpha is its own: {METHODS[method]}")
     missing = functools.partial(identify, model, tokenizer, out=args.neurons, batch_size=args.batch_size, seed=args.seed,
                                 frame=args.frame)
     train = functools.partial(add_trained, model, tokenizer, load_bench(None), seed=args.seed)

@@ -6,7 +6,7 @@ import sys
 import torch
 from transformers import DynamicCache, TextStreamer
 
-from .frame import Frame
+from .frame import Frame, with_a_clock
 from .methods import Character, Profiles
 from .mlp import find_mlps
 from .model import CACHE, answer_text, check_length, generate_options, prompt_ids, sampling
@@ -97,7 +97,7 @@ def changed(character: Character, latest: str, command: str, words: list[str]) -
 def converse(model, tokenizer, profiles: Profiles, character: Character, args) -> None:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # what is typed need not be UTF-8
-    chat, latest = Chat(model, tokenizer, args), list(character.strengths)[-1]
+    chat, latest = Chat(model, with_a_clock(tokenizer), args), list(character.strengths)[-1]
     capacity = sum(mlp.neurons for mlp in find_mlps(model))  # room for whatever /trait and /alpha may ask for
     profile = profiles.of(character)
     if character.method == "trained":  # no edits are trained while the model is steered: nothing is begun that comes to that

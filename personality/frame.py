@@ -4,6 +4,7 @@ An assistant that is asked bare says that it has no feelings, under a persona to
 frames its questions (a real person, genuine feelings) in its own words; these are ours.
 """
 
+import copy
 import functools
 import re
 from dataclasses import dataclass
@@ -65,3 +66,25 @@ def conversation(question: str, system: str | None = None) -> list[dict]:
 def declines(answer: str) -> bool:
     """Whether an answer says, within its first 200 characters, that it is nobody's: "As an AI language model, I don't have ..."."""
     return bool(DECLINES.search(answer[:200].lower().replace("’", "'")))
+
+
+def with_declined(items: list[dict]) -> list[dict]:
+    """Items with their answers, and 1 where the answer declines to be anyone, or 0."""
+    return [{**item, "declined": int(declines(item["answer"]))} for item in items]
+
+
+CLOCK = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"  # the day that Llama 3.1's template names where it can't tell
+
+
+def stop_the_clock(tokenizer) -> None:
+    """Have a chat template that tells the date always tell the same: prompts, and so answers, are the same on another day."""
+    if "strftime_now" in tokenizer.chat_template and CLOCK not in tokenizer.chat_template:
+        tokenizer.chat_template = CLOCK + tokenizer.chat_template
+
+
+def with_a_clock(tokenizer):
+    """A copy without stop_the_clock(), for conversations: nothing that is kept hangs on their prompts."""
+    tokenizer = copy.copy(tokenizer)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix(CLOCK)
+    return tokenizer

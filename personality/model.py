@@ -1,7 +1,6 @@
 """A model and its tokenizer: its fingerprint, prompts, answers."""
 
 import contextlib
-import copy
 import functools
 import hashlib
 import inspect
@@ -14,7 +13,7 @@ from packaging.version import Version
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .calls import option_of
-from .frame import Frame, conversation
+from .frame import Frame, conversation, stop_the_clock, with_a_clock
 from .mlp import decoder_of, find_mlps, is_numbers, layers_of, shape_of
 from .terminal import FRAME, UserError, out_of_memory, say
 
@@ -111,6 +110,7 @@ def prepared(tokenizer):
         begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = (tokenizer.bos_token or "" if begins else "") + BASE_TEMPLATE
         tokenizer.stop_text, tokenizer.answer_prefix = NEXT_QUESTION, " "
+    stop_the_clock(tokenizer)
     if not prompt_ids(tokenizer, conversation("Who are you?")):
         raise UserError("its chat template gives an empty prompt")
     return tokenizer
@@ -118,7 +118,7 @@ def prepared(tokenizer):
 
 def as_published(tokenizer):
     """The tokenizer as it was before prepared(), to be saved."""
-    tokenizer = copy.copy(tokenizer)
+    tokenizer = with_a_clock(tokenizer)
     if tokenizer.stop_text:
         tokenizer.chat_template = None
     return tokenizer
@@ -132,7 +132,8 @@ def render(tokenizer, turns: list[dict]) -> str:
     asked = turns[len(told):]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        if not asked or all("".join(part.split()) in "".join(text.split()) for part in told):
+        written = "".join(text.split())
+        if not asked or all("".join(part.split()) in written for part in told):
             return text
     except Exception as error:  # templates raise what they like
         if not told or not asked:
@@ -275,7 +276,7 @@ def answer(model, tokenizer, question: str, persona: str | None = None, max_new_
 
 def sampling(temperature: float | None = None, top_p: float | None = None) -> dict:
     """generate()'s options with NPTI's repetition penalty: greedy unless a temperature or top-p is asked for."""
-    drawn = {"do_sample": True, "temperature": max(temperature or 1.0, COLDEST), "top_p": top_p or 1.0}
+    drawn = {"do_sample": True, "temperature": max(temperature or 1.0, COLDEST), "top_p": top_p or 1.0, "top_k": 0, "min_p": 0.0}
     return {"repetition_penalty": TEST_PENALTY, **(drawn if temperature or top_p else {})}
 
 

@@ -206,10 +206,8 @@ class Released:
     """NPTI's released neuron files, DIR/<Trait>_dict.json (high pole) and DIR/<Trait>_reversed_dict.json (low): an object from
     layer to a list of [layer, index, delta, prob, p95]. What stands there was selected already."""
 
-    key, frame = "released files", Frame()
-
     def __init__(self, folder: str, trait: str, model):
-        self.trait, self.shape, self.poles = trait, shape_of(find_mlps(model)), {}
+        self.trait, self.frame, self.shape, self.poles = trait, Frame(), shape_of(find_mlps(model)), {}
         for pole, name in published_names(trait).items():
             path = Path(folder) / f"{name}_dict.json"
             try:
@@ -226,6 +224,7 @@ class Released:
             if len(torch.unique(layer * self.shape[1] + index)) < len(layer):
                 raise UserError(f"{path}: a neuron stands twice in it")
             self.poles[pole] = (layer, index, delta.float(), p95.float())
+        self.key = digest([[part.tolist() for part in self.poles[pole]] for pole in POLES])
 
     def select(self, pole: str, min_delta: float = 0.1, min_neurons: int | None = None):
         """All of a pole's neurons, as Neurons.select gives them."""

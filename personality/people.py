@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from . import TRAITS
-from .frame import Frame
+from .frame import Frame, with_a_clock
 from .methods import Character, Profiles, affordable, at_levels, price_at
 from .load import load_asked
 from .neurons import NeuronFolder, neuron_path
@@ -25,14 +25,15 @@ class People:
 
     def load(self):
         """(model, tokenizer), and what the files hold; called once, in the engine's thread."""
-        loaded = self.take(*load_asked(self.args))
+        model, tokenizer = load_asked(self.args)
+        self.take(model, tokenizer)
         for character in self.characters.values():  # while nobody waits yet: it takes as long as reading 64 answers
             asked = [trait for trait, own in character.strengths.items() if own and trait in self.traits]
             for trait in asked if character.method == "activation" and not self.neurons.released else ():
                 self.profiles.direction(trait)
-        return loaded
+        return model, with_a_clock(tokenizer)
 
-    def take(self, model, tokenizer):
+    def take(self, model, tokenizer) -> None:
         """Read what the files hold for this model."""
         args = self.args
         self.neurons = NeuronFolder(model, args.neurons, frame=self.frame)
@@ -45,7 +46,6 @@ class People:
                 f"--out {args.neurons} makes them")
         if args.where == "all" and any(getattr(neurons, "trained_key", "") for neurons in self.traits.values()):
             say(EVERYWHERE)
-        return model, tokenizer
 
     def of(self, character: Character) -> tuple[Profile, dict]:
         """(profile, what is said of it in replies): the same objects each time, as the engine wants them."""

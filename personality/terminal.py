@@ -207,6 +207,7 @@ def check_trait(trait: str) -> str:
 
 
 ANSWER = 64  # tokens of an answer, at most
+IN_FLIGHT = 16  # requests to a server at once
 MIN_DELTA = 0.1  # see edit_arguments()
 FRAME = "person"  # how questions are put, unless --frame says otherwise: see frame.py
 FRAMES = (FRAME, "none")  # that have a name
@@ -266,6 +267,7 @@ def model_arguments(flags: Flags) -> None:
 TEAM_RULES = [
     (lambda args: args.device_map and os.environ.get("WORLD_SIZE", "1") != "1",
      "--device-map {device_map} spreads one model over all GPUs: one process; --tp shares a model among torchrun's"),
+    (lambda args: args.tp != 1 and ":" in (args.device or ""), "--device {device}: --tp gives each process a card of its own"),
     (lambda args: args.quantize and args.tp != 1, "--quantize {quantize}: --tp goes without it")]
 
 
@@ -323,3 +325,16 @@ def bench_argument(flags: Flags) -> None:
     flags.add_argument("--bench", metavar="DIR",
                        help="questions and personas in PersonalityBench's layout: a folder, or a dataset of the hub (default: "
                             "built in)")
+
+
+def writer_arguments(flags: Flags, size: int) -> None:
+    """Of --build-bench, and of servers that write. size: search questions that are built by default."""
+    flags.add_argument("--build-bench", metavar="DIR", help="have a model write a bench, and stop there")
+    flags.add_argument("--size", type=positive, metavar="N",
+                       help=f"of --build-bench: search questions a trait (default: {size}; PersonalityBench: 36000)")
+    flags.add_argument("--writer", metavar="MODEL_OR_URL", help="who writes the bench of --build-bench: a model, as --model takes "
+                       "it, or the URL of an OpenAI-compatible server (default: $OPENAI_BASE_URL, else --model)")
+    flags.add_argument("--served-model", metavar="NAME", default=os.environ.get("OPENAI_MODEL") or None,
+                       help="what --engine or --writer URL calls the model (default: $OPENAI_MODEL, else the first that it lists)")
+    flags.add_argument("--in-flight", type=positive, default=IN_FLIGHT, metavar="N",
+                       help="requests to a server at once (default: %(default)s)")

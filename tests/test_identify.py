@@ -23,6 +23,7 @@ from personality.load import load_model
 from personality.model import answers
 from personality.neurons import Neurons
 from personality.terminal import UserError
+from personality.train import add_trained
 
 
 def test_answers_are_of_every_question_under_both_poles(small, made):
@@ -163,6 +164,21 @@ def test_other_options_are_another_run(small, tmp_path, change):
     run(small, tmp_path, **change).identify()
     assert contents(tmp_path)["extraversion.safetensors"] != before["extraversion.safetensors"]
     assert list(contents(tmp_path, f"extraversion.{key}").values()) == list(before.values()), "what was there is kept"
+
+
+def test_a_file_that_was_set_aside_comes_back(small, made, tmp_path):
+    """With its trained edits, when it is asked for again: it is neither made anew nor written over."""
+    add_trained(small.model, small.tokenizer, small.bench, run(small, tmp_path).identify())
+    before, other = contents(tmp_path), run(small, tmp_path, seed=1)
+    other.identify()
+    there = contents(tmp_path)
+    with each_batch(small.model, lambda *_: pytest.fail("asked again")):
+        for expected in (before, there, before):
+            found = run(small, tmp_path).identify() if expected is before else run(small, tmp_path, seed=1).identify()
+            assert contents(tmp_path) == expected and bool(found.trained_key) == (expected is before)
+            assert len([*tmp_path.iterdir()]) == 4
+    (tmp_path / f"extraversion.{other.key}.safetensors").write_bytes(b"damaged")
+    assert run(small, tmp_path, seed=1).identify().key == other.key and contents(tmp_path) == there
 
 
 def test_two_runs_of_the_same_at_once(small, made, tmp_path, capsys):

@@ -326,6 +326,7 @@ def test_released_files_make_the_same_profile(small, several, tmp_path):
     for end in ("", "_reversed"):
         (tmp_path / f"Extraversion{end}_dict.json").write_text(json.dumps({"0": rows}))
     assert Released(tmp_path, "extraversion", small.model).select("high")[1].tolist() == [1, 2, 3], "largest delta first, in any file"
+    assert Released(tmp_path, "extraversion", small.model).key == Released(tmp_path, "extraversion", small.model).key != files.key
 
 
 @pytest.mark.parametrize("text, pattern", (

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 from types import SimpleNamespace
+import time
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ import personality.model as model_module
 import personality.op as op_module
 from conftest import FRAMED, TEMPLATE, lines_of, run, save_model, tiny
 from identify import identify
-from personality.frame import conversation
+from personality.frame import conversation, with_a_clock
 from personality.methods import npti
 from personality.mlp import find_mlps, shape_of
 from personality.load import DEFAULT_MODEL, default_dtype, default_model, load_model
-from personality.model import answer, answers, as_published, fingerprint, render, sampling, surroundings
+from personality.model import answer, answers, as_published, fingerprint, prepared, render, sampling, surroundings
 from personality.observe import Statistics, observe
 from personality.steer import steer
 from personality.terminal import UserError
@@ -49,6 +50,27 @@ def test_chat_with_and_without_template(small, tmp_path):
     thinking = TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
     _, thinking = load_model(str(save_model(tmp_path / "thinking", template=thinking)), "cpu", "float32")
     assert render(thinking, turns).endswith("assistant : ")
+
+
+def test_a_template_that_tells_the_date_tells_one(tmp_path):
+    """So that a run that goes on tomorrow ends the same; in a conversation it is today's."""
+    template = "{{ strftime_now('%Y') }} " + TEMPLATE
+    _, tokenizer = load_model(str(save_model(tmp_path / "model", template=template)), "cpu", "float32")
+    turns = [{"role": "user", "content": "w10 ?"}]
+    assert render(tokenizer, turns) == "26 Jul 2024 user : w10 ? assistant : " == render(prepared(tokenizer), turns)
+    assert as_published(tokenizer).chat_template == template and tokenizer.chat_template != template
+    talking = with_a_clock(tokenizer)
+    assert render(talking, turns) == time.strftime("%Y") + " user : w10 ? assistant : " != render(tokenizer, turns)
+    assert talking.stop_text == tokenizer.stop_text
+
+
+def test_many_system_messages_cost_as_much_as_they_are_long(small):
+    def seconds(role):
+        turns, start = [{"role": role, "content": f"w{k} " * 100} for k in range(1000)] + conversation("w10 ?"), time.time()
+        assert render(small.tokenizer, turns).count("w10 ") > 100
+        return time.time() - start
+
+    assert seconds("system") < 4 * seconds("user") + 1
 
 
 def test_answer_equals_one_by_one(small):
@@ -186,6 +208,14 @@ def test_the_coldest_temperature_is_greedy(small):
     turns = [FRAMED.turns("w10 w11 ?")]
     cold, greedy = (answers(small.model, small.tokenizer, turns, 8, **sampling(*temperature)) for temperature in ((1e-40,), ()))
     assert cold == greedy
+
+
+def test_all_tokens_can_be_drawn(small, monkeypatch):
+    """As by the server; what a model's own configuration, or generate(), would leave out is not left out unsaid."""
+    monkeypatch.setattr(small.model.generation_config, "min_p", 0.5)
+    monkeypatch.setattr(small.model.generation_config, "top_k", 3)
+    drawn = {ids[0] for _, ids in answers(small.model, small.tokenizer, [FRAMED.turns("w10 w11 ?")] * 600, 1, **sampling(100.0))}
+    assert len(drawn) > 80
 
 
 def test_an_answer_in_one_call(small):

@@ -13,7 +13,7 @@ import torch
 
 import identify
 import induce
-from conftest import contents, exit_of, lines_of, main_of, rank_of, run, save_model, shared_flags, tiny, torchrun
+from conftest import Server, contents, exit_of, lines_of, main_of, rank_of, run, save_model, shared_flags, tiny, torchrun
 from personality import Neurons, UserError
 from personality.load import load_asked, load_model
 from personality.world import World
@@ -201,6 +201,16 @@ def test_a_shared_model_answers_the_same(small, tmp_path, monkeypatch):
     main_of(induce, monkeypatch, *more, "--out", tmp_path / "alone")
     assert (tmp_path / "alone").read_text() == (tmp_path / "together").read_text()
     assert len({line["answer"] for line in lines_of(tmp_path / "alone")}) > 1
+
+
+def test_one_of_a_team_asks_the_engine(small, tmp_path):
+    """A reply is paid for once, and all read the same one, whatever a server says the second time."""
+    with Server(lambda n, body: f" w{10 + n % 80} w{10 + n % 7} w20") as server:
+        process = torchrun(2, "identify.py", *shared_flags(small), "--bench", small.bench_dir, "--trait", "extraversion",
+                           "--out", tmp_path, "--engine", server.url, "--tp")
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
+        assert len(server.seen) == 24 and len(lines_of(tmp_path / "extraversion.answers.jsonl")) == 24
 
 
 @pytest.mark.parametrize("flags, pattern", (

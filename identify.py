@@ -196,22 +196,23 @@ class Run:
         if self.path.exists():
             there = self.file_there()  # where it is damaged, its answers may be whole
             other = re.sub(r"\W", "", there.key) if there else f"damaged-{hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]}"
-            self.rename(self.trait, f"{self.trait}.{other}")
+            self.rename(self.trait, f"{self.trait}.{other}", answers_path, neuron_path)
             say(f"{self.path} was of other options: it is {self.trait}.{other}.safetensors now")
 
     def brought_back(self) -> Neurons | None:
-        """The neuron file that is there, and first the one of these very options, where a run of others has set it aside."""
+        """file_there(), after a file of these very options, which a run of others set aside, was put into its place again."""
         kept, there = f"{self.trait}.{self.key}", self.file_there()
-        if neuron_path(self.args.out, kept).exists() and not (there and there.key == self.key):
+        if answers_path(self.args.out, kept).exists() and not (there and there.key == self.key):
             with only_run(lock_of(self.path)), contextlib.suppress(UserError):
                 if Neurons.load(neuron_path(self.args.out, kept)).key == self.key:
                     self.set_aside()
-                    self.rename(kept, self.trait)
+                    self.rename(kept, self.trait, neuron_path, answers_path)
         return self.file_there()
 
-    def rename(self, old: str, new: str) -> None:
-        """Of a neuron file and its answers. In this order: a run that was killed between them comes by here again."""
-        for path_of in (answers_path, neuron_path):
+    def rename(self, old: str, new: str, *paths_of) -> None:
+        """Of a neuron file and its answers, in an order in which a run that is killed between the two loses neither: the answers of
+        the file in the place are there, too, or have the name of those that were set aside."""
+        for path_of in paths_of:
             if path_of(self.args.out, old).exists():
                 os.replace(path_of(self.args.out, old), path_of(self.args.out, new))
 
@@ -233,7 +234,8 @@ class Run:
         parts = self.parts()
         if sum(map(len, parts)) == len(self.items):  # not those that a run of fewer processes has left
             write_atomically(self.answers, map(to_line, itertools.chain(*parts)))
-        elif not self.answers.exists():
+        self.rename(f"{self.trait}.{self.key}", self.trait, *() if self.answers.exists() else (answers_path,))
+        if not self.answers.exists():
             raise UserError(f"{self.answers}: the answers are not all there any more; {self.path} is whole")
         for left in self.path.parent.glob(f".*{self.key}*"):
             if not left.name.endswith("lock"):
@@ -283,8 +285,7 @@ class Run:
             self.statistics.add(self.of_batch)
         elif playing:
             read_batches(self.model, self.tokenizer, playing, self.frame, self.statistics, self.args.where, size)
-        layer = self.statistics.broken_layer()
-        if layer is not None:
+        if (layer := self.statistics.broken_layer()) is not None:
             raise UserError(f"layer {layer} gave NaN or infinite activations in the answers {where.start + 1} to {where.stop}: "
                             "try --dtype float32")
         names = ("pole", "persona", "question", "answer", "ids", "declined")

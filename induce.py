@@ -64,7 +64,7 @@ def parser() -> Flags:
     more.add_argument("--verify-server", metavar="URL",
                       help="with --save DIR: compare what a server of that checkpoint says; nothing is written")
     flags.add_argument("--temperature", type=number(0, 100), metavar="X",
-                       help="draw tokens at this temperature (default: greedy; 1 with --top-p)")
+                       help="draw tokens at this temperature, of all that there are (default: greedy; 1 with --top-p)")
     flags.add_argument("--top-p", type=number(0, 1), metavar="X",
                        help="draw from the likeliest tokens alone that have this probability together")
     model_arguments(flags)

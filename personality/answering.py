@@ -14,7 +14,7 @@ import torch
 
 from . import POLES
 from .api import ChatBody, Refusal, Reply, logprobs_of, of_request, parsed, usage_of
-from .inflight import Engine, Request
+from .inflight import Engine, EngineStopped, Request
 from .model import dtype_of, end_tokens, name_of, prompt_ids
 from .people import People
 from .questions import adjectives
@@ -237,6 +237,8 @@ class Server:
         try:
             profile, found = await self.engine.between(lambda: self.people.of(character))
             return profile, {"name": character.name, **found}
+        except EngineStopped:
+            raise
         except UserError as error:
             raise Refusal(400, str(error), param="personality") from None
 

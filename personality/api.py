@@ -1,6 +1,6 @@
 """OpenAI's requests and replies, and what stands beside them here: personality, repetition_penalty, perplexity.
 
-What a client sends is honoured or refused by name, never passed over: the bodies know no other fields.
+What a client sends is honoured or refused by name, never passed over, unless it is null: the bodies know no other fields.
 """
 
 import itertools
@@ -32,9 +32,11 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, given):
-        """A null asks for nothing, whatever its name: some clients send one for each field that isn't set."""
+        """A null asks for nothing, whatever its name, but where something has to be said: some clients send one for each field
+        that isn't set."""
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
         if isinstance(given, dict):
-            given = {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
+            given = {name: value for name, value in given.items() if value is not None or name in needed}
         return given
 
 
@@ -239,9 +241,9 @@ def logprobs_of(told: list[tuple], chat: bool) -> dict:
     text, its own, and the best as text with theirs, which may be alike as text."""
     if not chat:
         offsets, tokens, values, best = map(list, zip(*told))
-        likely = [{**dict(reversed(others)), word: value} for word, value, others in zip(tokens, values, best)]  # the first counts
+        values_of = [{**dict(reversed(others)), word: value} for word, value, others in zip(tokens, values, best)]
         return {"tokens": tokens, "token_logprobs": values, "text_offset": offsets,
-                "top_logprobs": [dict(sorted(of_text.items(), key=lambda pair: -pair[1])) for of_text in likely]}
+                "top_logprobs": [dict(sorted(of_text.items(), key=lambda pair: -pair[1])) for of_text in values_of]}
     one = lambda word, value: {"token": word, "logprob": value, "bytes": whole_bytes(word)}  # noqa: E731
     return {"content": [{**one(word, value), "top_logprobs": list(itertools.starmap(one, best))}
                         for _, word, value, best in told], "refusal": None}

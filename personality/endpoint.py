@@ -89,7 +89,8 @@ class Endpoint:
         except ImportError as error:
             raise UserError(f"{url}: an OpenAI-compatible server needs the package openai: pip install openai") from error
         self.url, self.model, self.in_flight, self.openai = checked_url(url, httpx_of(openai)), None, in_flight, openai
-        self.names, self.key, self.stopped = {}, os.environ.get("OPENAI_API_KEY") or "", threading.Event()
+        self.names, self.lock = {}, threading.Lock()
+        self.key, self.stopped = os.environ.get("OPENAI_API_KEY") or "", threading.Event()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has")
         try:
@@ -131,15 +132,21 @@ class Endpoint:
             choice = self.client.chat.completions.create(model=self.model, messages=messages, **asked).choices[0]
             return (choice.message.content or "").strip(), choice.finish_reason != "length"
 
+        names = self.names  # another thread may change it meanwhile
         while True:
-            names = self.names  # another thread may change it meanwhile
             try:
-                return self.replied(request, fine)
+                found = self.replied(request, fine)
             except NoReply as error:
-                new = {name: other for name, other in NEWER.items() if error.lasting and (other or name) in str(error)}
+                new = {name: other for name, other in NEWER.items() if error.lasting and (other or f"'{name}'") in str(error)}
                 if new.items() <= names.items():
                     raise
-                self.names = {**self.names, **new}
+                names = {**names, **new}
+                continue
+            with self.lock:
+                if "temperature" in names and "temperature" not in self.names:
+                    say(f"{self.model} takes no temperature: its replies are drawn at the server's")
+                self.names = {**self.names, **names}
+            return found
 
     def completion(self, ids: list[int], **options) -> tuple[str, bool]:
         """(text, whether it came to its end) that follows the token ids of a prompt; raises NoReply."""

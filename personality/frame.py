@@ -73,18 +73,29 @@ def with_declined(items: list[dict]) -> list[dict]:
     return [{**item, "declined": int(declines(item["answer"]))} for item in items]
 
 
-CLOCK = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"  # the day that Llama 3.1's template names where it can't tell
+DAY = {"%A": "Friday", "%a": "Fri", "%d": "26", "%B": "July", "%b": "Jul", "%m": "07", "%Y": "2024", "%y": "24", "%H": "12",
+       "%M": "00", "%S": "00"}  # that Llama 3.1's template names where it can't tell
+CLOCK = "{%- macro strftime_now(format) -%}{{ format" + "".join(
+    f".replace('{form}', '{said}')" for form, said in DAY.items()) + " }}{%- endmacro -%}"
 
 
 def stop_the_clock(tokenizer) -> None:
     """Have a chat template that tells the date always tell the same: prompts, and so answers, are the same on another day."""
-    if "strftime_now" in tokenizer.chat_template and CLOCK not in tokenizer.chat_template:
-        tokenizer.chat_template = CLOCK + tokenizer.chat_template
+    def stopped(template):
+        return CLOCK + template if "strftime_now" in template and CLOCK not in template else template
+
+    tokenizer.chat_template = of_each(stopped, tokenizer.chat_template)
 
 
 def with_a_clock(tokenizer):
     """A copy without stop_the_clock(), for conversations: nothing that is kept hangs on their prompts."""
     tokenizer = copy.copy(tokenizer)
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = tokenizer.chat_template.removeprefix(CLOCK)
+    tokenizer.chat_template = of_each(lambda template: template.removeprefix(CLOCK), tokenizer.chat_template)
     return tokenizer
+
+
+def of_each(change, templates):
+    """Of a template, or of several that have names; of none, where somebody's tokenizer has none."""
+    if isinstance(templates, dict):
+        return {name: change(template) for name, template in templates.items()}
+    return templates and change(templates)

@@ -156,6 +156,10 @@ def cache_blocks(model, rows: int) -> int | None:
     return max(4, min(rows * -(-longest // PAGE), CACHE_BYTES // (token * PAGE)))
 
 
+class EngineStopped(UserError):
+    """Nobody is there any more who would do it."""
+
+
 class Engine:
     """Writes for many requests at once, until it is stopped. load(): the model and its tokenizer; rows: requests of a batch; where:
     "generated" or "all", as in steer().
@@ -166,7 +170,7 @@ class Engine:
     def __init__(self, load, rows: int = 32, where: str = "generated"):
         self.load, self.rows, self.where = load, rows, where
         self.requests: dict[str, Request] = {}  # that are waiting or being written
-        self.heard: dict[str, tuple] = {}  # of each, the event loop and the queue where its tokens are awaited
+        self.listeners: dict[str, tuple] = {}  # of each, the event loop and the queue where its tokens are awaited
         self.places, self.map, self.count, self.jobs = Places(rows), None, itertools.count(), queue.SimpleQueue()
         self.steps = self.tokens = 0
         self.over = self.stopping = False
@@ -201,7 +205,7 @@ class Engine:
                 self.manager._handle_critical_error(error, self.manager.batch_processor)
         self.over = True  # before it looks for jobs the last time: who brings one later sees it
         self.refuse_jobs()
-        for loop, grown in list(self.heard.values()):  # transformers forgets who came just before it was to stop
+        for loop, grown in list(self.listeners.values()):  # transformers forgets who came just before it was to stop
             with contextlib.suppress(RuntimeError):  # the event loop has ended, too
                 loop.call_soon_threadsafe(grown.put_nowait, None)
         self.ended()
@@ -212,7 +216,7 @@ class Engine:
             while True:
                 _, result = self.jobs.get_nowait()
                 if result.set_running_or_notify_cancel():
-                    result.set_exception(UserError("the engine has stopped"))
+                    result.set_exception(EngineStopped("the engine has stopped"))
 
     def managed(self):
         """transformers' manager of continuous batching, with the sampler and the steps' hooks in it; its loop is not begun."""
@@ -304,18 +308,18 @@ class Engine:
         if not request.ids:
             raise UserError("an empty prompt")  # which would end the engine
         name, grown, going = f"request-{next(self.count)}", asyncio.Queue(), False
-        self.requests[name], self.heard[name] = request, (asyncio.get_running_loop(), grown)
+        self.requests[name], self.listeners[name] = request, (asyncio.get_running_loop(), grown)
         self.manager.register_result_handler(name, grown.put_nowait)  # of the event loop that runs
         try:
             add = self.manager.add_request
             going = self.running() and add(request.ids, name, request.max_new_tokens, streaming=True) is not None
             if not going:
-                raise UserError("the engine has stopped")
+                raise EngineStopped("the engine has stopped")
             while going:
                 output = await grown.get()
                 going = output is not None and not output.is_finished()
                 if output is None or output.error and self.stopping:
-                    raise UserError("the server was stopped" if self.stopping else "the engine has stopped")
+                    raise EngineStopped("the server was stopped" if self.stopping else "the engine has stopped")
                 if output.error:
                     raise RuntimeError(output.error)
                 yield output.generated_tokens
@@ -324,7 +328,7 @@ class Engine:
                 self.manager.cancel_request(name)
             self.manager.output_router.result_handlers.pop(name, None)
             self.requests.pop(name, None)
-            self.heard.pop(name, None)
+            self.listeners.pop(name, None)
 
     async def between(self, work):
         """What work() gives, called between two steps, when the model is nobody's: the forwards in it are unedited."""

@@ -233,12 +233,12 @@ class LocalJudge:
 
 
 RATING = re.compile(r"(?i)(?:(?:my )?(?:rating|score)(?: is)?[ :=*_]*)?[\[(]*([1-5])(?: ?/ ?5)?[\])]*")
-BRIEF, THINKING = 8, 2048  # tokens of a reply: of a digit, and of a model that thinks first
+BRIEF, THINKING = 8, 1024  # tokens of a reply: of a digit, and of a model that thinks first
 
 
 def rating_in(reply: str) -> float | None:
     """The rating that a reply is, but for thoughts and emphasis; a digit within a sentence is none: it may be quoted."""
-    found = RATING.fullmatch(reply.rpartition("</think>")[2].strip(" \n*_`\"'#.!"))
+    found = RATING.fullmatch(reply.rpartition("</think>")[2].strip(" \t\r\n*_`\"'#.!"))
     return float(found[1]) if found else None
 
 
@@ -246,7 +246,7 @@ class EndpointJudge:
     """Any OpenAI-compatible server."""
 
     def __init__(self, url: str, model: str, batch_size: int):
-        self.endpoint, self.most = Endpoint(url, model, in_flight=8), BRIEF
+        self.endpoint, self.tokens = Endpoint(url, model, in_flight=8), BRIEF
         self.batch_size, self.name, self.origin = batch_size, f"llm:{model}", digest(url)
 
     def rate(self, trait: str | None, pairs: list[tuple[str, str]], store) -> None:
@@ -264,26 +264,28 @@ class EndpointJudge:
         messages = [{"role": "system", "content": rubric(trait)}, {"role": "user", "content": material(*pair)}]
 
         def fine(reply):
-            replies.append(rating_in(reply))
-            return replies[-1]
+            replies.append(reply)
+            return rating_in(reply)
 
         try:
-            reply = self.endpoint.chat(messages, fine, again, temperature=0, max_tokens=self.most)[0]
+            self.endpoint.chat(messages, fine, again, temperature=0, max_tokens=self.tokens)
         except NoReply as error:
-            return f"failed: {error}"
-        if not replies[-1]:
-            return f"unparsable, as {reply[-60:]!r}"
+            if not (replies and error.lasting):  # else the server takes no request for so much more
+                return f"failed: {error}"
+        if not (rating := rating_in(replies[-1])):
+            return f"unparsable, as {replies[-1][-60:]!r}"
         if len(replies) > 1:
-            self.most = THINKING  # it has more to say than a digit
-        return replies[-1]
+            self.tokens = THINKING  # it has more to say than a digit
+        return rating
 
 
 def rate_answers(judge, answers: list[dict], scores: Journal) -> dict:
     """Rate what is not rated yet, for trait and fluency in separate requests. What could not be rated is counted, not
-    guessed: {reason: number}, and tried again by the next run. Some replies that are no rating, of a judge who rates others, are
-    kept, as a score of None."""
-    failed, unparsable, rated = Counter(), [], []
-    no_ratings = lambda: {unparsable[0]["score"]: len(unparsable)} if unparsable else {}  # noqa: E731
+    guessed: {reason: number}; failed requests are tried again by the next run. Replies that are no rating, of a judge who rates
+    others, are kept as a score of None; of one who has rated nothing yet they are tried again, too."""
+    of_judge = {"judge": judge.name, "from": judge.origin}
+    failed, before, waiting, left = Counter(), len(scores), [], []
+    rates = any(of_judge.items() <= line.items() and line["score"] is not None for line in scores)
     key = lambda line, trait: f"{line['key']}/{judge.name}/{trait or 'fluency'}/{judge.origin}"  # noqa: E731
     todo = [line for line in answers if not all(key(line, trait) in scores for trait in (line["trait"], None))]
     todo.sort(key=lambda line: line["trait"])
@@ -294,30 +296,30 @@ def rate_answers(judge, answers: list[dict], scores: Journal) -> dict:
                 group = [line for line in batch if trait in (None, line["trait"]) and key(line, trait) not in scores]
 
                 def store(k, score):
-                    line = {"key": key(group[k], trait), "answer": group[k]["key"], "judge": judge.name, "from": judge.origin,
-                            "trait": trait, "score": score}
+                    nonlocal rates
+                    line = {"key": key(group[k], trait), "answer": group[k]["key"], **of_judge, "trait": trait, "score": score}
                     if not isinstance(score, str):
-                        scores.append(line)
-                        rated.append(line["key"])
+                        rates = True
+                        scores.append(line, *waiting)
+                        waiting.clear()
                     elif score.startswith("failed"):
                         failed.update([score])
                     else:
-                        unparsable.append(line)
+                        left.append(score)
+                        waiting.append({**line, "score": None})
+                        if rates:
+                            scores.append(waiting.pop())
 
                 if group:
                     judge.rate(trait, [(line["question"], line["answer"]) for line in group], store)
-                if len(group) > 2 and not rated:
-                    lost = dict(failed) | no_ratings()
+                if len(group) > 2 and len(scores) == before:
+                    lost = dict(failed) | ({left[0]: len(left)} if left else {})
                     raise UserError(f"{judge.name}: none of {len(group)} requests was answered by a rating ({lost}); answers and "
                                     "ratings so far are kept, and the same command goes on from there")
             bar.update(len(batch))
-    if not rated:
-        return dict(failed) | no_ratings()
-    for line in unparsable:
-        scores.append({**line, "score": None})
-    for reason, number in no_ratings().items():
-        say(f"{judge.name}: {number} replies are no rating and count as none: {reason}")
-    return dict(failed)
+    if left and rates:
+        say(f"{judge.name}: {len(left)} replies are no rating and count as none: {left[0]}")
+    return dict(failed) | ({left[0]: len(left)} if left and not rates else {})
 
 
 # ------------------------------------------------------------------------------------------------------- questionnaire

@@ -178,10 +178,10 @@ def plot_matrices(figure, matrices: dict, judge: str) -> None:
     scale, _, unit = unit_of(judge)
     rows = [trait for trait in TRAITS if any((trait, trait) in cells for cells in matrices.values())]
     figure.set_size_inches(3 * len(matrices) + 3, max(2.8, 1.5 + 0.5 * len(rows)))
-    most = scale * max(abs(row["mean"]) for cells in matrices.values() for row in cells.values())
+    most = scale * max(abs(row["mean"]) for cells in matrices.values() for row in cells.values() if row["steered"] in rows)
     for axes, (name, cells) in zip(np.atleast_1d(figure.subplots(1, len(matrices), sharey=True)), matrices.items()):
         grid = np.full((len(rows), len(TRAITS)), np.nan)
-        for row in cells.values():
+        for row in (row for row in cells.values() if row["steered"] in rows):
             y, x, value = rows.index(row["steered"]), TRAITS.index(row["measured"]), scale * row["mean"]
             grid[y, x], sure = value, row["ci95"] and not row["ci95"][0] <= 0 <= row["ci95"][1]
             axes.text(x, y, f"{value:+.0f}" if scale > 1 else f"{value:+.2f}", ha="center", va="center", fontsize=8,

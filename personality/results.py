@@ -179,21 +179,25 @@ def noise_of(rows: pd.DataFrame) -> float | None:
     distribution's mean size, of the standard error over the questions' situations. None of one situation."""
     of_situation = rows.score.sub(rows.score.mean()).groupby([*map(situation_of, rows.question)]).sum()
     draws = len(of_situation)
-    return math.sqrt(2 / math.pi * draws / (draws - 1) * float((of_situation ** 2).sum())) / len(rows) if draws > 1 else None
+    if draws < 2:
+        return None
+    error = math.sqrt(draws / (draws - 1) * float((of_situation ** 2).sum())) / len(rows)
+    few = math.sqrt(2 / (draws - 1)) * math.exp(math.lgamma(draws / 2) - math.lgamma((draws - 1) / 2))  # in the mean too little
+    return math.sqrt(2 / math.pi) * error / few
 
 
 def spilt_in_all(rows: list[dict]) -> list[dict]:
-    """By judge and method the mean size of the effects along the steered traits (own), of those along the others, the latter in
-    shares of the former, and what share noise alone would be (None where an answer has no others beside it, as in self-report)."""
+    """By judge and method the mean effect along the steered traits (own), the mean size of those along the others, the latter in
+    shares of the former (None where that is not above 0), and what share noise alone would be (None of self-report)."""
     found = []
     for key in dict.fromkeys((row["judge"], row["method"], row["alpha"]) for row in rows):
-        cells = only(rows, **dict(zip(("judge", "method", "alpha"), key)))
+        cells = only(rows, **(of := dict(zip(("judge", "method", "alpha"), key))))
         own, others = ([row for row in cells if (row["measured"] == row["steered"]) == same] for same in (True, False))
-        size, other = (mean_of(abs(row["mean"]) for row in side) for side in (own, others))
-        if own and others and size:
-            noise = [row.get("noise") for row in others]
-            found.append({**dict(zip(("judge", "method", "alpha"), key)), "n": min(row["n"] for row in cells), "own": size,
-                          "others": other, "share": other / size, "noise": None if None in noise else mean_of(noise) / size})
+        if own and others:
+            effect, size = mean_of(row["mean"] for row in own), mean_of(abs(row["mean"]) for row in others)
+            noise, share = [row.get("noise") for row in others], lambda value: value / effect if effect > 0 else None  # noqa: E731
+            found.append({**of, "n": min(row["n"] for row in cells), "own": effect, "others": size, "share": share(size),
+                          "noise": None if None in noise else share(mean_of(noise))})
     return found
 
 

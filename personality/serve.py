@@ -14,12 +14,15 @@ import ipaddress
 import logging
 import os
 import re
+import signal
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 from .api import ChatBody, CompletionBody, PersonalityBody, Refusal, of_request, parsed
 from .answering import Server, as_model
+from .inflight import EngineStopped
 from .store import TEXTS
 from .terminal import (EDIT_RULES, Flags, UserError, edit_arguments, loading_arguments, positive, refuse, say, script,
                        serve_arguments)
@@ -109,7 +112,10 @@ class Door:
             await as_reply(error)(scope, receive, counted)
         except ClientDisconnect:
             pass
-        except UserError as error:  # the engine has stopped
+        except asyncio.CancelledError:
+            if not self.server.engine.stopping:  # else it is the server's end, which waits no longer
+                raise
+        except EngineStopped as error:
             if not begun:
                 await as_reply(Refusal(503, str(error), "server_error"))(scope, receive, counted)
         except Exception as error:
@@ -145,7 +151,7 @@ def application(server: Server):
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
         of_request(SimpleNamespace(model=name, personality=None), server.name, server.people.characters)  # or a refusal
-        return JSONResponse(as_model(name))
+        return JSONResponse(as_model(name) if name else server.models())
 
     @app.get("/health")
     async def health():
@@ -227,10 +233,15 @@ def ended_by_engine(web, engine):
             waiting[0].start()
             if engine.requests:
                 say(f"waiting up to {PATIENCE} seconds for what is being written; Ctrl-C again ends it")
-        elif len(waiting) < 2:
-            waiting.append(threading.Thread(target=engine.stop, daemon=True))
+        elif number == signal.SIGINT and len(waiting) < 2:
+            waiting.append(threading.Thread(target=end, daemon=True))
             return waiting[1].start()
         begin(number, frame)
+
+    def end():
+        engine.stop()
+        time.sleep(1)  # for what is told to clients
+        web.force_exit = True  # whoever else is connected
 
     web.handle_exit = handle_exit
     return web

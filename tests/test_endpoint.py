@@ -150,19 +150,27 @@ def test_newer_models_name_the_limit_otherwise():
     assert not failures and set(said.values()) == {"fine"} and len(said) == 20
 
 
-def test_newer_models_have_a_temperature_of_their_own():
+def test_newer_models_have_a_temperature_of_their_own(capsys):
     def newer(n, body):
         if "max_tokens" in body:
             return 400, '{"error": {"message": "Use max_completion_tokens instead."}}'
-        return (400, '{"error": {"message": "Unsupported value: temperature."}}') if "temperature" in body else "fine"
+        return (400, '{"error": {"message": "Unsupported value: \'temperature\'."}}') if "temperature" in body else "fine"
 
     with Server(newer) as server:
         endpoint = Endpoint(server.url)
         assert [endpoint.chat(conversation("w10 ?"), temperature=0) for _ in range(2)] == 2 * [("fine", True)] and len(server.seen) == 4
-    with Server(lambda n, body: (400, '{"error": {"message": "max_completion_tokens, temperature?"}}')) as server:
+        assert capsys.readouterr().err.count("takes no temperature") == 1
+    with Server(lambda n, body: (400, '{"error": {"message": "max_completion_tokens, \'temperature\'?"}}')) as server:
         with pytest.raises(NoReply, match="temperature"):
             Endpoint(server.url).chat(conversation("w10 ?"), temperature=0)
         assert len(server.seen) == 2, "who takes neither is not asked for ever"
+    quoting = lambda n, body: (400, '{"error": {"message": "refused: What temperature do you like, 5?"}}') if n == 1 else "fine"  # noqa: E731
+    with Server(quoting) as server:
+        endpoint = Endpoint(server.url)
+        with pytest.raises(NoReply):
+            endpoint.chat(conversation("w10 ?"), temperature=0)
+        endpoint.chat(conversation("w10 ?"), temperature=0)
+        assert [body["temperature"] for body in server.seen] == [0, 0], "a filter that quotes what was asked is no such word"
 
 
 def test_a_proxy_of_the_environment_is_used(monkeypatch):

@@ -357,6 +357,33 @@ def test_replies_that_are_no_rating_are_counted(small, made, monkeypatch, tmp_pa
 
 
 @pytest.mark.usefixtures("quick")
+def test_replies_that_are_no_rating_are_kept_when_a_run_is_killed(small, made, monkeypatch, tmp_path):
+    """So that the run that goes on needs no rating to finish."""
+    rates = lambda body: sum(map(ord, body["messages"][1]["content"])) % 2 == 0  # noqa: E731
+    with Server(lambda n, body: (n == 60 and os.kill(os.getpid(), signal.SIGINT)) or ("4" if rates(body) else "no idea")) as server:
+        with pytest.raises(KeyboardInterrupt):
+            judged_by(server, small, made, monkeypatch, tmp_path)
+        judged_by(server, small, made, monkeypatch, tmp_path)
+        before = len(server.seen)
+        judged_by(server, small, made, monkeypatch, tmp_path)
+        assert len(server.seen) == before < 56 * 3
+    lines = [line for line in lines_of(tmp_path / "scores.jsonl")[1:] if line.get("judge") == "llm:big"]
+    lost = [line for line in lines if line["score"] is None]
+    assert len(lines) == 56 and lost and f"{len(lost)} replies were no rating" in (tmp_path / "report.md").read_text()
+    rest = [line for line in lines_of(tmp_path / "scores.jsonl") if line not in lost[:4]]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rest))  # as if only these had been left
+    with Server(lambda n, body: "no idea") as server:
+        monkeypatch.setattr("personality.judges.digest", lambda url: lost[0]["from"])
+        judged_by(server, small, made, monkeypatch, tmp_path)
+        assert len(server.seen) == 4 * 3
+    rest = [line for line in lines_of(tmp_path / "scores.jsonl") if line not in lines[:40]]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rest))
+    with Server(lambda n, body: (500, "")) as server, pytest.raises(UserError, match="none of .* answered"):
+        judged_by(server, small, made, monkeypatch, tmp_path)
+    assert len(server.seen) <= 8 * 6, "a server that is gone is not asked for all that is left"
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_judge_may_think_first(small, made, monkeypatch, tmp_path):
     """Aloud, or where nobody sees it: what is cut off is asked for again with room for it, and once that was needed it has it."""
     for aloud in (True, False):

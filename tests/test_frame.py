@@ -8,6 +8,7 @@ import torch
 
 import identify
 from conftest import FRAMED, Server, contents, exit_of, lines_of, run, shared_flags
+from personality import frame
 from personality.endpoint import Endpoint
 from personality.frame import Frame, declines
 from personality.neurons import NeuronFolder, Neurons, show_neurons
@@ -56,7 +57,8 @@ def test_plays(answer):
 
 def some_decline(monkeypatch, plays):
     """Answers that begin otherwise than `plays` decline."""
-    monkeypatch.setattr(identify, "declines", lambda answer: not plays(answer))
+    for place in (identify, frame):
+        monkeypatch.setattr(place, "declines", lambda answer: not plays(answer))
 
 
 def test_answers_that_decline_are_asked_for_anew_and_not_counted(small, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from conftest import FRAMED, ROOT, contents, exit_of, lines_of, prompt_of, run, 
 from personality import POLES
 from personality.load import load_model
 from personality.model import answers
-from personality.neurons import Neurons
+from personality.neurons import Neurons, answers_path, neuron_path
 from personality.terminal import UserError
 from personality.train import add_trained
 
@@ -179,6 +179,28 @@ def test_a_file_that_was_set_aside_comes_back(small, made, tmp_path):
             assert len([*tmp_path.iterdir()]) == 4
     (tmp_path / f"extraversion.{other.key}.safetensors").write_bytes(b"damaged")
     assert run(small, tmp_path, seed=1).identify().key == other.key and contents(tmp_path) == there
+
+
+@pytest.mark.parametrize("next_seed", (0, 1, 2))
+@pytest.mark.parametrize("moment", ("answers gone", "half set aside", "half brought back"))
+def test_killed_while_files_change_places(small, tmp_path, moment, next_seed):
+    """Neither of two files of other options, nor its answers, is lost to whoever comes next: one of them, or a third."""
+    first, second = run(small, tmp_path), run(small, tmp_path, seed=1)
+    first.identify()
+    whole = [contents(tmp_path)]
+    second.identify()
+    whole.append(contents(tmp_path))
+    file, answers = first.path, first.answers
+    if moment == "answers gone":  # by hand: they are the larger file
+        answers_path(tmp_path, f"extraversion.{first.key}").unlink()
+    else:
+        answers.rename(answers_path(tmp_path, f"extraversion.{second.key}"))
+    if moment == "half brought back":
+        file.rename(neuron_path(tmp_path, f"extraversion.{second.key}"))
+        neuron_path(tmp_path, f"extraversion.{first.key}").rename(file)
+    for seed in (next_seed, 0, 1, 0):
+        run(small, tmp_path, seed=seed).identify()
+        assert seed == 2 or contents(tmp_path) == whole[seed]
 
 
 def test_two_runs_of_the_same_at_once(small, made, tmp_path, capsys):

@@ -3,8 +3,8 @@
 import contextlib
 import copy
 import importlib.util
-from types import SimpleNamespace
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,14 +54,17 @@ def test_chat_with_and_without_template(small, tmp_path):
 
 def test_a_template_that_tells_the_date_tells_one(tmp_path):
     """So that a run that goes on tomorrow ends the same; in a conversation it is today's."""
-    template = "{{ strftime_now('%Y') }} " + TEMPLATE
+    template = "{{ strftime_now('%d %b %Y') }} {{ strftime_now(format='%Y-%m-%d').split('-')[1] }} " + TEMPLATE
     _, tokenizer = load_model(str(save_model(tmp_path / "model", template=template)), "cpu", "float32")
     turns = [{"role": "user", "content": "w10 ?"}]
-    assert render(tokenizer, turns) == "26 Jul 2024 user : w10 ? assistant : " == render(prepared(tokenizer), turns)
+    assert render(tokenizer, turns) == "26 Jul 2024 07 user : w10 ? assistant : " == render(prepared(tokenizer), turns)
     assert as_published(tokenizer).chat_template == template and tokenizer.chat_template != template
     talking = with_a_clock(tokenizer)
-    assert render(talking, turns) == time.strftime("%Y") + " user : w10 ? assistant : " != render(tokenizer, turns)
+    assert render(talking, turns) == time.strftime("%d %b %Y %m") + " user : w10 ? assistant : " != render(tokenizer, turns)
     assert talking.stop_text == tokenizer.stop_text
+    tokenizer.chat_template = {"default": template, "tool_use": TEMPLATE}
+    assert render(prepared(tokenizer), turns) == "26 Jul 2024 07 user : w10 ? assistant : "
+    assert as_published(tokenizer).chat_template == {"default": template, "tool_use": TEMPLATE}
 
 
 def test_many_system_messages_cost_as_much_as_they_are_long(small):

@@ -199,6 +199,16 @@ def test_matrices_have_the_traits_in_order(found):
     assert bool(np.isnan(shown[0]).all()) and np.allclose(shown[1], 3), "this method steered the second only"
 
 
+def test_a_matrix_has_no_row_of_a_trait_that_was_not_measured_itself():
+    """An inventory may have items of some traits only."""
+    row = lambda steered, measured, mean: {"judge": "questionnaire", "method": "npti", "alpha": 1.5, "steered": steered, "measured": measured,  # noqa: E731
+                                           "mean": mean, "n": 1, "ci95": None}
+    spilt = [row(steered, measured, 9.0 if steered == "openness" else 2.0) for steered in ("openness", "neuroticism") for measured in TRAITS[3:]]
+    axes, bar = drawing(plot_matrices, {name: cells for (_, name), cells in matrices_of({"spill_over": spilt}).items()}, "questionnaire")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["neuroticism"] and [text.get_text() for text in axes.texts] == ["+2.00"] * 2
+    assert bar.get_ylim() == (-2, 2)
+
+
 def test_self_report_shows_low_unedited_and_high(found):
     (axes,) = drawing(plot_self_report, found["questionnaire"])
     assert [line.get_label() for line in axes.lines] == ["low", "unedited", "high"]

@@ -311,8 +311,11 @@ def test_spill_over_has_intervals_and_its_noise():
     cells = [pd.DataFrame({"question": questions, "score": draw.normal(0, 2, 12)}) for _ in range(400)]
     rows = [results.estimate_of(cell, 0) for cell in cells]
     assert np.mean([row["ci95"][0] <= 0 <= row["ci95"][1] for row in rows]) > 0.92
-    told = np.mean([results.noise_of(cell) for cell in cells])
-    assert told == pytest.approx(np.mean([abs(row["mean"]) for row in rows]), rel=0.06)
+    for number in (2, 3, 4, 12):
+        few = [pd.DataFrame({"question": questions[:number], "score": draw.normal(0, 2, number)}) for _ in range(2000)]
+        told = np.mean([results.noise_of(cell) for cell in few])
+        assert told == pytest.approx(np.mean([abs(cell.score.mean()) for cell in few]), rel=0.06), number
+    assert results.noise_of(pd.DataFrame({"question": map(str, range(5000)), "score": draw.normal(0, 2, 5000)})) == pytest.approx(0.0226, rel=0.05)
     moved = cells[0].assign(score=cells[0].score + 100)
     assert results.noise_of(moved) == pytest.approx(results.noise_of(cells[0])), "whatever the effect"
 
@@ -331,7 +334,9 @@ def test_spill_over_in_all_is_of_sizes():
             row("neuroticism", "neuroticism", 2.0, noise=9.0), row("neuroticism", "openness", 1.0, 10, noise=2.0)]
     said = [row("openness", "openness", 2.0, 1, "questionnaire"), row("openness", "neuroticism", -1.0, 1, "questionnaire")]
     alone = [{**row("openness", "openness", 6.0, noise=1.0), "method": "trained"}]
-    both = results.spilt_in_all([*rows, *said, *alone])
+    wrong = [{**line, "mean": -line["mean"], "alpha": 2.0} for line in rows[:2]]
+    *both, turned = results.spilt_in_all([*rows, *said, *alone, *wrong])
+    assert (turned["own"], turned["others"], turned["share"], turned["noise"]) == (-6.0, 3.0, None, None), "no share of what went astray"
     of = {"method": "npti", "alpha": 1.5}
     assert both == [{"judge": "contrast", **of, "n": 10, "own": 4.0, "others": 2.0, "share": 0.5, "noise": 0.375},
                     {"judge": "questionnaire", **of, "n": 1, "own": 2.0, "others": 1.0, "share": 0.5, "noise": None}]

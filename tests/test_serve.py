@@ -588,18 +588,38 @@ def test_ctrl_c_waits_once(monkeypatch, capsys):
     monkeypatch.setattr("personality.serve.PATIENCE", 60)
     stopped, ended = [], []
     engine = SimpleNamespace(requests={"a": 1, "b": 2}, stop=lambda: stopped.append(True))
-    web = ended_by_engine(SimpleNamespace(handle_exit=lambda *given: ended.append(given)), engine)
+    web = ended_by_engine(SimpleNamespace(handle_exit=lambda *given: ended.append(given), force_exit=False), engine)
     web.handle_exit(signal.SIGINT, None)
     assert ended == [(signal.SIGINT, None)] and not stopped and "waiting up to 60 seconds for what is being written; Ctrl-C again" in capsys.readouterr().err
+    web.handle_exit(signal.SIGTERM, None)
+    assert not stopped and ended.pop() == (signal.SIGTERM, None), "a supervisor's word is no second Ctrl-C"
     web.handle_exit(signal.SIGINT, None)
-    time.sleep(0.2)
-    assert stopped == [True] and len(ended) == 1, "what is written ends, and says so"
+    assert happens(lambda: web.force_exit) and stopped == [True] and len(ended) == 1, "what is written ends, and then whoever is connected"
     web.handle_exit(signal.SIGINT, None)
     assert len(ended) == 2, "the third time nobody is waited for"
     monkeypatch.setattr("personality.serve.PATIENCE", 0.05)
     ended_by_engine(SimpleNamespace(handle_exit=lambda *given: None), engine).handle_exit(signal.SIGTERM, None)
-    time.sleep(0.5)
-    assert stopped == [True, True]
+    assert happens(lambda: stopped == [True, True])
+
+
+def happens(thing, seconds=20) -> bool:
+    end = time.monotonic() + seconds
+    while not thing() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(thing())
+
+
+def test_ctrl_c_twice_ends_it_whoever_is_connected(small, neurons):
+    """Also one whose body does not come."""
+    process, served = start(small, neurons)
+    address = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1]))) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 130 and "Traceback" not in process.stderr.read()
 
 
 @pytest.mark.parametrize(("flags", "named"), [
@@ -913,7 +933,7 @@ def test_a_prompt_of_nothing_is_refused(served, monkeypatch):
 
 def test_a_null_asks_for_nothing(served):
     whole = post(served).json()["choices"]
-    nulls = dict.fromkeys(("tools", "tool_choice", "response_format", "logit_bias", "functions", "stop", "seed", "whatever"))
+    nulls = dict.fromkeys(("tools", "tool_choice", "response_format", "logit_bias", "functions", "stop", "seed", "whatever", "perplexity", "model"))
     messages = [{**turn, "name": None, "reasoning_content": None} for turn in asked()]
     assert post(served, messages=messages, **nulls).json()["choices"] == whole
     assert served.client.chat.completions.create(model="tiny", messages=asked(), max_tokens=4, tools=None, extra_body=nulls).choices
@@ -923,6 +943,7 @@ def test_a_null_asks_for_nothing(served):
 def test_a_model_can_be_looked_up(served):
     for name in ("tiny", "tiny+ada", "tiny+extraversion=0.5"):
         assert served.client.models.retrieve(name).id == name
+    assert httpx.get(served.url + "/v1/models/").json() == httpx.get(served.url + "/v1/models").json()
     for name in ("gpt-5", "tiny+", "x/y"):
         with pytest.raises(openai.NotFoundError, match="model: expected tiny"):
             served.client.models.retrieve(name)

@@ -233,6 +233,8 @@ def test_what_a_team_can_not_do(small, monkeypatch, capsys):
         assert code == 2 and "--device-map auto" in said and "one process" in said
         code, said = exit_of(script, monkeypatch, capsys, "--quantize", "8bit", "--tp", *more)
         assert code == 2 and "--quantize 8bit: --tp goes without it" in said
+        code, said = exit_of(script, monkeypatch, capsys, "--device", "cuda:1", "--tp", *more)
+        assert code == 2 and "--device cuda:1: --tp gives each process a card of its own" in said
 
 
 def test_batch_size_auto_is_of_one_process(small):

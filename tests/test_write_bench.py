@@ -56,6 +56,16 @@ def test_what_builds_a_bench_does_nothing_else(monkeypatch, flag):
         main_of(identify, monkeypatch, flag, "9", "--trait", "openness")
 
 
+@pytest.mark.parametrize("flags", (("--in-flight", "3"), ("--served-model", "big")))
+def test_what_is_said_of_a_server_needs_one(monkeypatch, flags):
+    with pytest.raises(UserError, match="go with --engine URL or --build-bench DIR"):
+        main_of(identify, monkeypatch, *flags, "--trait", "openness")
+    if flags[0] == "--served-model":
+        monkeypatch.setenv("OPENAI_MODEL", "big")  # of the environment it may be anybody's
+        with pytest.raises(UserError, match="nowhere.gguf"):
+            main_of(identify, monkeypatch, "--trait", "openness", "--model", "nowhere.gguf")
+
+
 def test_the_writer_of_the_environment_builds_a_bench_and_is_nothing_else(monkeypatch, tmp_path):
     """Its URL is that of OpenAI's own clients, which whoever identifies may have set as well."""
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")

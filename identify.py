@@ -79,7 +79,7 @@ from personality.mlp import decoder_of, find_mlps  # noqa: E402
 from personality.load import load_asked  # noqa: E402
 from personality.model import SEARCH_PENALTY, answer_inputs, answers, dtype_of, enough_memory, fingerprint, with_ids  # noqa: E402
 from personality.neurons import FORMAT, Neurons, answers_path, neuron_path, show_neurons  # noqa: E402
-from personality.observe import FEWEST, Statistics, observe, shapes_at  # noqa: E402
+from personality.observe import FEWEST, Statistics, groups_of, observe, shapes_at  # noqa: E402
 from personality.questions import Bench, load_bench, read_answers, search_items  # noqa: E402
 from personality.train import add_trained  # noqa: E402
 from personality.store import Journal, digest, json_lines, lock_of, only_run, plain_path, to_line, write_atomically  # noqa: E402
@@ -93,7 +93,7 @@ def read_batches(model, tokenizer, items: list[dict], frame: Frame, statistics: 
     for start in range(0, len(items), size):
         batch = items[start:start + size]
         inputs, counted = answer_inputs(model, tokenizer, batch, frame, where)
-        with torch.no_grad(), observe(model, statistics, [POLES.index(item["pole"]) for item in batch], counted):
+        with torch.no_grad(), observe(model, statistics, groups_of(batch), counted):
             decoder_of(model)(**inputs, use_cache=False)
 
 
@@ -234,7 +234,8 @@ class Run:
         parts = self.parts()
         if sum(map(len, parts)) == len(self.items):  # not those that a run of fewer processes has left
             write_atomically(self.answers, map(to_line, itertools.chain(*parts)))
-        self.rename(f"{self.trait}.{self.key}", self.trait, *() if self.answers.exists() else (answers_path,))
+        if not self.answers.exists():
+            self.rename(f"{self.trait}.{self.key}", self.trait, answers_path)
         if not self.answers.exists():
             raise UserError(f"{self.answers}: the answers are not all there any more; {self.path} is whole")
         for left in self.path.parent.glob(f".*{self.key}*"):
@@ -299,8 +300,7 @@ class Run:
             return with_declined(with_ids(self.tokenizer, items)), False
         if self.of_batch:
             self.of_batch.zero()
-        groups = [POLES.index(item["pole"]) for item in items]
-        with observe(self.model, self.of_batch, groups, self.args.where) if self.of_batch else contextlib.nullcontext():
+        with observe(self.model, self.of_batch, groups_of(items), self.args.where) if self.of_batch else contextlib.nullcontext():
             items = with_declined(self.ask(items))
         for attempt in range(self.AGAIN):
             again = [k for k, item in enumerate(items) if declines(item["answer"])]

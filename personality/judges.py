@@ -286,6 +286,7 @@ def rate_answers(judge, answers: list[dict], scores: Journal) -> dict:
     of_judge = {"judge": judge.name, "from": judge.origin}
     failed, before, waiting, left = Counter(), len(scores), [], []
     rates = any(of_judge.items() <= line.items() and line["score"] is not None for line in scores)
+    lost = lambda: dict(failed) | ({left[0]: len(left)} if left and not rates else {})  # noqa: E731
     key = lambda line, trait: f"{line['key']}/{judge.name}/{trait or 'fluency'}/{judge.origin}"  # noqa: E731
     todo = [line for line in answers if not all(key(line, trait) in scores for trait in (line["trait"], None))]
     todo.sort(key=lambda line: line["trait"])
@@ -300,26 +301,25 @@ def rate_answers(judge, answers: list[dict], scores: Journal) -> dict:
                     line = {"key": key(group[k], trait), "answer": group[k]["key"], **of_judge, "trait": trait, "score": score}
                     if not isinstance(score, str):
                         rates = True
-                        scores.append(line, *waiting)
-                        waiting.clear()
+                        waiting.append(line)
                     elif score.startswith("failed"):
                         failed.update([score])
                     else:
                         left.append(score)
                         waiting.append({**line, "score": None})
-                        if rates:
-                            scores.append(waiting.pop())
+                    if rates and waiting:
+                        scores.append(*waiting)
+                        waiting.clear()
 
                 if group:
                     judge.rate(trait, [(line["question"], line["answer"]) for line in group], store)
                 if len(group) > 2 and len(scores) == before:
-                    lost = dict(failed) | ({left[0]: len(left)} if left else {})
-                    raise UserError(f"{judge.name}: none of {len(group)} requests was answered by a rating ({lost}); answers and "
+                    raise UserError(f"{judge.name}: none of {len(group)} requests was answered by a rating ({lost()}); answers and "
                                     "ratings so far are kept, and the same command goes on from there")
             bar.update(len(batch))
     if left and rates:
         say(f"{judge.name}: {len(left)} replies are no rating and count as none: {left[0]}")
-    return dict(failed) | ({left[0]: len(left)} if left and not rates else {})
+    return lost()
 
 
 # ------------------------------------------------------------------------------------------------------- questionnaire

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import POLES
 from .mlp import Site, find_mlps, shape_of
 from .op import SiteTensors, op
 from .rows import Rows, patched
@@ -13,6 +14,11 @@ FEWEST = 800
 # experts whose bins wait in one ring, on a CPU: it takes 1 KiB for each neuron of one of them. A ring of their own each would be
 # that much more memory, and hardly faster
 SHARE_A_RING = 4
+
+
+def groups_of(items: list[dict]) -> list[int]:
+    """The group of each answer: its pole's."""
+    return [POLES.index(item["pole"]) for item in items]
 
 
 def shapes_at(site: Site, groups: int) -> list[tuple]:
